@@ -1,0 +1,145 @@
+"""The types that cross rooms, and the glossary of axis names.
+
+Axes in shapes: ``batch`` (rows of a training or evaluation batch), ``rows`` (rows of a Codes),
+``seq`` (positions of a sequence), ``layer``, ``head``, ``d_in`` (width read), ``d_out`` (width
+written), ``feature`` (units of a dictionary), ``k`` (active features of a row), ``nnz`` (active
+features of all rows together).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+class SaekitError(ValueError):
+    """A user's mistake, told in one sentence: the field, the value, and what to do instead."""
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Sparse activations of features: compressed sparse rows.
+
+    ``offsets`` int64 [rows + 1], ``indices`` int32 [nnz], ``values`` [nnz]; row r owns the entries
+    ``offsets[r]:offsets[r + 1]``. ``shape`` is the leading shape of the rows, so that codes of
+    ``[batch, seq, d_in]`` stay addressable. Entries keep the selection's order (falling value for
+    topk, steps for a pursuit). An entry may hold 0 (a unit chosen by topk that ReLU silenced): it
+    is stored but not active. Differentiable in ``values``.
+    """
+
+    offsets: Int[Tensor, " rows_plus_one"]
+    indices: Int[Tensor, " nnz"]
+    values: Float[Tensor, " nnz"]
+    n_features: int
+    shape: tuple[int, ...]
+    width: int | None = None  # entries per row where every row holds the same number
+
+    @staticmethod
+    def from_rectangular(
+        indices: Int[Tensor, "rows k"],
+        values: Float[Tensor, "rows k"],
+        n_features: int,
+        shape: tuple[int, ...] | None = None,
+    ) -> "Codes":
+        """Codes of rows that all hold k entries; the tensors are viewed, not copied."""
+        rows, k = indices.shape
+        offsets = torch.arange(rows + 1, device=indices.device) * k
+        return Codes(
+            offsets, indices.reshape(-1).int(), values.reshape(-1), n_features, shape or (rows,), width=k
+        )
+
+    @staticmethod
+    def from_dense(dense: Float[Tensor, "*shape feature"]) -> "Codes":
+        """The nonzero entries of a dense matrix, by rising index."""
+        flat = dense.reshape(-1, dense.shape[-1])
+        row, index = flat.nonzero(as_tuple=True)
+        offsets = torch.zeros(flat.shape[0] + 1, dtype=torch.int64, device=dense.device)
+        offsets[1:] = torch.bincount(row, minlength=flat.shape[0]).cumsum(0)
+        return Codes(offsets, index.int(), flat[row, index], dense.shape[-1], tuple(dense.shape[:-1]))
+
+    @property
+    def rows(self) -> int:
+        """Number of rows: the product of ``shape``."""
+        return self.offsets.numel() - 1
+
+    def rectangular(self) -> tuple[Int[Tensor, "rows k"], Float[Tensor, "rows k"]]:
+        """``(indices, values)`` as [rows, k] views, for codes whose rows all hold k entries."""
+        if self.width is None:
+            raise ValueError("these codes hold different numbers of entries per row; use offsets")
+        return self.indices.view(-1, self.width), self.values.view(-1, self.width)
+
+    def row_ids(self) -> Int[Tensor, " nnz"]:
+        """Row of every entry."""
+        counts = self.offsets.diff()
+        return torch.repeat_interleave(torch.arange(self.rows, device=counts.device), counts)
+
+    def to_dense(self) -> Float[Tensor, "*shape feature"]:
+        """Dense [*shape, n_features]; for tests and small inputs only."""
+        dense = self.values.new_zeros(self.rows, self.n_features)
+        dense = dense.index_put((self.row_ids(), self.indices.long()), self.values, accumulate=True)
+        return dense.view(*self.shape, self.n_features)
+
+    def l0(self) -> Int[Tensor, "*shape"]:
+        """Number of active (nonzero) features of each row."""
+        counts = torch.zeros(self.rows, dtype=torch.int64, device=self.values.device)
+        counts.index_add_(0, self.row_ids(), (self.values != 0).long())
+        return counts.view(self.shape)
+
+    def firing_counts(self) -> Int[Tensor, " feature"]:
+        """How many rows each feature is active in."""
+        active = self.indices[self.values != 0]
+        return torch.bincount(active.long(), minlength=self.n_features)
+
+    def select(self, features: Int[Tensor, " chosen"]) -> Float[Tensor, "*shape chosen"]:
+        """Dense values of a few features only, [*shape, chosen]."""
+        column = torch.full((self.n_features,), -1, dtype=torch.int64, device=self.values.device)
+        column[features] = torch.arange(len(features), device=self.values.device)
+        at = column[self.indices.long()]
+        kept = at >= 0
+        out = self.values.new_zeros(self.rows, len(features))
+        out = out.index_put((self.row_ids()[kept], at[kept]), self.values[kept], accumulate=True)
+        return out.view(*self.shape, len(features))
+
+    def scale(self, by: Float[Tensor, " feature"]) -> "Codes":
+        """Codes with every feature's values multiplied by its factor."""
+        return replace(self, values=self.values * by[self.indices.long()])
+
+    def with_values(self, values: Float[Tensor, " nnz"]) -> "Codes":
+        """The same support with other values."""
+        return replace(self, values=values)
+
+    def detach(self) -> "Codes":
+        """The same codes, cut from the autograd graph."""
+        return replace(self, values=self.values.detach())
+
+
+@dataclass(frozen=True)
+class ActivationBatch:
+    """Activations of whole sequences at several hook points, with what identifies their tokens.
+
+    ``mask`` is true where a position counts: not padding, not a special token, not an outlier in
+    norm. It is made once, where activations are harvested, and every room uses this one.
+    """
+
+    activations: Mapping[str, Float[Tensor, "batch seq _"]]
+    mask: Bool[Tensor, "batch seq"]
+    tokens: Int[Tensor, "batch seq"] | None = None
+    documents: Int[Tensor, "batch seq"] | None = None
+
+    def rows(self, hook_point: str) -> Float[Tensor, "rows d_in"]:
+        """The unmasked positions of one hook point, flattened."""
+        return self.activations[hook_point][self.mask]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A training loss: ``total`` is what is minimised, ``terms`` its named, already weighted parts.
+
+    Each term is a mean over rows of a sum over dimensions, in the normalised space of the
+    dictionary (mean squared row norm d_out).
+    """
+
+    total: Float[Tensor, ""]
+    terms: Mapping[str, Float[Tensor, ""]] = field(default_factory=dict)
