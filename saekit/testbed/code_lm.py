@@ -52,6 +52,14 @@ def build_tokenizer(texts):
     return tokenizer
 
 
+def save_tokenizer(tokenizer, out):
+    """Write tokenizer.json and a config that loads it as it is (GPT2Tokenizer would rebuild the splitting)."""
+    from transformers import PreTrainedTokenizerFast
+
+    special = dict.fromkeys(("bos_token", "eos_token"), EOT)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=CONTEXT, **special).save_pretrained(out)
+
+
 def encode_corpus(tokenizer, split):
     """All documents of one side of the split as one array, each preceded by the separator."""
     docs = list(stdlib.documents(split))
@@ -66,6 +74,7 @@ def build_model():
 
     config = GPT2Config(
         vocab_size=VOCAB, n_positions=CONTEXT, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS,
+        activation_function="gelu_pytorch_tanh",  # GPT-2's own function, by torch's fused kernel
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     config._attn_implementation = "sdpa"
@@ -117,7 +126,7 @@ def train(out, minutes, seed=0, device="cpu", compiled=True, peak_lr=0.02):
     torch.manual_seed(seed)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer(d.text for d in stdlib.documents("train"))
-    tokenizer.save(str(out / "tokenizer.json"))
+    save_tokenizer(tokenizer, out)
     ids, n_bytes, docs = encode_corpus(tokenizer, "train")
     print(f"{len(docs)} files, {n_bytes / 1e6:.1f} MB, {len(ids) / 1e6:.2f}M tokens", flush=True)
     model = build_model().to(device)

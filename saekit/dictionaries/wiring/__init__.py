@@ -1,0 +1,5 @@
+"""Wirings: what a dictionary reads and what it writes."""
+
+from saekit.registry import Registry
+
+WIRINGS = Registry("wiring", {"autoencoder": "saekit.dictionaries.wiring.autoencoder:Autoencoder"})

@@ -1,0 +1,353 @@
+"""Activations as a source of training rows: shards on disk, a tensor in memory, or a live stream.
+
+A store is a folder: ``manifest.json`` and ``shard-00000.safetensors``, ... Each shard holds whole
+sequences, flattened to tokens: one tensor ``[tokens, width]`` per hook point (with
+``NAME.scale [tokens]`` where it is int8), ``tokens``, ``documents``, ``mask`` (uint8) and ``kept``
+(the positions where the mask is 1). The manifest is written after each shard, so a store that
+was cut short is a store of fewer shards. Schema version 1.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saekit.registry import nearest
+from saekit.types import ActivationBatch, SaekitError
+
+SCHEMA = 1
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
+_NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I8": np.int8, "U8": np.uint8, "I32": np.int32, "I64": np.int64}  # fmt: skip
+
+
+class Source(Protocol):
+    """Rows to train on, in an order that a seed fixes; ``batches`` can start at any step."""
+
+    n_rows: int | None
+
+    def width(self, hook_point: str | None) -> int:
+        """Width of the rows."""
+        ...
+
+    def batches(self, hook_points: Sequence[str], batch_size: int, seed: int, start: int = 0) -> Iterator[Tensor]:
+        """Endless batches [batch_size, width], from step ``start`` on."""
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """What identifies the data in checkpoints and cards."""
+        ...
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file so that after a crash it is either the old one or the new one, whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def shuffled(positions: np.ndarray, n: int, seed: int) -> np.ndarray:
+    """A seeded permutation of ``0..n-1`` evaluated at some positions, without holding it.
+
+    A four-round Feistel network over the next even power of two, walked along its cycles until it
+    lands inside; memory does not grow with n, and any step of any epoch can be addressed.
+    """
+    half = np.uint64(max(1, (max(n - 1, 1).bit_length() + 1) // 2))
+    mask = np.uint64((1 << int(half)) - 1)
+    keys = np.random.SeedSequence(seed).generate_state(4, dtype=np.uint64)
+    out = positions.astype(np.uint64)
+    todo = np.ones(len(out), dtype=bool)
+    while todo.any():
+        value = out[todo]
+        left, right = value >> half, value & mask
+        for key in keys:
+            mixed = (right + key) * np.uint64(0x9E3779B97F4A7C15)
+            mixed ^= mixed >> np.uint64(29)
+            mixed *= np.uint64(0xBF58476D1CE4E5B9)
+            left, right = right, left ^ ((mixed >> np.uint64(32)) & mask)
+        out[todo] = (left << half) | right
+        todo[todo] = out[todo] >= n
+    return out.astype(np.int64)
+
+
+def _order(n: int, batch_size: int, seed: int, start: int) -> Iterator[np.ndarray]:
+    """Row numbers of batch ``start``, ``start + 1``, ...: every epoch a new permutation, no row skipped."""
+    step = start
+    while True:
+        positions = np.arange(step * batch_size, (step + 1) * batch_size)
+        epoch = positions // n
+        out = np.empty(batch_size, dtype=np.int64)
+        for e in np.unique(epoch):
+            here = epoch == e
+            out[here] = shuffled(positions[here] - e * n, n, seed * 1_000_003 + int(e))
+        yield out
+        step += 1
+
+
+class TensorSource:
+    """Rows of a tensor in memory."""
+
+    def __init__(self, rows: Float[Tensor, "rows d_in"]):
+        if rows.ndim != 2 or len(rows) == 0:
+            raise SaekitError(f"source has shape {tuple(rows.shape)}; give activations as [rows, d_in] with at least one row")
+        if not torch.isfinite(rows).all():
+            bad = (~torch.isfinite(rows)).any(-1).nonzero()[0].item()
+            raise SaekitError(f"source holds NaN or Inf, first in row {bad}; remove those rows")
+        self.rows, self.n_rows = rows, len(rows)
+
+    def width(self, hook_point: str | None) -> int:
+        """Width of the rows."""
+        return self.rows.shape[1]
+
+    def batches(self, hook_points: Sequence[str], batch_size: int, seed: int, start: int = 0) -> Iterator[Tensor]:
+        """Endless batches in a seeded order."""
+        for rows in _order(self.n_rows, batch_size, seed, start):
+            yield self.rows[torch.from_numpy(rows)]
+
+    def identity(self) -> dict[str, Any]:
+        """Shape and digest."""
+        data = self.rows.detach().cpu().contiguous().view(torch.uint8).numpy()
+        return {"kind": "tensor", "rows": self.n_rows, "sha256": hashlib.sha256(data).hexdigest()}
+
+
+class Shard:
+    """One memory-mapped shard."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        with path.open("rb") as file:
+            head = file.read(8)
+            length = int.from_bytes(head, "little")
+            if len(head) < 8 or length > 100 << 20:
+                raise SaekitError(f"shard {path.name} of {path.parent} is not a safetensors file; harvest it again")
+            try:
+                self.header = json.loads(file.read(length))
+            except ValueError:
+                raise SaekitError(f"shard {path.name} of {path.parent} is not a safetensors file; harvest it again") from None
+        self.header.pop("__metadata__", None)
+        end = max((entry["data_offsets"][1] for entry in self.header.values()), default=0)
+        if path.stat().st_size != 8 + length + end:
+            raise SaekitError(f"shard {path.name} of {path.parent} is truncated; harvest again to replace it")
+        self._start = 8 + length
+        self._maps: dict[str, np.ndarray] = {}
+
+    def array(self, name: str) -> np.ndarray:
+        """A tensor of the shard as a memory map; bf16 comes as uint16."""
+        if name not in self._maps:
+            entry = self.header[name]
+            self._maps[name] = np.memmap(
+                self.path, _NUMPY[entry["dtype"]], "r", self._start + entry["data_offsets"][0], tuple(entry["shape"])
+            )
+        return self._maps[name]
+
+    def rows(self, name: str, at: "np.ndarray | slice") -> Float[Tensor, "rows width"]:
+        """Rows of a hook point as fp32 (or the stored dtype, for bf16 and fp16, widened to fp32)."""
+        data = torch.from_numpy(np.array(self.array(name)[at]))  # a copy: the map stays read-only
+        if self.header[name]["dtype"] == "BF16":
+            data = data.view(torch.int16).view(torch.bfloat16)
+        if self.header[name]["dtype"] == "I8":
+            return data.float() * torch.from_numpy(np.array(self.array(f"{name}.scale")[at]))[:, None]
+        return data.float()
+
+
+class Store:
+    """A folder of shards, read through memory maps and shuffled globally with a seed."""
+
+    def __init__(self, path: "str | os.PathLike", verify_seconds: float = 2.0):
+        self.path = Path(path)
+        self.manifest = read_manifest(self.path)
+        self.shards = [self._open(entry) for entry in self.manifest["shards"]]
+        if not self.shards:
+            raise SaekitError(f"store {str(self.path)!r} holds no finished shard; harvest it again")
+        self._ends = np.cumsum([entry["kept"] for entry in self.manifest["shards"]])
+        self.n_rows: int = int(self._ends[-1])
+        if self.n_rows == 0:
+            raise SaekitError(f"store {str(self.path)!r} holds no unmasked token; harvest more text")
+        self.unverified = self.verify(verify_seconds)
+
+    def _open(self, entry: Mapping[str, Any]) -> Shard:
+        path = self.path / entry["file"]
+        if not path.is_file():
+            raise SaekitError(f"shard {entry['file']} of {self.path} is in the manifest and not on disk; harvest again to replace it")
+        if path.stat().st_size != entry["bytes"]:
+            raise SaekitError(
+                f"shard {entry['file']} of {self.path} has {path.stat().st_size} bytes and the manifest says {entry['bytes']}: "
+                "it is truncated or replaced; harvest again to replace it"
+            )
+        shard = Shard(path)
+        for name, site in self.manifest["hook_points"].items():
+            if name not in shard.header or shard.header[name]["shape"] != [entry["tokens"], site["width"]]:
+                raise SaekitError(f"shard {entry['file']} of {self.path} doesn't hold {name!r} as the manifest says; harvest again")
+        return shard
+
+    def verify(self, seconds: float = float("inf")) -> int:
+        """Check shards against their hashes for about so long; returns how many were left unread."""
+        start = time.monotonic()
+        for i, entry in enumerate(self.manifest["shards"]):
+            if time.monotonic() - start > seconds:
+                return len(self.shards) - i
+            if file_sha256(self.path / entry["file"]) != entry["sha256"]:
+                raise SaekitError(
+                    f"shard {entry['file']} of {self.path} doesn't match the hash in the manifest; harvest again to replace it"
+                )
+        return 0
+
+    @property
+    def hook_points(self) -> list[str]:
+        """Names of the hook points it holds."""
+        return list(self.manifest["hook_points"])
+
+    def check(self, hook_point: str) -> None:
+        """Raise unless the hook point is here and all its values are finite."""
+        if hook_point not in self.manifest["hook_points"]:
+            raise SaekitError(f"hook point {hook_point!r} is not in store {str(self.path)!r}{nearest(hook_point, self.hook_points)}")
+        for entry in self.manifest["shards"]:
+            if entry["nonfinite"].get(hook_point, 0):
+                raise SaekitError(
+                    f"store {str(self.path)!r} holds NaN or Inf at {hook_point!r} ({entry['nonfinite'][hook_point]} rows of "
+                    f"{entry['file']}); harvest again in fp32, or find what makes the model overflow"
+                )
+
+    def width(self, hook_point: str | None) -> int:
+        """Width of a hook point (of the only one, when none is named)."""
+        return self.manifest["hook_points"][hook_point or self.hook_points[0]]["width"]
+
+    def gather(self, hook_point: str, rows: np.ndarray) -> Float[Tensor, "rows width"]:
+        """Unmasked rows by number, in the order asked for, in fp32."""
+        out = torch.empty(len(rows), self.width(hook_point))
+        shard_of = np.searchsorted(self._ends, rows, side="right")
+        for s in np.unique(shard_of):
+            here = np.flatnonzero(shard_of == s)
+            local = rows[here] - (self._ends[s - 1] if s else 0)
+            positions = self.shards[s].array("kept")[local]
+            rising = np.argsort(positions)  # reads the file forwards
+            out[torch.from_numpy(here[rising])] = self.shards[s].rows(hook_point, positions[rising])
+        return out
+
+    def batches(self, hook_points: Sequence[str], batch_size: int, seed: int, start: int = 0) -> Iterator[Tensor]:
+        """Endless batches of unmasked rows of one hook point, globally shuffled with the seed."""
+        for rows in _order(self.n_rows, batch_size, seed, start):
+            yield torch.cat([self.gather(h, rows) for h in hook_points], -1) if len(hook_points) > 1 else self.gather(hook_points[0], rows)
+
+    def sequences(self, batch_rows: int = 8) -> Iterator[ActivationBatch]:
+        """The stored sequences in order, as batches with tokens, documents and the mask."""
+        seq = self.manifest["seq"]
+        for entry, shard in zip(self.manifest["shards"], self.shards, strict=True):
+            for start in range(0, entry["tokens"], batch_rows * seq):
+                part = slice(start, min(start + batch_rows * seq, entry["tokens"]))
+
+                def grid(name: str, part: slice = part, shard: Shard = shard) -> Tensor:
+                    return torch.from_numpy(np.array(shard.array(name)[part])).view(-1, seq)
+
+                yield ActivationBatch(
+                    {h: shard.rows(h, part).view(-1, seq, self.width(h)) for h in self.hook_points},
+                    mask=grid("mask").bool(),
+                    tokens=grid("tokens").long() if "tokens" in shard.header else None,
+                    documents=grid("documents").long() if "documents" in shard.header else None,
+                )
+
+    def identity(self) -> dict[str, Any]:
+        """Model, text and a hash over the shards' hashes."""
+        digest = hashlib.sha256("".join(e["sha256"] for e in self.manifest["shards"]).encode()).hexdigest()
+        return {
+            "kind": "store", "rows": self.n_rows, "sha256": digest,
+            "model": self.manifest["model"], "text": self.manifest["text"],
+        }  # fmt: skip
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a store, checked for schema and completeness of its fields."""
+    file = path / "manifest.json"
+    if not file.is_file():
+        raise SaekitError(f"store {str(path)!r} has no manifest.json; give a folder that `saekit harvest` wrote")
+    try:
+        manifest = json.loads(file.read_text())
+        version = manifest["schema"]
+    except (ValueError, KeyError, TypeError):
+        raise SaekitError(f"manifest {str(file)!r} is not a store's manifest; harvest again") from None
+    if version != SCHEMA:
+        raise SaekitError(f"manifest {str(file)!r} has schema {version!r} and this saekit reads {SCHEMA}; harvest again")
+    for field in ("hook_points", "dtype", "seq", "shards", "model", "text", "settings"):
+        if field not in manifest:
+            raise SaekitError(f"manifest {str(file)!r} lacks the field {field!r}; harvest again")
+    return manifest
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, read in blocks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass
+class ShardWriter:
+    """Collects batches and writes them as one shard after another, each atomically."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    def __post_init__(self):
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._batches: list[ActivationBatch] = []
+
+    def add(self, batch: ActivationBatch) -> None:
+        """Take a batch of sequences; activations are converted to the store's dtype at once."""
+        dtype = DTYPES[self.manifest["dtype"]]
+        kept = {} if dtype == torch.int8 else {h: a.to("cpu", dtype) for h, a in batch.activations.items()}
+        self._batches.append(
+            ActivationBatch(kept or {h: a.cpu().float() for h, a in batch.activations.items()}, batch.mask, batch.tokens, batch.documents)
+        )
+
+    def flush(self) -> None:
+        """Write the batches taken since the last shard as a shard, then the manifest."""
+        if not self._batches:
+            return
+        from safetensors.torch import save
+
+        mask = torch.cat([b.mask.reshape(-1) for b in self._batches]).cpu()
+        tensors: dict[str, Tensor] = {"mask": mask.to(torch.uint8), "kept": mask.nonzero()[:, 0].int()}
+        nonfinite: dict[str, int] = {}
+        for name in self.manifest["hook_points"]:
+            rows = torch.cat([b.activations[name].flatten(0, -2) for b in self._batches])
+            bad = ~torch.isfinite(rows.sum(-1, dtype=torch.float32))
+            nonfinite[name] = int((bad & mask).sum())
+            if self.manifest["dtype"] == "int8":
+                scale = rows.abs().amax(-1).clamp(min=1e-12) / 127
+                tensors[f"{name}.scale"] = scale
+                rows = (rows / scale[:, None]).round().clamp(-127, 127).to(torch.int8)
+            tensors[name] = rows
+        for field in ("tokens", "documents"):
+            columns = [getattr(b, field) for b in self._batches]
+            if columns[0] is not None:
+                tensors[field] = torch.cat([c.reshape(-1) for c in columns]).int().cpu()
+        data = save(tensors)
+        number = len(self.manifest["shards"])
+        name = f"shard-{number:05d}.safetensors"
+        write_atomic(self.path / name, data)
+        self.manifest["shards"].append(
+            {
+                "file": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(),
+                "tokens": len(mask), "kept": int(mask.sum()), "nonfinite": nonfinite,
+            }
+        )  # fmt: skip
+        self._batches = []
+        self.write_manifest()
+
+    def write_manifest(self) -> None:
+        """Write the manifest as it stands."""
+        write_atomic(self.path / "manifest.json", json.dumps(self.manifest, indent=1).encode())

@@ -1,0 +1,80 @@
+"""Orthogonal matching pursuit: greedy selection with a least-squares refit at every step.
+
+Pati, Rezaiifar and Krishnaprasad 1993. The residual is kept orthogonal to the chosen atoms by
+Gram-Schmidt, and the coefficients come from one triangular solve at the end.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from saekit.types import Codes, SaekitError
+
+BLOCK = 2048  # rows pursued at a time: bounds the [block, n_features] correlations
+TINY = 1e-6  # an atom this close to the span of the chosen ones adds nothing
+
+
+@dataclass(frozen=True)
+class OMPConfig:
+    """``k`` steps per row, one atom each; coefficients may be negative."""
+
+    k: int
+
+    def check(self, n_features: int) -> None:
+        """Raise unless the choice is possible for a dictionary of this width."""
+        if not 1 <= self.k <= n_features:
+            raise SaekitError(
+                f"k = {self.k} must lie in 1..n_features = {n_features}; choose a smaller k or a wider dictionary"
+            )
+
+
+class OMP(nn.Module):
+    """Pursuit over the encoder's atoms (of unit norm) in input space, steps in order of choice."""
+
+    Config = OMPConfig
+
+    def __init__(self, config: OMPConfig):
+        super().__init__()
+        self.config = config
+
+    @torch.no_grad()
+    def forward(
+        self,
+        x: Float[Tensor, "rows d_in"],
+        W_enc: Float[Tensor, "feature d_in"],
+        b_enc: Float[Tensor, " feature"],
+    ) -> Codes:
+        """Codes of the rows: k entries each; the bias only shifts which atom is chosen."""
+        parts = [self._pursue(block, W_enc, b_enc) for block in x.split(BLOCK)]
+        indices = torch.cat([p[0] for p in parts]) if parts else x.new_zeros(0, self.config.k).long()
+        values = torch.cat([p[1] for p in parts]) if parts else x.new_zeros(0, self.config.k)
+        return Codes.from_rectangular(indices, values, W_enc.shape[0])
+
+    def _pursue(self, x: Tensor, atoms: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        rows, k = x.shape[0], self.config.k
+        indices = torch.zeros(rows, k, dtype=torch.int64, device=x.device)
+        basis = x.new_zeros(rows, k, x.shape[1])
+        # atoms = R^T basis: R is upper triangular, its columns the chosen atoms' coordinates
+        triangle = x.new_zeros(rows, k, k)
+        coordinates = x.new_zeros(rows, k)
+        residual, chosen = x.clone(), torch.zeros(rows, atoms.shape[0], dtype=torch.bool, device=x.device)
+        for step in range(k):
+            scores = (torch.addmm(bias, residual, atoms.T)).abs_().masked_fill_(chosen, -1)
+            best = scores.argmax(-1)
+            indices[:, step] = best
+            chosen.scatter_(1, best[:, None], True)
+            atom = atoms[best]
+            along = torch.bmm(basis[:, :step], atom[:, :, None])[:, :, 0]
+            rest = atom - torch.bmm(along[:, None], basis[:, :step])[:, 0]
+            norm = rest.norm(dim=-1, keepdim=True)
+            usable = norm > TINY
+            direction = torch.where(usable, rest / norm.clamp(min=TINY), torch.zeros_like(rest))
+            basis[:, step] = direction
+            triangle[:, :step, step] = torch.where(usable, along, torch.zeros_like(along))
+            triangle[:, step, step] = torch.where(usable, norm, torch.ones_like(norm))[:, 0]
+            coordinates[:, step] = (direction * residual).sum(-1)
+            residual = residual - coordinates[:, step, None] * direction
+        values = torch.linalg.solve_triangular(triangle, coordinates[:, :, None], upper=True)[:, :, 0]
+        return indices, values

@@ -1,0 +1,44 @@
+"""TopK: the k largest pre-activations of each row, then ReLU (Gao et al. 2024, 2406.04093, eq. 3)."""
+
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from saekit.kernels import topk_encode
+from saekit.types import Codes, SaekitError
+
+
+@dataclass(frozen=True)
+class TopKConfig:
+    """``k`` entries per row are kept; ``relu`` sets the negative ones among them to zero."""
+
+    k: int
+    relu: bool = True
+
+    def check(self, n_features: int) -> None:
+        """Raise unless the choice is possible for a dictionary of this width."""
+        if not 1 <= self.k <= n_features:
+            raise SaekitError(
+                f"k = {self.k} must lie in 1..n_features = {n_features}; choose a smaller k or a wider dictionary"
+            )
+
+
+class TopK(nn.Module):
+    """Selection by rank within a row; a function of its own row alone."""
+
+    Config = TopKConfig
+
+    def __init__(self, config: TopKConfig):
+        super().__init__()
+        self.config = config
+
+    def forward(
+        self,
+        x: Float[Tensor, "rows d_in"],
+        W_enc: Float[Tensor, "feature d_in"],
+        b_enc: Float[Tensor, " feature"],
+    ) -> Codes:
+        """Codes of the rows: k entries each, by falling value, ties to the lowest index."""
+        values, indices = topk_encode(x, W_enc, b_enc, self.config.k)
+        return Codes.from_rectangular(indices, values.relu() if self.config.relu else values, W_enc.shape[0])

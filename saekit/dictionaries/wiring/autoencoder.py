@@ -1,0 +1,41 @@
+"""Autoencoder: reads one hook point and writes the same one."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from saekit.types import SaekitError
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """``d_in`` is the width of the hook point."""
+
+    d_in: int
+
+    def __post_init__(self):
+        if self.d_in < 1:
+            raise SaekitError(f"d_in = {self.d_in} must be at least 1")
+
+
+class Autoencoder:
+    """The identity wiring: the target of a row is the row itself."""
+
+    Config = AutoencoderConfig
+
+    def __init__(self, config: AutoencoderConfig):
+        self.d_in = self.d_out = config.d_in
+
+    def sites(self, hook_points: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """``(reads, writes)``: the hook points, of those given, that this wiring reads and writes."""
+        if len(hook_points) != 1:
+            raise SaekitError(
+                f"an autoencoder reads one hook point and {len(hook_points)} are given: {', '.join(hook_points)}; choose one"
+            )
+        return tuple(hook_points), tuple(hook_points)
+
+    def target(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_out"]:
+        """What the output is compared with."""
+        return x

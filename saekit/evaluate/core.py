@@ -1,0 +1,286 @@
+"""The core suite: reconstruction, sparsity, and what the model loses when the dictionary stands in.
+
+Everything is measured on held-out documents, in one pass over them; per-document sums are kept, so
+that every ratio is a ratio of sums and every interval is over documents.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saekit import metrics
+from saekit.dictionaries import Dictionary, create
+from saekit.evaluate.measure import Measure, Resampler
+from saekit.harvest import HarvestConfig, Stream
+from saekit.hooks import intervene
+from saekit.models import load_model
+from saekit.types import ActivationBatch, SaekitError
+
+MAX_DOCUMENTS = 4096  # later documents share the sums of earlier ones: bounds memory
+UNITS = {
+    "l0": "features per token", "fvu": "1", "explained_variance": "1", "cosine": "1", "norm_ratio": "1",
+    "ce_original": "nats per token", "ce_spliced": "nats per token", "ce_ablated": "nats per token",
+    "ce_recovered": "1", "kl": "nats per token", "dead_share": "share of features", "density": "share of tokens",
+}  # fmt: skip
+
+
+class Report(Mapping[str, Measure]):
+    """The measures of one evaluation by key, and what they were measured on."""
+
+    def __init__(self, measures: dict[str, Measure], about: dict[str, Any]):
+        self.measures, self.about = measures, about
+
+    def __getitem__(self, key: str) -> Measure:
+        return self.measures[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.measures)
+
+    def __len__(self) -> int:
+        return len(self.measures)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data: the measures and what they were measured on."""
+        return {"about": self.about, "measures": {key: vars(m) for key, m in self.measures.items()}}
+
+    def __repr__(self) -> str:
+        lines = []
+        for key, m in self.measures.items():
+            if not isinstance(m.value, list):
+                span = f" [{m.interval[0]:.4f}, {m.interval[1]:.4f}]" if m.interval else ""
+                controls = "".join(f"  {name} {value:.4f}" for name, value in m.control.items())
+                lines.append(f"{key:20} {m.value:.4f}{span} {m.unit}, n {m.n}{controls}")
+        return "\n".join(lines)
+
+
+class _Sums:
+    """Per-document sums of one dictionary; columns are added by name."""
+
+    def __init__(self):
+        self.columns: dict[str, np.ndarray] = {}
+
+    def add(self, name: str, documents: np.ndarray, values: "np.ndarray | Tensor") -> None:
+        values = np.asarray(values, dtype=np.float64)
+        have = self.columns.get(name)
+        if have is None or len(have) <= documents.max(initial=-1):
+            grown = np.zeros((int(documents.max(initial=0)) + 1, *values.shape[1:]))
+            if have is not None:
+                grown[: len(have)] = have
+            have = self.columns[name] = grown
+        np.add.at(have, documents, values)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.columns[name]
+
+
+def _spliced(site_mask: Tensor, replacement: Tensor) -> Callable[[Tensor], Tensor]:
+    """An intervention that replaces the unmasked positions and leaves the others as they are."""
+
+    def function(x: Tensor) -> Tensor:
+        new = replacement.reshape(x.shape).to(x.dtype)
+        return torch.where(site_mask.reshape(x.shape[:-1]).to(x.device)[..., None], new, x)
+
+    return function
+
+
+class _Evaluation:
+    """One dictionary (or control) under evaluation on a shared stream of batches."""
+
+    def __init__(self, dictionary: Dictionary):
+        self.dictionary, self.sums = dictionary, _Sums()
+        self.counts = torch.zeros(dictionary.n_features, dtype=torch.int64)
+
+    def observe(self, x: Tensor, documents: np.ndarray, shift: Tensor) -> Tensor:
+        """Add a batch of unmasked rows; returns their reconstruction. ``shift`` steadies the variance."""
+        codes = self.dictionary.encode(x)
+        x_hat = self.dictionary.decode(codes, x)
+        target, error = x.double(), (x.double() - x_hat.double())
+        centred = target - shift
+        hat = x_hat.double()
+        for name, values in {
+            "n": np.ones(len(x)),
+            "error": error.square().sum(-1),
+            "square": centred.square().sum(-1),
+            "sum": centred,
+            "cosine": torch.nn.functional.cosine_similarity(target, hat, dim=-1),
+            "norm": target.norm(dim=-1),
+            "norm_hat": hat.norm(dim=-1),
+            "l0": codes.l0().double(),
+        }.items():
+            self.sums.add(name, documents, values.cpu() if isinstance(values, Tensor) else values)
+        self.counts += codes.firing_counts().cpu()
+        return x_hat
+
+    def reconstruction(self, resampler: Resampler) -> dict[str, Measure]:
+        """The measures that need no model."""
+        s = self.sums
+
+        def fvu(error: np.ndarray, square: np.ndarray, total: np.ndarray, n: np.ndarray) -> np.ndarray:
+            return error / (square - (total**2).sum(-1) / n)
+
+        def ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+            return a / b
+
+        spread = (fvu, s["error"], s["square"], s["sum"], s["n"])
+        statistics: dict[str, tuple] = {
+            "l0": (ratio, s["l0"], s["n"]),
+            "fvu": spread,
+            "explained_variance": (lambda *sums: 1 - fvu(*sums), *spread[1:]),
+            "cosine": (ratio, s["cosine"], s["n"]),
+            "norm_ratio": (ratio, s["norm_hat"], s["norm"]),
+        }
+        n = int(s["n"].sum())
+        density = self.counts.double() / n
+        return {
+            **{key: _measure(key, n, resampler, *parts) for key, parts in statistics.items()},
+            "dead_share": Measure(metrics.dead_share(density), n, UNITS["dead_share"]),
+            "density": Measure(density.tolist(), n, UNITS["density"]),
+        }
+
+
+def _measure(key: str, n: int, resampler: Resampler, statistic: Callable, *sums: np.ndarray) -> Measure:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value = float(statistic(*(s.sum(0) for s in sums)))
+        interval = resampler.interval(statistic, *sums)
+    return Measure(value, n, UNITS[key], interval)
+
+
+def controls_for(dictionary: Dictionary, seed: int = 0) -> dict[str, Dictionary]:
+    """Random dictionaries of the same width and k, with the same normalisation: what to beat."""
+    k = getattr(dictionary.config.selection[1], "k", None)
+    if k is None or dictionary.d_in != dictionary.d_out:
+        return {}
+    shape = {"d_in": dictionary.d_in, "n_features": dictionary.n_features, "k": k, "seed": seed}
+    out = {name: create(name, **shape).to(dictionary.mean_in.device) for name in ("random", "random_omp")}
+    for control in out.values():
+        for name, buffer in dictionary.named_buffers():
+            if name.startswith(("mean_", "scale_", "normalised")):
+                dict(control.named_buffers())[name].copy_(buffer)
+    return out
+
+
+@torch.no_grad()
+def evaluate(
+    dictionary: Dictionary,
+    model: Any = "code-lm",
+    text: Any = "stdlib",
+    *,
+    tokens: int = 65536,
+    hook_point: str | None = None,
+    split: str = "held_out",
+    controls: bool = True,
+    ablation: str = "zero",
+    batch_rows: int = 8,
+    context: int | None = None,
+    device: "str | torch.device | None" = None,
+    seed: int = 0,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> Report:
+    """Evaluate a dictionary in a model on held-out documents.
+
+    Gives l0, fvu, explained_variance, cosine, norm_ratio, dead_share and density; for a causal
+    language model also ce_original / spliced / ablated / recovered and kl. Masked positions
+    (special tokens, padding, outliers in norm) are neither measured nor replaced.
+    """
+    if ablation not in ("zero", "mean"):
+        raise SaekitError(f"ablation {ablation!r} is not one of 'zero', 'mean'")
+    view = load_model(model, device=device)
+    point = hook_point or (dictionary.reads[0] if dictionary.reads else None)
+    if point is None:
+        raise SaekitError("hook_point is not given and the dictionary doesn't name one; give hook_point=")
+    config = HarvestConfig((point,), tokens=tokens, context=context, batch_rows=batch_rows, split=split)
+    stream = Stream(view, text, config)
+    dictionary = dictionary.to(view.device)
+    runs = {"": _Evaluation(dictionary)}
+    runs |= {name: _Evaluation(c) for name, c in (controls_for(dictionary, seed) if controls else {}).items()}
+    shift, done, index = None, 0, defaultdict(lambda: len(index) % MAX_DOCUMENTS)
+    for batch, logits, given in stream.with_logits(view.predicts_tokens):
+        x = batch.rows(point)
+        if len(x) == 0:
+            continue
+        shift = x.double().mean(0) if shift is None else shift
+        owner = batch.documents if batch.documents is not None else torch.arange(len(batch.mask))[:, None].expand(batch.mask.shape)
+        owners = np.array([index[int(d)] for d in owner[batch.mask]])
+        hats = {name: run.observe(x, owners, shift) for name, run in runs.items()}
+        if logits is not None:
+            baseline = torch.zeros_like(x) if ablation == "zero" else shift.to(x.dtype).expand_as(x)
+            _language(view, stream, batch, given, logits, {**hats, "ablated": baseline}, runs, index)
+        done += batch.mask.numel()
+        if on_batch:
+            on_batch(done, tokens)
+    if shift is None:
+        raise SaekitError("the text gives no unmasked token to evaluate on; give more text")
+    measures = _report(runs, Resampler(len(index), seed))
+    about = {
+        "model": view.identity(), "text": stream.text_identity(), "hook_point": point, "documents": len(index),
+        "tokens": done, "ablation": ablation, "context": getattr(stream, "context", None), "seed": seed,
+    }  # fmt: skip
+    return Report(measures, about)
+
+
+def _language(
+    view: Any, stream: Stream, batch: ActivationBatch, given: Any, logits: Tensor,
+    replacements: Mapping[str, Tensor], runs: Mapping[str, _Evaluation], index: Mapping[int, int],
+) -> None:  # fmt: skip
+    """Add the losses of the model with each replacement spliced in at the unmasked positions."""
+    site, mask = stream.sites[stream.hook_points[0]], batch.mask
+    # a position counts when its activation was replaced and the token it predicts is text
+    counted = mask[:, :-1] & (batch.documents[:, 1:] >= 0)
+    owners = np.array([index[int(d)] for d in batch.documents[:, :-1][counted]])
+    targets = batch.tokens[:, 1:][counted].to(logits.device)
+    own = logits[:, :-1][counted.to(logits.device)]
+    main = runs[""].sums
+    main.add("ce_n", owners, np.ones(len(owners)))
+    main.add("ce_original", owners, metrics.cross_entropy(own, targets).cpu())
+    full = torch.zeros(*mask.shape, next(iter(replacements.values())).shape[-1], device=logits.device)
+    for name, rows in replacements.items():
+        full[mask.to(full.device)] = rows.float()
+        with intervene([(site, _spliced(mask, full))]):
+            changed = view.logits(given)[:, :-1][counted.to(logits.device)]
+        ce = metrics.cross_entropy(changed, targets).cpu()
+        if name == "ablated":
+            main.add("ce_ablated", owners, ce)
+        else:
+            runs[name].sums.add("ce_spliced", owners, ce)
+            runs[name].sums.add("kl", owners, metrics.kl(own, changed).cpu())
+
+
+def _report(runs: Mapping[str, _Evaluation], resampler: Resampler) -> dict[str, Measure]:
+    def of(run: _Evaluation) -> dict[str, Measure]:
+        out = run.reconstruction(resampler)
+        if "ce_original" not in runs[""].sums.columns:
+            return out
+        main, s = runs[""].sums, run.sums
+        size = resampler.n
+        columns = {
+            "ce_original": main["ce_original"], "ce_ablated": main["ce_ablated"], "n": main["ce_n"],
+            "ce_spliced": s["ce_spliced"], "kl": s["kl"],
+        }  # fmt: skip
+        c = {key: np.pad(column, (0, size - len(column))) for key, column in columns.items()}
+        n = int(c["n"].sum())
+
+        def mean(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+            return a / b
+
+        def recovered(original: np.ndarray, spliced: np.ndarray, ablated: np.ndarray) -> np.ndarray:
+            return (ablated - spliced) / (ablated - original)
+
+        for key in ("ce_original", "ce_spliced", "ce_ablated", "kl"):
+            out[key] = _measure(key, n, resampler, mean, c[key], c["n"])
+        out["ce_recovered"] = _measure("ce_recovered", n, resampler, recovered, c["ce_original"], c["ce_spliced"], c["ce_ablated"])
+        return out
+
+    main = of(runs[""])
+    others = {name: of(run) for name, run in runs.items() if name}
+    order = [key for key in UNITS if key in main]
+    return {
+        key: Measure(
+            main[key].value, main[key].n, main[key].unit, main[key].interval,
+            {} if key in ("density", "ce_original", "ce_ablated") else {name: float(o[key]) for name, o in others.items()},
+        )
+        for key in order
+    }  # fmt: skip

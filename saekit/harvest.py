@@ -1,0 +1,360 @@
+"""Model + text -> activations: a live stream, or a store on disk that resumes at the shard."""
+
+import hashlib
+import itertools
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saekit.activations import DTYPES, SCHEMA, ShardWriter, Store, file_sha256, read_manifest, write_atomic
+from saekit.hooks import capture
+from saekit.models import Model, load_model
+from saekit.registry import nearest
+from saekit.tokens import check_text, documents, token_rows
+from saekit.types import ActivationBatch, SaekitError
+
+SHARD_BYTES = 64 << 20
+DEFAULT_CONTEXT = 512
+
+
+@dataclass(frozen=True)
+class HarvestConfig:
+    """Everything that decides what a harvest holds.
+
+    ``tokens``: how many to read, masked ones included (None: the whole text); ``context``: tokens
+    of a row (default: the model's own, at most 512); ``batch_rows``: rows of a forward pass;
+    ``dtype``: fp32, bf16, fp16 or int8 (with a scale per row); ``split``: side of the text's
+    split; ``isolate``: one document per row; ``roles``: roles of chats whose tokens count;
+    ``outlier``: a token whose norm exceeds this many times the median of the first batch is masked.
+    """
+
+    hook_points: tuple[str, ...]
+    tokens: int | None = 1_000_000
+    context: int | None = None
+    batch_rows: int = 16
+    dtype: str = "fp32"
+    split: str = "train"
+    isolate: bool = False
+    roles: tuple[str, ...] | None = None
+    outlier: float = 10.0
+
+    def __post_init__(self):
+        if not self.hook_points:
+            raise SaekitError("hook_points is empty; name at least one, for example blocks.1.hook_resid_post")
+        if self.dtype not in DTYPES:
+            raise SaekitError(f"dtype {self.dtype!r} is unknown{nearest(self.dtype, list(DTYPES))}")
+        for field in ("tokens", "context", "batch_rows"):
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise SaekitError(f"{field} = {value} must be at least 1")
+        if self.split not in ("train", "held_out", "all"):
+            raise SaekitError(f"split {self.split!r} is not one of 'train', 'held_out', 'all'")
+        if self.outlier <= 1:
+            raise SaekitError(f"outlier = {self.outlier} must be above 1; it is a multiple of the median norm")
+
+
+class Stream:
+    """Activations of whole sequences, computed as they are asked for; iterating starts afresh."""
+
+    def __init__(self, model: Model, text: Any, config: HarvestConfig, skip_batches: int = 0):
+        self.model, self.text, self.config = model, text, config
+        self.hook_points = model.expand(config.hook_points)
+        self.sites = {name: model.site(name) for name in self.hook_points}
+        self.skip_batches = skip_batches
+        self.norm_limits: dict[str, float] = {}
+        self.literal = not isinstance(text, str | os.PathLike)
+        if self.literal and not isinstance(text, Sequence):
+            self.text = text = list(text)
+        first = text[0] if self.literal and len(text) else None
+        self.raw = isinstance(first, Tensor | Mapping) and not (isinstance(first, Mapping) and "role" in first)
+        if self.raw:
+            return
+        check_text(text)
+        if model.tokenizer is None:
+            raise SaekitError(f"model {model.name!r} has no tokenizer and the text is words; give tokenizer=, or token rows as tensors")
+        self.context = config.context or min(model.context or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
+        if model.context and self.context > model.context:
+            raise SaekitError(f"context = {self.context} exceeds the {model.context} positions of model {model.name!r}; choose fewer")
+
+    def inputs(self) -> Iterator[tuple[Any, ActivationBatch]]:
+        """Inputs of each forward pass, with a batch that holds tokens, documents and mask only."""
+        if self.raw:
+            yield from self._raw_inputs()
+            return
+        config, left = self.config, self.config.tokens
+        docs = documents(self.text, config.split)
+        for rows in token_rows(
+            docs, self.model.tokenizer, context=self.context, batch_rows=config.batch_rows,
+            isolate=config.isolate, roles=config.roles,
+        ):  # fmt: skip
+            if left is not None:
+                n = -(-left // self.context)  # whole rows: a row more rather than a row less
+                rows = type(rows)(*(part[:n] for part in vars(rows).values()))
+                left -= rows.tokens.size
+            tokens, documents_, attention, keep = (torch.from_numpy(part) for part in vars(rows).values())
+            yield self.model.inputs(tokens, attention), ActivationBatch({}, keep, tokens, documents_)
+            if left is not None and left <= 0:
+                return
+
+    def _raw_inputs(self) -> Iterator[tuple[Any, ActivationBatch]]:
+        row = 0
+        for item in self.text:
+            if isinstance(item, Mapping):
+                given = {key: value.to(self.model.device) for key, value in item.items() if isinstance(value, Tensor)}
+                ids, keep = given.get("input_ids"), given.get("attention_mask")
+                n = next(iter(given.values())).shape[0]
+            else:
+                given, keep = item.to(self.model.device), None
+                ids = given if not given.is_floating_point() else None
+                n = item.shape[0]
+            if ids is not None:
+                special = torch.tensor(sorted(getattr(self.model.tokenizer, "all_special_ids", ())), dtype=torch.int64)
+                keep = (torch.ones_like(ids) if keep is None else keep).bool() & ~torch.isin(ids, special.to(ids.device))
+                if isinstance(given, Tensor) and hasattr(self.model.module, "config"):
+                    given = {"input_ids": given}
+            owner = torch.arange(row, row + n)[:, None]
+            row += n
+            yield given, ActivationBatch({}, keep if keep is None else keep.cpu(), None if ids is None else ids.cpu(), owner)
+
+    def __iter__(self) -> Iterator[ActivationBatch]:
+        """Batches in the order of the text; the mask leaves out special tokens, padding and outliers."""
+        for i, (given, batch) in enumerate(self.inputs()):
+            if i < self.skip_batches and self.norm_limits:
+                continue
+            found = capture(lambda given=given: self.model(given), self.sites)
+            yield self._batch(batch, found)
+
+    def with_logits(self, logits: bool = True) -> Iterator[tuple[ActivationBatch, Tensor | None, Any]]:
+        """``(batch, logits, inputs)`` of whole forward passes, for evaluations that run the model on."""
+        for given, batch in self.inputs():
+            output: list[Tensor] = []
+
+            def run(given: Any = given, output: list[Tensor] = output) -> None:
+                if logits:
+                    output.append(self.model.logits(given))
+                else:
+                    self.model(given)
+
+            found = capture(run, self.sites, stop=not logits)
+            yield self._batch(batch, found), output[0] if output else None, given
+
+    def _batch(self, batch: ActivationBatch, found: Mapping[str, Tensor]) -> ActivationBatch:
+        """The activations with their mask; the first batch sets what counts as an outlier."""
+        acts = {name: (a if a.ndim == 3 else a.flatten(1, -2) if a.ndim > 3 else a[:, None]) for name, a in found.items()}
+        shape = next(iter(acts.values())).shape[:2]
+        mask = torch.ones(shape, dtype=torch.bool) if batch.mask is None or batch.mask.shape != shape else batch.mask
+        norms = {name: torch.linalg.vector_norm(a, dim=-1, dtype=torch.float32).cpu() for name, a in acts.items()}
+        if not self.norm_limits:
+            self.norm_limits = {name: self._limit(n[mask]) for name, n in norms.items()}
+        for name, n in norms.items():
+            mask = mask & ~(n > self.norm_limits[name])  # NaN is kept: it must be seen, not hidden
+        owner = None if batch.documents is None else batch.documents.expand(shape)
+        return ActivationBatch(acts, mask, batch.tokens, owner)
+
+    def _limit(self, norms: Tensor) -> float:
+        finite = norms[torch.isfinite(norms)]
+        return self.config.outlier * finite.median().item() if len(finite) else float("inf")
+
+    def settings(self) -> dict[str, Any]:
+        """The resolved settings, as they stand in the manifest."""
+        out = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self.config).items()}
+        return {**out, "hook_points": self.hook_points, "context": None if self.raw else self.context}
+
+    def text_identity(self) -> dict[str, Any]:
+        """What the text is: its name, or a digest of what was given literally."""
+        if not self.literal:
+            return {"name": os.fspath(self.text), "split": self.config.split}
+        digest = hashlib.sha256()
+        for item in self.text:
+            parts = item.values() if isinstance(item, Mapping) else [item]
+            for part in parts:
+                data = part.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if isinstance(part, Tensor) else json.dumps(part, default=str).encode()
+                digest.update(data)
+        return {"name": "literal", "items": len(self.text), "sha256": digest.hexdigest()}
+
+
+class StreamSource:
+    """A live stream as a source of training rows, mixed through a shuffling buffer.
+
+    The buffer holds ``buffer_rows`` rows; half of it is used up, then refilled. The order is fixed
+    by the seed, so a resumed run replays the stream to where it was: a store on disk resumes at once.
+    """
+
+    def __init__(self, stream: Stream, buffer_rows: int = 1 << 17):
+        self.stream, self.buffer_rows, self.n_rows = stream, buffer_rows, None
+        self._first = next(iter(stream), None)
+        if self._first is None:
+            raise SaekitError("the text is too short for one row; give more text")
+
+    def width(self, hook_point: str | None) -> int:
+        """Width of the rows of a hook point."""
+        return self._first.activations[hook_point or self.stream.hook_points[0]].shape[-1]
+
+    def _rows(self, hook_points: Sequence[str]) -> Iterator[Tensor]:
+        while True:
+            empty = True
+            for batch in self.stream:
+                empty = False
+                rows = torch.cat([batch.rows(h).float().cpu() for h in hook_points], -1)
+                if not torch.isfinite(rows).all():
+                    raise SaekitError(f"activations at {hook_points[0]!r} hold NaN or Inf; harvest in fp32, or find what makes the model overflow")
+                yield rows
+            if empty:
+                return
+
+    def batches(self, hook_points: Sequence[str], batch_size: int, seed: int, start: int = 0) -> Iterator[Tensor]:
+        """Endless batches; the text is read again when it ends."""
+        generator = torch.Generator().manual_seed(seed)
+        rows, buffer, step = self._rows(hook_points), torch.empty(0), 0
+        size = max(self.buffer_rows, 2 * batch_size)
+        while True:
+            parts, have = [buffer] if len(buffer) else [], len(buffer)
+            while have < size:
+                parts.append(next(rows))
+                have += len(parts[-1])
+            buffer = torch.cat(parts)
+            buffer = buffer[torch.randperm(len(buffer), generator=generator)]
+            while len(buffer) - batch_size >= size // 2:
+                if step >= start:
+                    yield buffer[:batch_size].clone()
+                buffer, step = buffer[batch_size:], step + 1
+
+    def identity(self) -> dict[str, Any]:
+        """Model, text and settings."""
+        return {"kind": "stream", "model": self.stream.model.identity(), "text": self.stream.text_identity(), "settings": self.stream.settings()}
+
+
+def harvest(
+    model: Any,
+    text: Any = "stdlib",
+    hook_points: Sequence[str] = (),
+    *,
+    out: "str | os.PathLike | None" = None,
+    device: "str | torch.device | None" = None,
+    on_batch: Callable[[int, int | None], None] | None = None,
+    **options: Any,
+) -> "Stream | Store":
+    """Activations of ``text`` at ``hook_points``: a :class:`Stream`, or with ``out`` a :class:`Store`.
+
+    ``text`` is a path, a data set, ``stdlib``, or a list of strings, chats, token rows (integer
+    tensors), pixels (float tensors) or keyword arguments of the model. ``options`` are the fields
+    of :class:`HarvestConfig`. A harvest into a folder that holds part of the same harvest goes on
+    where it stopped. ``on_batch(tokens_done, tokens_wanted)`` is called after each forward pass.
+    """
+    unknown = sorted(set(options) - set(HarvestConfig.__dataclass_fields__))
+    if unknown:
+        raise SaekitError(f"option {unknown[0]!r} is not one of harvest's{nearest(unknown[0], list(HarvestConfig.__dataclass_fields__))}")
+    if options.get("roles") is not None:
+        options["roles"] = tuple(options["roles"])
+    config = HarvestConfig(hook_points=tuple([hook_points] if isinstance(hook_points, str) else hook_points), **options)
+    stream = Stream(load_model(model, device=device), text, config)
+    return stream if out is None else _to_store(stream, Path(out), on_batch)
+
+
+def check_writable(path: Path, needed: int = 0) -> None:
+    """Raise unless a folder can be made and written, with so many bytes free."""
+    parent = path
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise SaekitError(f"out {str(path)!r} can't be a folder: {parent} is a file; choose another path")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        write_atomic(path / ".probe", b"x" * 4096)
+        (path / ".probe").unlink()
+    except OSError as error:
+        raise SaekitError(f"out {str(path)!r} can't be written: {error.strerror}; choose another folder or free some space") from None
+    status = os.statvfs(path)
+    if needed > status.f_bavail * status.f_frsize:
+        raise SaekitError(
+            f"out {str(path)!r} has {status.f_bavail * status.f_frsize / 1e9:.2f} GB free and the harvest needs {needed / 1e9:.2f} GB; "
+            "free some space, choose fewer tokens or a smaller dtype"
+        )
+
+
+def bytes_per_token(widths: Iterable[int], dtype: str) -> int:
+    """Bytes that one token takes in a store: activations, scales, ids, document, mask and index."""
+    size = torch.empty(0, dtype=DTYPES[dtype]).element_size()
+    widths = list(widths)
+    return sum(widths) * size + (4 * len(widths) if dtype == "int8" else 0) + 4 + 4 + 1 + 4
+
+
+def _to_store(stream: Stream, path: Path, on_batch: Callable[[int, int | None], None] | None) -> Store:
+    manifest = {
+        "schema": SCHEMA, "complete": False, "hook_points": {}, "dtype": stream.config.dtype, "seq": 0,
+        "shards": [], "model": stream.model.identity(), "text": stream.text_identity(),
+        "settings": stream.settings(), "norm_limits": {}, "batches_per_shard": 0,
+    }  # fmt: skip
+    previous = _resumable(path, manifest)
+    if previous is not None:
+        manifest = previous
+        if manifest["complete"]:
+            return Store(path)
+    check_writable(path)
+    for stale in path.glob(".*.tmp"):
+        stale.unlink()
+    done = sum(entry["tokens"] for entry in manifest["shards"])
+    stream.norm_limits = dict(manifest["norm_limits"])
+    stream.skip_batches = len(manifest["shards"]) * manifest["batches_per_shard"]
+    writer = ShardWriter(path, manifest)
+    in_shard = 0
+    try:
+        for batch in stream:
+            if not manifest["hook_points"]:
+                _describe(manifest, stream, batch)
+                wanted = stream.config.tokens or 0
+                check_writable(path, wanted * bytes_per_token((s["width"] for s in manifest["hook_points"].values()), stream.config.dtype))
+            writer.add(batch)
+            in_shard += 1
+            done += batch.mask.numel()
+            if on_batch:
+                on_batch(done, stream.config.tokens)
+            if in_shard == manifest["batches_per_shard"]:
+                writer.flush()
+                in_shard = 0
+        writer.flush()
+        if not manifest["shards"]:
+            raise SaekitError("the text gives no row of tokens; give more text")
+        manifest["complete"] = True
+        writer.write_manifest()
+    except OSError as error:
+        raise SaekitError(f"out {str(path)!r} can't be written: {error.strerror}; free some space and run the same command again: it goes on where it stopped") from None
+    return Store(path, verify_seconds=0)
+
+
+def _describe(manifest: dict[str, Any], stream: Stream, batch: ActivationBatch) -> None:
+    """Fill in what only the first batch tells: widths, the row length, the outlier limits, the shard size."""
+    widths = {name: a.shape[-1] for name, a in batch.activations.items()}
+    manifest["hook_points"] = {name: {"width": width, "module": stream.sites[name].path, "side": stream.sites[name].side} for name, width in widths.items()}
+    manifest["seq"] = batch.mask.shape[1]
+    manifest["norm_limits"] = stream.norm_limits
+    per_batch = batch.mask.numel() * bytes_per_token(widths.values(), stream.config.dtype)
+    manifest["batches_per_shard"] = max(1, SHARD_BYTES // per_batch)
+
+
+def _resumable(path: Path, manifest: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The manifest of a part of the same harvest with its broken last shards taken off, or None."""
+    if not (path / "manifest.json").exists():
+        return None
+    found = read_manifest(path)
+    for field in ("model", "text", "settings"):
+        if found[field] != manifest[field]:
+            raise SaekitError(f"out {str(path)!r} holds a harvest with another {field}; choose another folder, or delete it")
+    good = list(itertools.takewhile(lambda entry: _intact(path, entry), found["shards"]))
+    if len(good) < len(found["shards"]):
+        bad = found["shards"][len(good)]["file"]
+        warnings.warn(f"shard {bad} of {path} is damaged; going on from the shard before it", stacklevel=2)
+        found["shards"], found["complete"] = good, False
+    return found
+
+
+def _intact(path: Path, entry: Mapping[str, Any]) -> bool:
+    file = path / entry["file"]
+    return file.is_file() and file.stat().st_size == entry["bytes"] and file_sha256(file) == entry["sha256"]

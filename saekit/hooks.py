@@ -1,0 +1,113 @@
+"""Capture activations and replace them: the only place that registers forward hooks."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in a model: the input or the output (``side``: ``in`` or ``out``) of a module."""
+
+    module: nn.Module
+    side: str
+    path: str
+
+
+class _Stop(BaseException):
+    """Leaves a forward pass early; not an Exception, so that no handler in the model swallows it."""
+
+
+def _first_tensor(value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    if is_dataclass(value) or isinstance(value, Mapping):
+        items = value.values() if isinstance(value, Mapping) else vars(value).values()
+    elif isinstance(value, list | tuple):
+        items = value
+    else:
+        raise TypeError(f"a hook point gave a {type(value).__name__}, which holds no tensor")
+    return next(item for item in items if isinstance(item, Tensor))
+
+
+def _with_first_tensor(value: Any, new: Tensor) -> Any:
+    """The same structure with its first tensor replaced."""
+    if isinstance(value, Tensor):
+        return new
+    if isinstance(value, tuple | list):
+        at = next(i for i, item in enumerate(value) if isinstance(item, Tensor))
+        changed = [*value[:at], new, *value[at + 1 :]]
+        return type(value)(changed) if type(value) in (tuple, list) else type(value)(*changed)
+    first = next(key for key, item in value.items() if isinstance(item, Tensor))
+    value[first] = new
+    return value
+
+
+@contextmanager
+def intervene(functions: "list[tuple[Site, Callable[[Tensor], Tensor | None]]]") -> Iterator[None]:
+    """Run functions on the activations of sites; one that returns a tensor replaces the activation.
+
+    The hooks are gone when the context ends, however it ends.
+    """
+
+    def on_input(function: Callable) -> Callable:
+        def hook(_module: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
+            holder, key = (args, 0) if args else (kwargs, next(k for k, v in kwargs.items() if isinstance(v, Tensor)))
+            new = function(_first_tensor(holder[key]))
+            if new is None:
+                return None
+            if args:
+                return (_with_first_tensor(args[0], new), *args[1:]), kwargs
+            return args, {**kwargs, key: _with_first_tensor(kwargs[key], new)}
+
+        return hook
+
+    def on_output(function: Callable) -> Callable:
+        def hook(_module: nn.Module, _args: tuple, output: Any) -> Any:
+            new = function(_first_tensor(output))
+            return None if new is None else _with_first_tensor(output, new)
+
+        return hook
+
+    handles = []
+    try:
+        for site, function in functions:
+            if site.side == "in":
+                handles.append(site.module.register_forward_pre_hook(on_input(function), with_kwargs=True))
+            else:
+                handles.append(site.module.register_forward_hook(on_output(function)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def capture(run: Callable[[], Any], sites: Mapping[str, Site], stop: bool = True) -> dict[str, Tensor]:
+    """Activations of the sites during ``run()``, detached and not copied.
+
+    With ``stop`` the forward pass is left as soon as every site has been seen, so no later module
+    runs; a module that runs several times gives its first activation.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def keeper(name: str) -> Callable[[Tensor], None]:
+        def keep(tensor: Tensor) -> None:
+            seen.setdefault(name, tensor.detach())
+            if stop and len(seen) == len(sites):
+                raise _Stop
+
+        return keep
+
+    with torch.no_grad(), intervene([(site, keeper(name)) for name, site in sites.items()]):
+        try:
+            run()
+        except _Stop:
+            pass
+    missing = [name for name in sites if name not in seen]
+    if missing:
+        raise RuntimeError(f"hook point {missing[0]!r} ({sites[missing[0]].path}) did not run in this forward pass")
+    return seen

@@ -1,0 +1,307 @@
+"""Text to packed token rows with document ids: what the model reads, and which positions count.
+
+A *text* is ``"stdlib"`` (the default corpus), a file, a folder, a local or hub ``datasets`` data
+set (streamed), or a list of literal strings or of chats (lists of ``{"role", "content"}``).
+"""
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from saekit import stdlib
+from saekit.stdlib import Document
+from saekit.types import SaekitError
+
+PIECE = 1 << 16  # characters; a longer text is several documents, so that one file can be split
+ENCODE_AT_ONCE = 1 << 19  # characters tokenised in one call: bounds memory, keeps both cores busy
+DATA_SUFFIXES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """Rows of one forward pass: ``tokens``, ``documents`` (index in the stream, -1 for padding), ``keep``.
+
+    All are [batch, seq]; ``attention`` is false on padding; ``keep`` is false on padding, special
+    tokens and, for chats, on roles that were not asked for.
+    """
+
+    tokens: np.ndarray
+    documents: np.ndarray
+    attention: np.ndarray
+    keep: np.ndarray
+
+
+def _held_out(name: str) -> bool:
+    return hashlib.sha256(name.encode()).digest()[0] % stdlib.HELD_OUT_SHARE == 0
+
+
+def _pieces(name: str, text: str) -> Iterator[Document]:
+    if len(text) <= PIECE:
+        yield Document(name, text)
+        return
+    start = part = 0
+    while start < len(text):
+        end = min(len(text), start + PIECE)
+        newline = text.rfind("\n", start + PIECE // 2, end)
+        end = newline + 1 if newline > 0 and end < len(text) else end
+        yield Document(f"{name}#{part}", text[start:end])
+        start, part = end, part + 1
+
+
+def _folder(path: Path) -> Iterator[Document]:
+    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        relative = file.relative_to(path)
+        if any(part.startswith(".") for part in relative.parts):
+            continue
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue  # not a text file
+        yield from _pieces(relative.as_posix(), text)
+
+
+def _dataset(name: str, split: str | None = None) -> Iterator[Document | list[dict]]:
+    """Documents of a ``datasets`` data set: its ``text`` column, else ``messages``, else the first string column."""
+    import datasets
+
+    path = Path(name)
+    if path.is_dir():
+        data = datasets.load_from_disk(name)
+        if isinstance(data, datasets.DatasetDict):
+            data = data[split or ("train" if "train" in data else next(iter(data)))]
+    elif path.suffix in DATA_SUFFIXES:
+        data = datasets.load_dataset(DATA_SUFFIXES[path.suffix], data_files=name, split="train", streaming=True)
+    else:
+        probe_hub(name, "dataset")
+        data = datasets.load_dataset(name, split=split or "train", streaming=True)
+    column = None
+    for i, row in enumerate(data):
+        if column is None:
+            strings = [c for c, value in row.items() if isinstance(value, str)]
+            column = next((c for c in ("text", "messages") if c in row), strings[0] if strings else None)
+            if column is None:
+                raise SaekitError(f"dataset {name!r} has no text column; its columns are {', '.join(row)}")
+        if isinstance(row[column], str):
+            yield from _pieces(f"{name}[{i}]", row[column])
+        else:
+            yield row[column]
+
+
+def probe_hub(name: str, kind: str) -> None:
+    """Raise in one sentence, after at most 3 s, when a hub id can't be had."""
+    import huggingface_hub
+
+    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", ""):
+        reason = "HF_HUB_OFFLINE is set"
+    else:
+        try:
+            api = huggingface_hub.HfApi()
+            (api.model_info if kind == "model" else api.dataset_info)(name, timeout=3)
+            return
+        except Exception as error:  # any failure means the same to the user: it can't be had from here
+            reason = f"the hub answers {type(error).__name__}"
+    local = "no such folder here" if kind == "model" else "no such file or folder here"
+    raise SaekitError(f"{kind} {name!r} can't be found: {local}, and {reason}; give a local path or a hub id that exists")
+
+
+def is_dataset(path: Path) -> bool:
+    """Whether a local path holds a ``datasets`` data set rather than text files."""
+    return path.suffix in DATA_SUFFIXES or any((path / f).exists() for f in ("dataset_info.json", "dataset_dict.json"))
+
+
+def documents(text: "str | os.PathLike | Sequence", split: str = "train") -> Iterator[Any]:
+    """The documents of a text, on one side of its split (``train``, ``held_out`` or ``all``).
+
+    Named texts are split by a hash of the document's name, the same everywhere; literal lists are
+    never split.
+    """
+    if not isinstance(text, str | os.PathLike):
+        for i, item in enumerate(text):
+            yield Document(f"literal[{i}]", item) if isinstance(item, str) else item
+        return
+    spec = os.fspath(text)
+    if spec == "stdlib":
+        yield from stdlib.documents(split)
+        return
+    path = Path(spec)
+    if path.exists() and not is_dataset(path):
+        found = _pieces(path.name, _read_text(path)) if path.is_file() else _folder(path)
+    else:
+        found = _dataset(spec)
+    for i, document in enumerate(found):
+        name = document.name if isinstance(document, Document) else f"{spec}[{i}]"
+        if split == "all" or _held_out(name) == (split == "held_out"):
+            yield document
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise SaekitError(f"text {str(path)!r} is not UTF-8 text; give a text file, a folder or a data set") from None
+
+
+def check_text(text: "str | os.PathLike | Sequence") -> None:
+    """Raise at once when a text can't be read or holds nothing."""
+    if isinstance(text, str | os.PathLike):
+        spec, path = os.fspath(text), Path(text)
+        if spec == "stdlib":
+            return
+        if not path.exists():
+            probe_hub(spec, "dataset")
+            return
+        if path.is_file() and path.stat().st_size == 0:
+            raise SaekitError(f"text {spec!r} is empty; give a text with at least one line")
+        if is_dataset(path):
+            return
+    if not any(not isinstance(d, Document) or d.text.strip() for d in documents(text, "all")):
+        shown = repr(os.fspath(text)) if isinstance(text, str | os.PathLike) else "the list given"
+        raise SaekitError(f"text {shown} is empty: it holds no documents; give a text with at least one line")
+
+
+@dataclass(frozen=True)
+class Special:
+    """Special token ids of a tokenizer: what begins a row, parts documents, ends a row, pads."""
+
+    prefix: tuple[int, ...]
+    separator: tuple[int, ...]
+    suffix: tuple[int, ...]
+    pad: int
+    all: frozenset[int]
+
+    @staticmethod
+    def of(tokenizer: Any) -> "Special":
+        """BOS (or CLS, or for GPT-2's kin EOS) first; EOS between documents; SEP last where there is one."""
+
+        def some(*names: str) -> tuple[int, ...]:
+            ids = [getattr(tokenizer, f"{name}_token_id", None) for name in names]
+            return tuple([i for i in ids if i is not None][:1])
+
+        pad = some("pad", "eos", "bos", "unk") or (0,)
+        ids = frozenset(getattr(tokenizer, "all_special_ids", ()))
+        unknown = getattr(tokenizer, "unk_token_id", None)
+        # an unknown word is content, unless the tokenizer has but one special token for everything
+        ids = ids - {unknown} if len(ids) > 1 else ids
+        return Special(some("cls", "bos", "eos"), some("sep", "eos", "bos"), some("sep")[:1], pad[0], ids)
+
+
+def _encoded(docs: Iterable[Any], tokenizer: Any, roles: Sequence[str] | None) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    """``(ids, keep)`` of each document; ``keep`` is None where every token counts."""
+    waiting: list[str] = []
+    size = 0
+
+    def flush() -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+        if waiting:
+            encoded = tokenizer(waiting, add_special_tokens=False, verbose=False)["input_ids"]
+            yield from ((np.asarray(ids, dtype=np.int64), None) for ids in encoded)
+
+    for doc in docs:
+        if isinstance(doc, Document):
+            waiting.append(doc.text)
+            size += len(doc.text)
+            if size >= ENCODE_AT_ONCE:
+                yield from flush()
+                waiting, size = [], 0
+        else:
+            yield from flush()
+            waiting, size = [], 0
+            yield _chat(doc, tokenizer, roles)
+    yield from flush()
+
+
+def _chat(messages: Sequence[dict], tokenizer: Any, roles: Sequence[str] | None) -> tuple[np.ndarray, np.ndarray]:
+    """A chat through the tokenizer's template; only tokens that the chosen roles' messages added count."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise SaekitError("the text holds chats and the model's tokenizer has no chat template; give plain text")
+
+    def render(n: int) -> list[int]:
+        out = tokenizer.apply_chat_template(list(messages[:n]), tokenize=True, return_dict=True)
+        return list(out["input_ids"])
+
+    ids = render(len(messages))
+    keep = np.zeros(len(ids), dtype=bool)
+    start = 0
+    for n, message in enumerate(messages, 1):
+        end = len(render(n)) if n < len(messages) else len(ids)
+        keep[start:end] = roles is None or message["role"] in roles
+        start = end
+    return np.asarray(ids, dtype=np.int64), keep
+
+
+def token_rows(
+    docs: Iterable[Any],
+    tokenizer: Any,
+    *,
+    context: int,
+    batch_rows: int,
+    isolate: bool = False,
+    roles: Sequence[str] | None = None,
+) -> Iterator[TokenRows]:
+    """Pack documents into rows of ``context`` tokens, ``batch_rows`` rows at a time.
+
+    Each row begins with the tokenizer's first token and, packed, goes on with documents joined by
+    separators; with ``isolate`` a row holds (a part of) one document and is padded. A last row
+    that a packed stream can't fill is dropped, unless it is the only one.
+    """
+    special = Special.of(tokenizer)
+    body = context - len(special.prefix) - len(special.suffix)
+    if body < 1:
+        raise SaekitError(f"context = {context} leaves no room for text; choose at least {context - body + 1}")
+    rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+
+    def batch() -> TokenRows:
+        tokens = np.full((len(rows), context), special.pad, dtype=np.int64)
+        owner = np.full((len(rows), context), -1, dtype=np.int64)
+        keep = np.zeros((len(rows), context), dtype=bool)
+        for i, (ids, docs_, kept) in enumerate(rows):
+            full = np.concatenate([special.prefix, ids, special.suffix]).astype(np.int64)
+            inside = slice(len(special.prefix), len(special.prefix) + len(ids))
+            # padding stands on the right whatever the tokenizer prefers: positions stay the true ones
+            tokens[i, : len(full)] = full
+            owner[i, : len(full)] = docs_[0]
+            owner[i, inside] = docs_
+            keep[i, inside] = kept
+        attention = owner >= 0
+        keep &= ~np.isin(tokens, np.fromiter(special.all, dtype=np.int64, count=len(special.all)))
+        return TokenRows(tokens, owner, attention, keep)
+
+    source = _isolated if isolate else _packed
+    for row in source(_encoded(docs, tokenizer, roles), special, body):
+        rows.append(row)
+        if len(rows) == batch_rows:
+            yield batch()
+            rows = []
+    if rows:
+        yield batch()
+
+
+def _isolated(encoded: Iterable, special: Special, body: int) -> Iterator[tuple]:
+    for i, (ids, keep) in enumerate(encoded):
+        keep = np.ones(len(ids), dtype=bool) if keep is None else keep
+        for start in range(0, len(ids), body):
+            part = slice(start, start + body)
+            yield ids[part], np.full(len(ids[part]), i), keep[part]
+
+
+def _packed(encoded: Iterable, special: Special, body: int) -> Iterator[tuple]:
+    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    size, given = 0, False
+    for i, (ids, keep) in enumerate(encoded):
+        keep = np.ones(len(ids), dtype=bool) if keep is None else keep
+        ids = np.concatenate([ids, special.separator]).astype(np.int64)
+        keep = np.concatenate([keep, np.zeros(len(special.separator), dtype=bool)])
+        parts.append((ids, np.full(len(ids), i), keep))
+        size += len(ids)
+        if size >= body:
+            joined = tuple(np.concatenate(column) for column in zip(*parts, strict=True))
+            whole = size - size % body
+            for start in range(0, whole, body):
+                yield tuple(column[start : start + body] for column in joined)
+            parts, size, given = [tuple(column[whole:] for column in joined)], size - whole, True
+    if size and not given:
+        yield tuple(np.concatenate(column) for column in zip(*parts, strict=True))
