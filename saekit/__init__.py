@@ -1,0 +1,71 @@
+"""saekit: sparse dictionaries for mechanistic interpretability.
+
+Names load what they need when they are first used: ``import saekit`` loads torch and nothing else
+that is heavy.
+"""
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch as torch
+
+if TYPE_CHECKING:
+    from saekit import metrics as metrics
+    from saekit.activations import Store as Store
+    from saekit.dictionaries import Dictionary as Dictionary
+    from saekit.dictionaries import create as create
+    from saekit.evaluate import evaluate as evaluate
+    from saekit.harvest import harvest as harvest
+    from saekit.hub import load as load
+    from saekit.hub import save as save
+    from saekit.models import load_model as load_model
+    from saekit.report import dashboard as dashboard
+    from saekit.trainers import Trainer as Trainer
+    from saekit.trainers import train as train
+    from saekit.types import ActivationBatch as ActivationBatch
+    from saekit.types import Codes as Codes
+    from saekit.types import SaekitError as SaekitError
+
+__version__ = "0.1.0"
+_LAZY = {
+    "ActivationBatch": "saekit.types",
+    "Codes": "saekit.types",
+    "Dictionary": "saekit.dictionaries",
+    "SaekitError": "saekit.types",
+    "Store": "saekit.activations",
+    "Trainer": "saekit.trainers",
+    "create": "saekit.dictionaries",
+    "dashboard": "saekit.report",
+    "evaluate": "saekit.evaluate",
+    "harvest": "saekit.harvest",
+    "load": "saekit.hub",
+    "load_model": "saekit.models",
+    "save": "saekit.hub",
+    "train": "saekit.trainers",
+}
+__all__ = ["__version__", "metrics", *_LAZY]
+
+
+class _Facade(ModuleType):
+    """Keeps ``saekit.harvest`` the function although ``saekit/harvest.py`` is a module of that name."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _LAZY and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Facade
+
+
+def __getattr__(name: str) -> Any:
+    if name == "metrics":
+        return importlib.import_module("saekit.metrics")
+    if name not in _LAZY:
+        raise AttributeError(f"module 'saekit' has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

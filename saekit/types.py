@@ -138,8 +138,10 @@ class Loss:
     """A training loss: ``total`` is what is minimised, ``terms`` its named, already weighted parts.
 
     Each term is a mean over rows of a sum over dimensions, in the normalised space of the
-    dictionary (mean squared row norm d_out).
+    dictionary (mean squared row norm d_out). ``codes`` are those of the batch, cut from the graph,
+    for the counts of firing.
     """
 
     total: Float[Tensor, ""]
     terms: Mapping[str, Float[Tensor, ""]] = field(default_factory=dict)
+    codes: Codes | None = None

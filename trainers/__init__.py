@@ -1,2 +1,9 @@
+"""Training: one loop that knows no architecture, and its plain parts."""
+
 if __name__ != "saekit.trainers":
     raise ImportError("this folder is the package saekit.trainers: import it under that name (run python -P)")
+
+from saekit.trainers.loop import Run as Run
+from saekit.trainers.loop import TrainConfig as TrainConfig
+from saekit.trainers.loop import Trainer as Trainer
+from saekit.trainers.loop import train as train

@@ -1,5 +1,6 @@
 """The trained object: one class over four choices, the same for every architecture."""
 
+import copy
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -102,7 +103,7 @@ class Dictionary(nn.Module):
 
     def __init__(self, config: Config, seed: int = 0):
         super().__init__()
-        self.config = config
+        self.config, self.seed = config, seed
         self.wiring = WIRINGS[config.wiring[0]](config.wiring[1])
         self.selection = SELECTIONS[config.selection[0]](config.selection[1])
         self.terms = {name: OBJECTIVES[name](settings) for name, settings in config.objective}
@@ -181,8 +182,8 @@ class Dictionary(nn.Module):
 
     def loss(
         self, batch: "Float[Tensor, 'batch d_in'] | ActivationBatch", state: TrainState | None = None
-    ) -> tuple[Loss, Codes]:
-        """The training loss of a batch of rows, and the codes it used (for the counts of firing)."""
+    ) -> Loss:
+        """The training loss of a batch of rows (or of the unmasked rows of an ActivationBatch)."""
         if isinstance(batch, ActivationBatch):
             batch = batch.rows(self.reads[0]) if self.reads else batch.rows(next(iter(batch.activations)))
         x = self._read(batch)
@@ -193,7 +194,7 @@ class Dictionary(nn.Module):
             atoms=self.atoms.rows(), state=state or TrainState(),
         )  # fmt: skip
         terms = {name: term(forward) for name, term in self.terms.items()}
-        return Loss(total=torch.stack(list(terms.values())).sum(), terms=terms), codes.detach()
+        return Loss(torch.stack(list(terms.values())).sum(), terms, codes.detach())
 
     def before_step(self) -> None:
         """To be called between backward and the optimizer's step: projects constrained gradients."""
@@ -220,8 +221,11 @@ class Dictionary(nn.Module):
     def to_inference(self) -> "Dictionary":
         """The same function of raw activations with the normalisation folded into the weights.
 
-        Codes keep their values; the decoder's rows are no longer of unit norm, so atoms are free.
+        Codes keep their values; the decoder's rows are no longer of unit norm, so atoms are free. A
+        pursuit works in the normalised space itself, so there nothing is folded.
         """
+        if not self.selection.affine:
+            return copy.deepcopy(self).eval()
         chosen = {"wiring": self.config.wiring, "selection": self.config.selection}
         folded = Dictionary(
             Config(self.n_features, atoms=("free", ATOMS["free"].Config()), objective=self.config.objective, **chosen)

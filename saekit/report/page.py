@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -292,7 +293,7 @@ def _density_chart(density: np.ndarray) -> dict[str, Any]:
             width=np.diff(edges).tolist(),
             customdata=[
                 f"{_percent(10**low)} to {_percent(10**high)}"
-                for low, high in zip(edges, edges[1:], strict=False)
+                for low, high in pairwise(edges)
             ],
             hovertemplate="%{customdata} of tokens: %{y} features<extra></extra>",
         ),
@@ -300,9 +301,10 @@ def _density_chart(density: np.ndarray) -> dict[str, Any]:
             "template": "none",
             "showlegend": False,
             "xaxis": {
-                "title": {"text": "share of tokens (log scale)"},
+                "title": {"text": "% of tokens (log scale)"},
                 "tickvals": ticks,
-                "ticktext": [_percent(10.0**tick) for tick in ticks],
+                "ticktext": [f"{10.0 ** (tick + 2):g}" for tick in ticks],
+                "tickangle": 0,
             },
             "yaxis": {"title": {"text": "features"}},
         },
@@ -320,7 +322,7 @@ def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return x, y
     cuts = np.linspace(0, len(x), MAX_POINTS // 2, dtype=np.int64)
     keep = {len(x) - 1}
-    for low, high in zip(cuts, cuts[1:], strict=False):
+    for low, high in pairwise(cuts):
         stretch = np.nan_to_num(y[low:high])
         keep |= {low + int(stretch.argmin()), low + int(stretch.argmax())}
     kept = np.array(sorted(keep))

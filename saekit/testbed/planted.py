@@ -68,12 +68,10 @@ class PlantedConfig:
     seed: int = 0
 
     def __post_init__(self):
-        least = {"n_features": 1, "d_in": 1, "branching": 1}
-        least |= dict.fromkeys(
-            ("rank", "correlation", "roots", "depth", "orthogonal_steps", "bias", "seed"), 0
-        )
-        for name, bound in least.items():
-            self._require(name, getattr(self, name) >= bound, f"use {bound} or more")
+        for name in ("n_features", "d_in", "branching"):
+            self._require(name, getattr(self, name) >= 1, "use 1 or more")
+        for name in ("rank", "correlation", "roots", "depth", "orthogonal_steps", "bias", "seed"):
+            self._require(name, getattr(self, name) >= 0, "use 0 or more")
         family, below = 1 + self.depth * self.branching, 1 / math.sqrt(max(self.rank, 1))
         bare = not (self.correlated and self.roots)
         for name, valid, fix in (
@@ -134,7 +132,9 @@ class PlantedWorld:
     samples are drawn on ``device``, and other devices draw other samples of the same law.
     """
 
-    def __init__(self, config: PlantedConfig, device: str = "cpu", dtype: torch.dtype = torch.float32):
+    def __init__(
+        self, config: PlantedConfig, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ):
         self.config, self.device, self.dtype = config, torch.device(device), dtype
         c, generator = config, self._generator(WORLD, 0, torch.device("cpu"))
         self.directions = _unit_directions(c, generator, self.device)
@@ -286,17 +286,13 @@ def sparse_bernoulli(
     for exponent in octave.unique().tolist():
         columns = (octave == exponent).nonzero()[:, 0]
         rate, cells = 2.0**exponent, rows * len(columns)
+        log_miss = math.log1p(-rate) if rate < 1 else -math.inf
         at, last = [], -1
         while last < cells:
             expected = (cells - last) * rate
-            uniform = torch.rand(
-                int(expected + 6 * math.sqrt(expected)) + 16,
-                generator=generator, dtype=torch.float64, device=p.device,
-            )  # fmt: skip
-            # 1 - uniform is in (0, 1]; at rate 1 the quotient is 0 and every cell is visited
-            jumps = (
-                torch.log1p(-uniform) / math.log1p(-rate) if rate < 1 else uniform * 0
-            ).floor().long() + 1
+            size = int(expected + 6 * math.sqrt(expected)) + 16
+            uniform = torch.rand(size, generator=generator, dtype=torch.float64, device=p.device)
+            jumps = (torch.log1p(-uniform) / log_miss).floor().long() + 1
             at.append(jumps.cumsum(0) + last)
             last = int(at[-1][-1])
         cell = torch.cat(at)

@@ -34,6 +34,7 @@ class OMP(nn.Module):
     """Pursuit over the encoder's atoms (of unit norm) in input space, steps in order of choice."""
 
     Config = OMPConfig
+    affine = False  # whether codes depend on the input through W x + b alone
 
     def __init__(self, config: OMPConfig):
         super().__init__()

@@ -28,6 +28,7 @@ class TopK(nn.Module):
     """Selection by rank within a row; a function of its own row alone."""
 
     Config = TopKConfig
+    affine = True  # whether codes depend on the input through W x + b alone
 
     def __init__(self, config: TopKConfig):
         super().__init__()

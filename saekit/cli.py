@@ -1,0 +1,40 @@
+"""The command line: a table of verbs, and one way to answer bad input."""
+
+import importlib
+import sys
+
+import typer
+
+from saekit.types import SaekitError
+
+VERBS = {
+    "harvest": "saekit.verbs.harvest:harvest",
+    "train": "saekit.verbs.train:train",
+    "eval": "saekit.verbs.evaluate:evaluate",
+    "doctor": "saekit.verbs.doctor:doctor",
+}
+
+app = typer.Typer(
+    name="saekit",
+    help="Sparse dictionaries for mechanistic interpretability: harvest, train, evaluate, inspect.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+for _name, _place in VERBS.items():
+    _module, _attr = _place.split(":")
+    app.command(_name)(getattr(importlib.import_module(_module), _attr))
+
+
+def main() -> None:
+    """Run a verb; a mistake of the user's is one sentence on stderr and exit code 2."""
+    try:
+        app()
+    except SaekitError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""saekit's own format: a folder with ``dictionary.safetensors`` and ``card.json``. Schema version 1.
+
+The tensors are the dictionary's state: ``encoder [n_features, d_in]`` (absent when tied),
+``atoms.weight [n_features, d_out]``, ``b_enc [n_features]``, ``b_dec [d_out]``, the normalisation
+``mean_in, scale_in [d_in]``, ``mean_out, scale_out [d_out]`` and ``normalised``. The card holds
+``schema``, ``config`` (the four choices), ``reads`` and ``writes`` (hook points), ``sha256`` of the
+tensors' file, and what is known of data, training and metrics.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saekit.activations import write_atomic
+from saekit.dictionaries import Config, Dictionary
+from saekit.registry import nearest
+from saekit.types import SaekitError
+
+SCHEMA = 1
+WEIGHTS, CARD = "dictionary.safetensors", "card.json"
+
+
+def save(dictionary: Dictionary, path: "str | Path") -> Path:
+    """Write a dictionary to a folder, atomically: the card, which names the tensors' hash, comes last."""
+    from safetensors.torch import save as to_bytes
+
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        data = to_bytes({key: value.detach().contiguous().cpu() for key, value in dictionary.state_dict().items()})
+        card = {
+            "schema": SCHEMA, "config": dictionary.config.to_json(), "reads": list(dictionary.reads),
+            "writes": list(dictionary.writes), "sha256": hashlib.sha256(data).hexdigest(), "torch": torch.__version__,
+            **dictionary.card,
+        }  # fmt: skip
+        write_atomic(path / WEIGHTS, data)
+        write_atomic(path / CARD, json.dumps(card, indent=1).encode())
+    except OSError as error:
+        raise SaekitError(f"out {str(path)!r} can't be written: {error.strerror}; choose another folder") from None
+    return path
+
+
+def read_card(path: Path) -> dict[str, Any]:
+    """The card of a dictionary, checked for schema and the fields that loading needs."""
+    file = path / CARD
+    if not file.is_file():
+        raise SaekitError(f"dictionary {str(path)!r} has no {CARD}; give a folder that saekit saved, or a finished run")
+    try:
+        card = json.loads(file.read_text())
+        version = card["schema"]
+    except (ValueError, KeyError, TypeError):
+        raise SaekitError(f"card {str(file)!r} is not a dictionary's card; save the dictionary again") from None
+    if version != SCHEMA:
+        raise SaekitError(f"card {str(file)!r} has schema {version!r} and this saekit reads {SCHEMA}")
+    for field in ("config", "reads", "writes", "sha256"):
+        if field not in card:
+            raise SaekitError(f"card {str(file)!r} lacks the field {field!r}; save the dictionary again")
+    return card
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file, or one sentence about why it is none."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    if not file.is_file():
+        raise SaekitError(f"file {str(file)!r} is not there; save the dictionary again")
+    try:
+        return load(file.read_bytes())
+    except (SafetensorError, ValueError) as error:
+        raise SaekitError(f"file {str(file)!r} is not an intact safetensors file ({error}); save it again") from None
+
+
+def load(path: "str | Path", device: "str | torch.device | None" = None) -> Dictionary:
+    """Read a dictionary back, bit for bit; a missing, unknown or misshapen tensor raises by name."""
+    path = Path(path)
+    if not path.is_dir():
+        raise SaekitError(f"dictionary {str(path)!r} is not a folder; give one that saekit saved, or a finished run")
+    card = read_card(path)
+    tensors = read_tensors(path / WEIGHTS)
+    dictionary = Dictionary(Config.from_json(card["config"]))
+    expected = dictionary.state_dict()
+    for name in sorted(set(expected) - set(tensors)):
+        raise SaekitError(f"dictionary {str(path)!r} lacks the tensor {name!r}; save it again")
+    for name in sorted(set(tensors) - set(expected)):
+        raise SaekitError(f"dictionary {str(path)!r} holds an unknown tensor {name!r}{nearest(name, list(expected))}")
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape or tensor.dtype != expected[name].dtype:
+            raise SaekitError(
+                f"tensor {name!r} of {str(path)!r} is {tensor.dtype} {tuple(tensor.shape)} and the card's config means "
+                f"{expected[name].dtype} {tuple(expected[name].shape)}"
+            )
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise SaekitError(f"tensor {name!r} of {str(path)!r} holds NaN or Inf; train or convert it again")
+    dictionary.load_state_dict(tensors)
+    dictionary.reads, dictionary.writes = tuple(card["reads"]), tuple(card["writes"])
+    fixed = {"schema", "config", "reads", "writes", "sha256", "torch"}
+    dictionary.card = {key: value for key, value in card.items() if key not in fixed}
+    return dictionary.to(device) if device else dictionary

@@ -1,0 +1,77 @@
+"""What every verb shares: progress on stderr, results on stdout, options with one meaning."""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+
+Device = Annotated[str | None, typer.Option(help="torch device, for example cuda; default: the CPU.", metavar="DEVICE")]
+Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout; all else goes to stderr.")]
+
+LINE_SECONDS = 10.0  # between plain progress lines, where there is no terminal
+
+
+def say(text: str) -> None:
+    """A line for the person, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def result(data: Any, as_json: bool, text: str) -> None:
+    """The result of a verb, on stdout."""
+    print(json.dumps(finite(data), indent=1) if as_json else text, flush=True)
+
+
+def finite(data: Any) -> Any:
+    """The same data with NaN and infinities as null: JSON has neither."""
+    if isinstance(data, dict):
+        return {key: finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
+def duration(seconds: float) -> str:
+    """``1 h 02 min``, ``3 min 20 s`` or ``4.2 s``."""
+    if seconds >= 3600:
+        return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:02.0f} min"
+    return f"{seconds // 60:.0f} min {seconds % 60:02.0f} s" if seconds >= 60 else f"{seconds:.1f} s"
+
+
+@contextmanager
+def progress(title: str, unit: str) -> Iterator[Callable[[int, int | None, str], None]]:
+    """A function ``(done, total, note)`` that draws a bar on a terminal and plain lines elsewhere."""
+    began = last = time.monotonic()
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.fields[note]}"), TimeRemainingColumn())  # fmt: skip
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task(title, total=None, note="")
+
+            def draw(done: int, total: int | None, note: str = "") -> None:
+                rate = done / max(1e-9, time.monotonic() - began)
+                bar.update(task, completed=done, total=total, note=f"{rate:,.0f} {unit}/s {note}")
+
+            yield draw
+        return
+
+    def line(done: int, total: int | None, note: str = "") -> None:
+        nonlocal last
+        now = time.monotonic()
+        finished = total is not None and done >= total
+        if now - last < LINE_SECONDS and not finished:
+            return
+        last = now
+        rate = done / max(1e-9, now - began)
+        left = f", {duration((total - done) / max(rate, 1e-9))} left" if total and not finished else ""
+        of = f" of {total:,}" if total else ""
+        say(f"{title}: {done:,}{of} {unit}, {rate:,.0f} {unit}/s{left}{' ' + note if note else ''}")
+
+    yield line

@@ -1,0 +1,127 @@
+"""``saekit doctor``: the environment, the backends, and what a file or folder contains."""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from saekit.types import SaekitError
+from saekit.verbs.console import Json, result
+
+PACKAGES = ("torch", "numpy", "numba", "triton", "transformers", "transformer-lens", "datasets", "safetensors", "huggingface_hub", "wandb", "plotly")  # fmt: skip
+
+
+def doctor(
+    path: Annotated[str | None, typer.Argument(help="A store, a dictionary, a run, or a safetensors file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what this machine offers, or what a file contains and whether it is intact.
+
+    Example: `saekit doctor acts`
+    """
+    data = environment() if path is None else explain(Path(path))
+    width = max(len(key) for key in data)
+    result(data, as_json, "\n".join(f"{key:{width}}  {_text(value)}" for key, value in data.items()))
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_text(v)}" for k, v in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, devices, memory, disk, and which kernel backend runs and why."""
+    import torch
+
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "absent"
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "python": f"{platform.python_version()} at {sys.executable}",
+        "system": platform.platform(),
+        "packages": versions,
+        "threads": torch.get_num_threads(),
+        "memory": f"{memory / 1e9:.1f} GB",
+        "disk": f"{shutil.disk_usage('.').free / 1e9:.1f} GB free here",
+        "gpu": cuda or "none",
+        "bf16 matrix unit": "yes (amx_bf16)" if "amx_bf16" in flags else "no",
+        "kernels": "eager (plain torch, exact): the only backend of this version, on every device",
+        "network": "off (HF_HUB_OFFLINE)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "") else "allowed",
+    }
+
+
+def explain(path: Path) -> dict[str, Any]:
+    """What a path holds; raises in one sentence when it is damaged or unknown."""
+    if (path / "manifest.json").is_file():
+        return _store(path)
+    if (path / "card.json").is_file():
+        return _dictionary(path)
+    if (path / "config.json").is_file() and (path / "checkpoints").is_dir():
+        return _run(path)
+    if path.is_file():
+        return _tensors(path)
+    raise SaekitError(f"path {str(path)!r} is no store, dictionary, run or safetensors file; give one of these")
+
+
+def _store(path: Path) -> dict[str, Any]:
+    from saekit.activations import Store
+
+    store = Store(path, verify_seconds=float("inf"))
+    m = store.manifest
+    shards = m["shards"]
+    return {
+        "store": str(path), "complete": m["complete"], "model": m["model"], "text": m["text"], "dtype": m["dtype"],
+        "hook points": {name: f"width {site['width']} ({site['module']}:{site['side']})" for name, site in m["hook_points"].items()},
+        "rows": f"{store.n_rows:,} unmasked of {sum(s['tokens'] for s in shards):,} tokens in sequences of {m['seq']}",
+        "shards": f"{len(shards)}, {sum(s['bytes'] for s in shards) / 1e6:,.0f} MB, every hash verified",
+        "finite": "yes" if not any(n for s in shards for n in s["nonfinite"].values()) else {s["file"]: s["nonfinite"] for s in shards if any(s["nonfinite"].values())},
+    }  # fmt: skip
+
+
+def _dictionary(path: Path) -> dict[str, Any]:
+    from saekit.activations import file_sha256
+    from saekit.hub import native
+
+    dictionary, card = native.load(path), native.read_card(path)
+    intact = file_sha256(path / native.WEIGHTS) == card["sha256"]
+    config = card["config"]
+    return {
+        "dictionary": str(path), "n_features": config["n_features"],
+        **{choice: config[choice] for choice in ("wiring", "selection", "atoms")},
+        "objective": [term["name"] for term in config["objective"]],
+        "reads": list(dictionary.reads), "writes": list(dictionary.writes), "normalised": bool(dictionary.normalised),
+        "tensors": {name: f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for name, t in dictionary.state_dict().items()},
+        "hash": "matches the card" if intact else "DIFFERS from the card: the weights were changed after saving",
+        "data": card.get("data", "not stated"),
+    }  # fmt: skip
+
+
+def _run(path: Path) -> dict[str, Any]:
+    import json
+
+    from saekit.trainers.checkpoint import latest
+
+    config = json.loads((path / "config.json").read_text())
+    found = latest(path / "checkpoints")
+    step = found[1]["step"] if found else 0
+    return {"run": str(path), "finished": False, "newest intact checkpoint": f"step {step} of {config['train']['steps']}", "train": config["train"]}
+
+
+def _tensors(path: Path) -> dict[str, Any]:
+    from saekit.hub.native import read_tensors
+
+    tensors = read_tensors(path)
+    return {"file": str(path), **{name: f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for name, t in tensors.items()}}

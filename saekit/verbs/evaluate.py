@@ -1,0 +1,69 @@
+"""``saekit eval``: the metric table of a dictionary."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from saekit.verbs.console import Device, Json, Seed, progress, result
+
+
+def table(report: Any) -> str:
+    """The measures as text: value, interval, unit, n, and the controls."""
+    from rich.console import Console
+    from rich.table import Table
+
+    names = list(next(iter(report.values())).control)
+    out = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("metric", "value", "95 % interval", "unit", "n", *names):
+        out.add_column(column, justify="left" if column in ("metric", "unit") else "right")
+    for key, m in report.items():
+        if isinstance(m.value, list):
+            continue
+        span = f"{m.interval[0]:.4f} .. {m.interval[1]:.4f}" if m.interval else ""
+        out.add_row(key, f"{m.value:.4f}", span, m.unit, f"{m.n:,}", *(f"{m.control[c]:.4f}" if c in m.control else "" for c in names))
+    console = Console(width=120)
+    with console.capture() as captured:
+        console.print(out)
+    return captured.get().rstrip()
+
+
+def evaluate(
+    path: Annotated[str, typer.Argument(help="Dictionary or finished run.", metavar="DICTIONARY")],
+    model: Annotated[str | None, typer.Option(help="Model; default: the one it was harvested from.")] = None,
+    text: Annotated[str | None, typer.Option(help="Text; default: the one it was harvested from.")] = None,
+    hook_point: Annotated[str | None, typer.Option(help="Hook point; default: the dictionary's own.")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens to evaluate on.")] = 65536,
+    split: Annotated[str, typer.Option(help="Side of the text's split.")] = "held_out",
+    controls: Annotated[bool, typer.Option(help="Also evaluate random dictionaries.")] = True,
+    ablation: Annotated[str, typer.Option(help="What CE recovered is measured against: zero or mean.")] = "zero",
+    device: Device = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Evaluate a dictionary on held-out text, beside random controls; writes eval.json into its folder.
+
+    Example: `saekit eval run --tokens 65536`
+    """
+    from saekit.activations import write_atomic
+    from saekit.evaluate import evaluate as run
+    from saekit.hub import load
+    from saekit.verbs.console import finite
+
+    dictionary = load(path, device=device)
+    model, text = defaults(dictionary.card, model, text)
+    with progress("evaluate", "tokens") as draw:
+        report = run(
+            dictionary, model, text, tokens=tokens, hook_point=hook_point, split=split, controls=controls,
+            ablation=ablation, device=device, seed=seed, on_batch=lambda done, total: draw(done, total, ""),
+        )  # fmt: skip
+    data = report.to_json()
+    write_atomic(Path(path) / "eval.json", json.dumps(finite(data), indent=1).encode())
+    result(data, as_json, table(report))
+
+
+def defaults(card: dict[str, Any], model: str | None, text: str | None) -> tuple[str, str]:
+    """Model and text that a dictionary's card names, unless others are given."""
+    data = card.get("data", {})
+    return model or data.get("model", {}).get("name", "code-lm"), text or data.get("text", {}).get("name", "stdlib")
