@@ -289,8 +289,6 @@ def test_bad_calls_are_refused():
         R.classification(world.directions[:10], world.directions, codes, codes)
     with pytest.raises(SaekitError, match="codes have 4 rows"):
         R.absorption(world.directions, world.directions, codes, world.batch(5, 0)[1], world.parent)
-    with pytest.raises(SaekitError, match="use one space"):
-        R.mcc(world.directions[:, :9], world.directions)
     assert set(PRESETS) == {"small", "synthsaebench-16k"}
 
 

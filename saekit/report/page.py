@@ -22,6 +22,7 @@ import numpy as np
 
 from saekit.report.contexts import Context, FeatureContexts
 
+Number = float | int
 MAX_POINTS = 2000  # points drawn of one curve; more cannot be seen
 CURVE_TITLES = {
     "loss": "Loss terms",
@@ -45,12 +46,12 @@ class Metric:
     """
 
     key: str
-    value: float
+    value: Number
     n: int | None = None
     unit: str = ""
-    low: float | None = None
-    high: float | None = None
-    controls: Mapping[str, float] = field(default_factory=dict)
+    low: Number | None = None
+    high: Number | None = None
+    controls: Mapping[str, Number] = field(default_factory=dict)
     better: Literal["higher", "lower"] | None = None
     explanation: str = ""
 
@@ -97,8 +98,8 @@ class FeatureCard:
     histogram_counts: tuple[int, ...] = ()
     top: tuple[Window, ...] = ()
     bands: tuple[Band, ...] = ()
-    promoted: tuple[tuple[str, float], ...] = ()
-    suppressed: tuple[tuple[str, float], ...] = ()
+    promoted: tuple[tuple[str, Number], ...] = ()
+    suppressed: tuple[tuple[str, Number], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,8 @@ class RunReport:
 
     title: str
     facts: tuple[tuple[str, str], ...] = ()
-    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]] = field(default_factory=dict)
-    density: Sequence[float] = ()
+    curves: Mapping[str, tuple[Sequence[Number], Sequence[Number]]] = field(default_factory=dict)
+    density: Sequence[Number] = ()
     metrics: tuple[Metric, ...] = ()
     features: tuple[FeatureCard, ...] = ()
     notes: tuple[str, ...] = ()
@@ -123,8 +124,8 @@ class RunReport:
 def feature_card(
     found: FeatureContexts,
     token_text: Callable[[int], str],
-    promoted: Sequence[tuple[str, float]] = (),
-    suppressed: Sequence[tuple[str, float]] = (),
+    promoted: Sequence[tuple[str, Number]] = (),
+    suppressed: Sequence[tuple[str, Number]] = (),
     document_name: Callable[[int], str] | None = None,
 ) -> FeatureCard:
     """The card of what a ``ContextCollector`` found; ``token_text`` gives the text of a token id."""
@@ -261,7 +262,7 @@ def _charts(report: RunReport) -> list[dict[str, Any]]:
     return [{"id": f"chart-{number}", **chart} for number, chart in enumerate(charts)]
 
 
-def _curve_chart(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> dict[str, Any]:
+def _curve_chart(curves: Mapping[str, tuple[Sequence[Number], Sequence[Number]]]) -> dict[str, Any]:
     import plotly.graph_objects as go
 
     figure = go.Figure(layout={"template": "none", "xaxis": {"title": {"text": "step"}}})
@@ -274,7 +275,7 @@ def _curve_chart(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) 
         positive.extend(y[np.isfinite(y)])
     figure.update_layout(showlegend=len(curves) > 1)
     if positive and min(positive) > 0 and max(positive) > 30 * min(positive):
-        figure.update_yaxes(type="log")
+        figure.update_yaxes(type="log", dtick=1)
     return {"caption": f"At step {_number(x[-1])}: {', '.join(last)}", "figure": figure.to_plotly_json()}
 
 
@@ -291,10 +292,7 @@ def _density_chart(density: np.ndarray) -> dict[str, Any]:
             x=((edges[1:] + edges[:-1]) / 2).tolist(),
             y=counts.tolist(),
             width=np.diff(edges).tolist(),
-            customdata=[
-                f"{_percent(10**low)} to {_percent(10**high)}"
-                for low, high in pairwise(edges)
-            ],
+            customdata=[f"{_percent(10**low)} to {_percent(10**high)}" for low, high in pairwise(edges)],
             hovertemplate="%{customdata} of tokens: %{y} features<extra></extra>",
         ),
         layout={
@@ -339,7 +337,7 @@ def _strip(metric: Metric) -> dict[str, Any] | None:
     if high <= 1 and low >= 0:
         high = 1.0
 
-    def at(value: float | None) -> float | None:
+    def at(value: Number | None) -> float | None:
         finite = value is not None and math.isfinite(value)
         return round(100 * (value - low) / ((high - low) or 1), 2) if finite else None
 
@@ -374,12 +372,12 @@ def _finite(data: Any) -> Any:
     return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
-def _float32(value: float | None) -> float | None:
+def _float32(value: Number | None) -> Number | None:
     """The shortest decimal that is the same float32: nothing is lost, and the page is half as long."""
     return float(str(np.float32(value))) if value else value
 
 
-def _number(value: float | None) -> str:
+def _number(value: Number | None) -> str:
     if value is None:
         return ""
     if math.isfinite(value) and value == int(value) and abs(value) < 1e15:

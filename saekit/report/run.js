@@ -86,25 +86,28 @@
 
   const contextsOf = (feature) => [...feature.top, ...feature.bands.flatMap((band) => band.windows)];
 
+  // 2 where the text overlaps the peak, 1 where it overlaps another active token, else 0
   function firesOn(context, query) {
     const tokens = context.tokens.map((token) => text[token].toLowerCase());
     const whole = tokens.join("");
     const ends = [];
     tokens.reduce((end, token, at) => (ends[at] = end + token.length), 0);
+    let found = 0;
     for (let from = whole.indexOf(query); from >= 0; from = whole.indexOf(query, from + 1)) {
-      const to = from + query.length;
-      if (tokens.some((token, at) => context.activations[at] && ends[at] > from && ends[at] - token.length < to)) {
-        return true;
-      }
+      const covers = (at) => ends[at] > from && ends[at] - tokens[at].length < from + query.length;
+      if (covers(context.peak)) return 2;
+      if (!found && tokens.some((_, at) => context.activations[at] && covers(at))) found = 1;
     }
-    return false;
+    return found;
   }
 
-  function matches(feature, query) {
-    if (String(feature.index).startsWith(query)) return true;
+  // how well a feature answers a query: 0 not at all, 4 by its index
+  function relevance(feature, query) {
+    if (String(feature.index) === query) return 4;
+    if (feature.top.some((context) => firesOn(context, query) === 2)) return 3;
     const named = [...feature.promoted, ...feature.suppressed];
-    if (named.some(([token]) => text[token].toLowerCase().includes(query))) return true;
-    return contextsOf(feature).some((context) => firesOn(context, query));
+    if (String(feature.index).startsWith(query) || contextsOf(feature).some((one) => firesOn(one, query))) return 2;
+    return Number(named.some(([token]) => text[token].toLowerCase().includes(query)));
   }
 
   // ---- one feature ----
@@ -226,7 +229,8 @@
 
   // ---- the list, and what is selected ----
 
-  const state = { f: null, q: "", sort: "index", view: "aligned", values: false };
+  const usual = { f: null, q: "", sort: "index", view: "aligned", values: false };
+  const state = { ...usual };
   let shown = [];
   const items = new Map();
 
@@ -276,29 +280,27 @@
   }
 
   function list() {
-    const query = state.q.trim() ? state.q.toLowerCase() : "";
-    shown = data.features.filter((feature) => !query || matches(feature, query)).sort(order);
+    const query = state.q.trim() && state.q.toLowerCase();
+    const score = new Map(data.features.map((one) => [one.index, query ? relevance(one, query) : 1]));
+    shown = data.features
+      .filter((one) => score.get(one.index))
+      .sort((left, right) => score.get(right.index) - score.get(left.index) || order(left, right));
     byId("list").replaceChildren(...shown.map((feature) => items.get(feature.index)));
-    const total = data.features.length.toLocaleString("en");
-    byId("status").textContent = query ? `${shown.length.toLocaleString("en")} of ${total} features` : `${total} features`;
+    const total = `${data.features.length.toLocaleString("en")} features`;
+    byId("status").textContent = query ? `${shown.length.toLocaleString("en")} of ${total}, closest first` : total;
   }
 
-  // an exact index comes first, then what was selected, then the first of the list
+  // what was selected stays selected while it is in the list
   function pick() {
-    const exact = /^\d+$/.test(state.q.trim()) ? Number(state.q) : null;
-    if (exact !== null && features.has(exact)) return exact;
     if (shown.some((feature) => feature.index === state.f)) return state.f;
     return shown.length ? shown[0].index : null;
   }
 
+  // the address holds the whole state, so that a link shows what its sender saw
   function remember() {
-    const kept = { f: state.f, q: state.q, sort: state.sort, view: state.view, values: state.values ? 1 : "" };
-    const usual = { sort: "index", view: "aligned" };
-    const hash = new URLSearchParams(
-      Object.entries(kept).filter(([name, value]) => value !== null && value !== "" && value !== usual[name]),
-    );
+    const changed = Object.entries(state).filter(([name, value]) => value !== usual[name]);
     try {
-      history.replaceState(null, "", `#${hash}`);
+      history.replaceState(null, "", `#${new URLSearchParams(changed)}`);
     } catch {
       // inside a frame without an address of its own there is no link to keep
     }
@@ -306,14 +308,16 @@
 
   function recall() {
     const hash = new URLSearchParams(location.hash.slice(1));
-    const wanted = ["f", "q", "sort", "view", "values"].some((name) => hash.has(name));
-    if (!wanted) return false;
-    const offered = (id, value) => [...byId(id).options].some((option) => option.value === value);
-    if (hash.has("q") || !hash.has("f")) state.q = hash.get("q") ?? "";
-    if (offered("sort", hash.get("sort"))) state.sort = hash.get("sort");
-    if (offered("view", hash.get("view"))) state.view = hash.get("view");
-    if (hash.has("values")) state.values = hash.get("values") === "1";
-    state.f = /^\d+$/.test(hash.get("f") ?? "") ? Number(hash.get("f")) : state.f;
+    if (!Object.keys(usual).some((name) => hash.has(name))) return false;
+    const option = (name) => {
+      const value = hash.get(name);
+      return [...byId(name).options].some((one) => one.value === value) ? value : usual[name];
+    };
+    state.f = /^\d+$/.test(hash.get("f") ?? "") ? Number(hash.get("f")) : null;
+    state.q = hash.get("q") ?? "";
+    state.sort = option("sort");
+    state.view = option("view");
+    state.values = hash.get("values") === "true";
     return true;
   }
 
@@ -330,7 +334,8 @@
     Object.assign(state, part);
     list();
     present();
-    select(pick());
+    const best = part.q && shown.length ? shown[0].index : pick();
+    select(best);
     remember();
   }
 
@@ -374,7 +379,9 @@
         event.preventDefault();
         byId("query").focus();
       }
-      if (event.key === "j" || event.key === "k") step(event.key === "j" ? 1 : -1, false);
+      if (event.key === "j" || event.key === "k") {
+        step(event.key === "j" ? 1 : -1, byId("list").contains(document.activeElement));
+      }
     });
     addEventListener("hashchange", () => recall() && show());
   }
@@ -382,8 +389,7 @@
   function show() {
     list();
     present();
-    const asked = new URLSearchParams(location.hash.slice(1)).has("f");
-    select(asked && state.f !== null ? state.f : pick());
+    select(state.f ?? pick());
   }
 
   // ---- exact values on hover ----

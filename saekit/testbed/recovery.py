@@ -70,7 +70,6 @@ def recovery(
 @torch.no_grad()
 def matches(decoder: Float[Tensor, "feature d_in"], truth: Float[Tensor, "n_true d_in"]) -> Matches:
     """Nearest true feature of every dictionary feature, and the other way round."""
-    _same_width(decoder, truth)
     unit, true_unit = _unit(decoder), _unit(truth)
     best = true_unit.new_full((len(truth),), -1.0)
     feature_of = torch.zeros(len(truth), dtype=torch.int64, device=truth.device)
@@ -92,7 +91,6 @@ def mcc(decoder: Float[Tensor, "feature d_in"], truth: Float[Tensor, "n_true d_i
     The mean is over ``min(n_features, n_true)`` pairs: 1 when every feature of the smaller side has
     a partner of its own. Needs no codes. Time grows with the cube of the smaller side.
     """
-    _same_width(decoder, truth)
     cosine = (_unit(decoder) @ _unit(truth).T).abs().cpu()
     row, column = linear_sum_assignment(cosine.numpy(), maximize=True)
     return cosine[row, column].double().mean().clamp(max=1.0).item()
@@ -272,11 +270,6 @@ def _norms(codes: Codes, directions: Tensor, offset: Tensor | None) -> float:
         )  # fmt: skip
         total += (summed if offset is None else summed + offset).norm(dim=1).double().sum().item()
     return total
-
-
-def _same_width(decoder: Tensor, truth: Tensor) -> None:
-    if decoder.shape[1] != truth.shape[1]:
-        raise SaekitError(f"decoder has d_in {decoder.shape[1]} and truth {truth.shape[1]}: use one space")
 
 
 def _check(decoder: Tensor, truth: Tensor, codes: Codes, true_codes: Codes) -> None:

@@ -1,0 +1,26 @@
+# Both targets need Python 3.11, pip, git and make, and set up the rest in .venv.
+PYTHON ?= python3.11
+BIN := .venv/bin
+export PYTHONSAFEPATH := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: demo test lint clean
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: .venv/installed  ## language model -> dictionary -> report, in a few minutes
+	$(BIN)/saekit demo --out demo
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint  ## lint, types, and every test that needs no network and no GPU
+	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(BIN)/pytest
+
+clean:
+	rm -rf .venv demo build dist *.egg-info
