@@ -8,9 +8,11 @@ import typer
 from saekit.types import SaekitError
 
 VERBS = {
+    "demo": "saekit.verbs.demo:demo",
     "harvest": "saekit.verbs.harvest:harvest",
     "train": "saekit.verbs.train:train",
     "eval": "saekit.verbs.evaluate:evaluate",
+    "dashboard": "saekit.verbs.dashboard:dashboard",
     "doctor": "saekit.verbs.doctor:doctor",
 }
 

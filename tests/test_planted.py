@@ -138,6 +138,21 @@ def test_copula_sign_and_strength():
     assert (observed - 2 / math.pi * correlation.asin()).abs().max() < 5 / math.sqrt(ROWS)
 
 
+def test_a_child_fires_more_with_free_features_that_share_its_loadings():
+    world = PlantedWorld(
+        PlantedConfig(n_features=40, d_in=8, p_max=0.6, p_min=0.2, rank=6, correlation=0.35, roots=4,
+                      branching=2, depth=1, orthogonal_steps=0)
+    )  # fmt: skip
+    fires = (world.evaluation_set(ROWS)[1].to_dense() > 0).double()
+    observed, expected = [], []
+    for child in range(4, 12):
+        given = fires[fires[:, world.parent[child]] > 0]  # the parent's own ties are not the question
+        observed.append(torch.corrcoef(given.T)[child, 12:])
+        expected.append(world.loadings[12:].double() @ world.loadings[child].double())
+    pair = torch.stack([torch.cat(observed), torch.cat(expected)])
+    assert torch.corrcoef(pair)[0, 1] > 0.6
+
+
 def test_copula_is_a_correlation_matrix_and_families_are_orthogonal():
     world = PlantedWorld(FAST)
     c = world.config

@@ -187,10 +187,10 @@ class ContextCollector:
 
         Chosen on the device where the codes are, so that only a small share of them travels.
         """
-        column = self._column.to(codes.indices.device)[codes.indices.long()]
-        place = codes.row_ids()
-        kept = ((column >= 0) & mask.to(place.device).reshape(-1)[place]).nonzero().squeeze(1)
-        column, place = _flat(column[kept]), _flat(place[kept])
+        columns = self._column.to(codes.indices.device)[codes.indices.long()]
+        places = codes.row_ids()
+        kept = ((columns >= 0) & mask.to(places.device).reshape(-1)[places]).nonzero().squeeze(1)
+        column, place = _flat(columns[kept]), _flat(places[kept])
         value = _flat(codes.values.detach()[kept].float())
         # places rise already; a stable sort of small integers is a radix sort
         order = np.argsort(column.astype(np.min_scalar_type(len(self.features))), kind="stable")
@@ -221,7 +221,7 @@ class ContextCollector:
         }
 
     def _feature(self, column: int) -> FeatureContexts:
-        top = [self._context(self._top, entry) for entry in self._top.of(column)]
+        top = [self._context(self._top, entry) for entry in self._top.of(column).tolist()]
         edges, counts = self._histograms.of(column)
         return FeatureContexts(
             index=int(self.features[column]),
@@ -253,7 +253,7 @@ class ContextCollector:
                     upper=(band + 1) / self.n_quantile,
                     low=float(size[members[0]]),
                     high=float(size[members[-1]]),
-                    contexts=tuple(self._context(self._sample, drawn[one]) for one in shown),
+                    contexts=tuple(self._context(self._sample, one) for one in drawn[shown].tolist()),
                 )
             )
         return tuple(bands)

@@ -338,8 +338,9 @@ def _strip(metric: Metric) -> dict[str, Any] | None:
         high = 1.0
 
     def at(value: Number | None) -> float | None:
-        finite = value is not None and math.isfinite(value)
-        return round(100 * (value - low) / ((high - low) or 1), 2) if finite else None
+        if value is None or not math.isfinite(value):
+            return None
+        return round(100 * (value - low) / ((high - low) or 1), 2)
 
     controls = [(name, at(value)) for name, value in metric.controls.items()]
     return {"value": at(metric.value), "low": at(metric.low), "high": at(metric.high), "controls": controls}

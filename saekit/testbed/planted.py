@@ -126,10 +126,11 @@ class PlantedWorld:
 
     ``directions`` [n_features, d_in] unit rows; ``bias`` [d_in]; ``parent`` int64 [n_features], -1
     for roots and free features; ``law`` float64 [n_features], the Zipf rates; ``rates`` float64
-    [n_features], the exact firing rates: the law, except below a parent whose children's rates by
-    the law exceed its own, where they are scaled down to share it; ``loadings`` [n_features, rank],
-    the copula's factor. Constants are drawn on the CPU, so a seed means one world on every device;
-    samples are drawn on ``device``, and other devices draw other samples of the same law.
+    [n_features], the exact firing rates: the law, except that siblings whose rates by the law add
+    up to more than their parent's share the parent's, and that no rate exceeds the chance of a
+    positive magnitude; ``loadings`` [n_features, rank], the copula's factor. Constants are drawn on
+    the CPU, so a seed means one world on every device; samples are drawn on ``device``, and other
+    devices draw other samples of the same law.
     """
 
     def __init__(

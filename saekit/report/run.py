@@ -1,0 +1,270 @@
+"""The report of a run: gathers what lies in its folder, and the contexts of its features."""
+
+import json
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saekit.activations import Store
+from saekit.dictionaries import Dictionary
+from saekit.harvest import harvest
+from saekit.hub import native
+from saekit.models import Model, load_model
+from saekit.report.contexts import ContextCollector
+from saekit.report.page import FeatureCard, Metric, RunReport, feature_card, write
+from saekit.tokens import documents
+from saekit.types import ActivationBatch, SaekitError
+
+EXPLAIN = {
+    "l0": (None, "active features per token"),
+    "fvu": ("lower", "squared error over the variance about the mean, both summed over all tokens; 1 predicts the mean"),
+    "explained_variance": ("higher", "1 - FVU"),
+    "cosine": ("higher", "mean cosine between activation and reconstruction"),
+    "norm_ratio": (None, "length of the reconstructions over that of the activations; below 1 is shrinkage"),
+    "ce_original": (None, "next-token loss of the model as it is"),
+    "ce_spliced": ("lower", "its loss with the reconstruction in place of the activation"),
+    "ce_ablated": (None, "its loss with the activation set to zero"),
+    "ce_recovered": ("higher", "(ablated - spliced) / (ablated - original)"),
+    "kl": ("lower", "KL(original || spliced) of the next-token predictions"),
+    "dead_share": ("lower", "features that fire on none of these tokens"),
+}  # fmt: skip
+
+
+def dashboard(
+    run: "str | Path",
+    out: "str | Path | None" = None,
+    *,
+    model: Any = None,
+    text: Any = None,
+    n_features: int = 100,
+    tokens: int = 200_000,
+    device: "str | torch.device | None" = None,
+    seed: int = 0,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Write the report of a finished run (or of any saved dictionary) as one HTML file; returns its path.
+
+    ``n_features`` features, spread evenly over the firing densities, are shown with contexts from
+    ``tokens`` tokens: those of the store it was trained on, where that is still there, else
+    harvested anew. The metric table is there once ``saekit eval`` has written eval.json.
+    """
+    folder = Path(run)
+    dictionary = native.load(folder, device=device)
+    card = native.read_card(folder)
+    data = card.get("data", {})
+    view = load_model(model or data.get("model", {}).get("name", "code-lm"), device=device)
+    text = text if text is not None else data.get("text", {}).get("name", "stdlib")
+    if not dictionary.reads:
+        raise SaekitError(
+            f"dictionary {str(folder)!r} names no hook point, so there is no model to show it on"
+        )
+    evaluation = _json(folder / "eval.json")
+    density, source = _density_and_source(dictionary, folder, view, text, tokens, evaluation)
+    chosen = _spread(density, n_features)
+    collector: ContextCollector | None = None
+    done = 0
+    for batch in source():
+        collector = collector or ContextCollector(
+            dictionary.n_features, chosen, seq_len=batch.mask.shape[1], seed=seed
+        )
+        collector.add(batch.tokens, batch.documents, batch.mask, _codes(dictionary, batch))
+        done += batch.mask.numel()
+        if on_batch is not None:
+            on_batch(done, tokens)
+    if collector is None:
+        raise SaekitError("the text gives no tokens to show; give more text")
+    cards = _cards(collector, dictionary, view, text)
+    target = Path(out) if out is not None else folder / "report.html"
+    write(_page(folder, dictionary, card, evaluation, density, cards), target)
+    return target
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+@torch.no_grad()
+def _codes(dictionary: Dictionary, batch: ActivationBatch) -> Any:
+    x = torch.cat([batch.activations[point] for point in dictionary.reads], -1)
+    return dictionary.encode(x.to(dictionary.mean_in.device))
+
+
+def _density_and_source(
+    dictionary: Dictionary, folder: Path, view: Model, text: Any, tokens: int, evaluation: dict[str, Any]
+) -> tuple[Tensor, Callable[[], Iterator[ActivationBatch]]]:
+    """How often each feature fires, and where to read contexts from."""
+    acts = _json(folder / "config.json").get("source", {}).get("acts")
+    stored = acts is not None and (Path(acts) / "manifest.json").is_file()
+    stream = None if stored else harvest(view, text, dictionary.reads, tokens=tokens)
+
+    def source() -> Iterator[ActivationBatch]:
+        if not stored:
+            yield from stream
+            return
+        seen = 0
+        for batch in Store(acts, verify_seconds=0).sequences():
+            if seen >= tokens:
+                return
+            seen += batch.mask.numel()
+            yield batch
+
+    measured = evaluation.get("measures", {}).get("density")
+    if measured is not None:
+        return torch.tensor(measured["value"], dtype=torch.float64), source
+    counts, n = torch.zeros(dictionary.n_features, dtype=torch.float64), 0
+    for batch in islice(source(), 16):
+        codes = _codes(dictionary, batch)
+        n += batch.mask.numel()
+        counts += codes.firing_counts().cpu()
+    return counts / max(n, 1), source
+
+
+def _spread(density: Tensor, n: int) -> list[int]:
+    """Features at evenly spaced ranks of density, so that rare and common ones are all seen."""
+    order = density.argsort(descending=True, stable=True)
+    alive = order[: int((density > 0).sum())]
+    pool = alive if len(alive) >= n else order
+    at = torch.linspace(0, len(pool) - 1, min(n, len(pool))).round().long()
+    return sorted(pool[at].tolist())
+
+
+def _cards(collector: ContextCollector, dictionary: Dictionary, view: Model, text: Any) -> list[FeatureCard]:
+    found = collector.result()
+    promoted = _promoted(dictionary, view, [f.index for f in found])
+    names = _document_names(found, text)
+
+    def token_text(token: int) -> str:
+        return view.tokenizer.decode([token])
+
+    def document_name(document: int) -> str:
+        return names.get(document, f"document {document}")
+
+    cards = []
+    for i, feature in enumerate(found):
+        up, down = [], []
+        if promoted is not None:
+            values, order = promoted[i].sort(descending=True)
+            up = [(token_text(int(t)), float(v)) for t, v in zip(order[:10], values[:10], strict=True)]
+            down = [
+                (token_text(int(t)), float(v))
+                for t, v in zip(order[-10:].flip(0), values[-10:].flip(0), strict=True)
+            ]
+        cards.append(feature_card(feature, token_text, up, down, document_name))
+    return cards
+
+
+def _document_names(found: Any, text: Any) -> dict[int, str]:
+    """Names of the documents that the contexts come from, where the text has names."""
+    wanted = {
+        c.documents[c.peak]
+        for f in found
+        for c in (*f.top, *(c for b in f.bands for c in b.contexts))
+        if c.documents
+    }
+    if not isinstance(text, str) or not wanted:
+        return {}
+    return {
+        i: d.name
+        for i, d in enumerate(islice(documents(text), max(wanted) + 1))
+        if i in wanted and hasattr(d, "name")
+    }
+
+
+@torch.no_grad()
+def _promoted(dictionary: Dictionary, view: Model, features: list[int]) -> Tensor | None:
+    """Direct effect of each feature's direction on the logits, [features, vocabulary], about their mean.
+
+    The final norm's gain is applied and its division left out: a direction has no norm to divide by.
+    """
+    head = getattr(view.module, "get_output_embeddings", lambda: None)()
+    if head is None or head.weight.shape[1] != dictionary.d_out:
+        return None
+    norms = [
+        m
+        for name, m in view.module.named_modules()
+        if name.rsplit(".", 1)[-1] in ("ln_f", "norm", "final_layer_norm")
+    ]
+    gain = norms[-1].weight if norms and norms[-1].weight.shape == (dictionary.d_out,) else 1.0
+    written = dictionary.W_dec[features] / dictionary.scale_out
+    written = written - written.mean(-1, keepdim=True)
+    logits = (written.to(head.weight.dtype) * gain) @ head.weight.T
+    return (logits - logits.mean(-1, keepdim=True)).float().cpu()
+
+
+def _page(
+    folder: Path, dictionary: Dictionary, card: dict[str, Any], evaluation: dict[str, Any], density: Tensor, cards: list[FeatureCard]
+) -> RunReport:  # fmt: skip
+    config, log = _json(folder / "config.json"), _log(folder / "log.jsonl")
+    data, settings = card.get("data", {}), config.get("train", {})
+    selection = dictionary.config.selection
+    model, text = data.get("model", {}), data.get("text", {})
+    facts = [
+        ("dictionary", f"{dictionary.d_in} to {dictionary.n_features:,} features, {selection[0]} " + ", ".join(f"{k} = {v}" for k, v in vars(selection[1]).items())),
+        ("reads", ", ".join(dictionary.reads)),
+        ("model", f"{model.get('name', 'unknown')} ({model.get('parameters', 0):,} parameters)"),
+        ("text", f"{text.get('name', 'unknown')}, {text.get('split', '')} side of the split"),
+        ("data", f"{data['rows']:,} rows" if data.get("rows") else data.get("kind", "not stated")),
+    ]  # fmt: skip
+    if settings:
+        why = config.get("reasons", {}).get("lr")
+        facts += [
+            (
+                "training",
+                f"{settings['steps']:,} steps of {settings['batch_size']:,} rows, seed {settings['seed']}",
+            ),
+            ("rate", f"Adam, peak {settings['lr']:.2g}" + (f" = {why}" if why else "")),
+            ("dead after", f"{settings['dead_after']:,} rows without firing"),
+        ]
+    steps = [r["step"] for r in log]
+    names = {
+        "reconstruction": "loss/reconstruction",
+        "auxk": "loss/auxk",
+        "fvu": "fvu",
+        "l0": "l0",
+        "dead_share": "dead share",
+        "lr": "learning rate",
+    }
+    curves = {
+        shown: (steps, [r.get(key) for r in log]) for key, shown in names.items() if log and key in log[-1]
+    }
+    metrics = tuple(
+        _metric(key, m)
+        for key, m in evaluation.get("measures", {}).items()
+        if not isinstance(m["value"], list)
+    )
+    notes = (
+        []
+        if metrics
+        else ["No metric table: run `saekit eval` on this folder, then `saekit dashboard` again."]
+    )
+    if evaluation:
+        about = evaluation["about"]
+        notes.append(
+            f"Metrics: {about['tokens']:,} tokens of {about['documents']} held-out documents ({about['text']['name']}); "
+            "intervals are 95 % over resampled documents; the random controls have the same width, k and normalisation."
+        )
+    return RunReport(
+        title=f"{selection[0]} dictionary of {', '.join(dictionary.reads)} in {model.get('name', 'the model')}",
+        facts=tuple(facts), curves=curves, density=density.tolist(), metrics=metrics, features=tuple(cards),
+        notes=tuple(notes), versions={"saekit": _version(), "torch": card.get("torch", "")},
+    )  # fmt: skip
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("saekit")
+
+
+def _log(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def _metric(key: str, m: dict[str, Any]) -> Metric:
+    better, explanation = EXPLAIN.get(key, (None, ""))
+    low, high = m["interval"] or (None, None)
+    return Metric(key, m["value"], m["n"], m["unit"], low, high, m["control"], better, explanation)
