@@ -9,12 +9,13 @@ was cut short is a store of fewer shards. Schema version 1.
 
 import hashlib
 import json
+import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -25,10 +26,15 @@ from saekit.registry import nearest
 from saekit.types import ActivationBatch, SaekitError
 
 SCHEMA = 1
+SHARD_BYTES = 64 << 20
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
 _NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I8": np.int8, "U8": np.uint8, "I32": np.int32, "I64": np.int64}  # fmt: skip
+_SAFETENSORS = {
+    torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int8: "I8", torch.uint8: "U8", torch.int32: "I32",
+}  # fmt: skip
 
 
+@runtime_checkable
 class Source(Protocol):
     """Rows to train on, in an order that a seed fixes; ``batches`` can start at any step."""
 
@@ -47,12 +53,13 @@ class Source(Protocol):
         ...
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, *chunks: "bytes | memoryview") -> None:
     """Write a file so that after a crash it is either the old one or the new one, whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(data)
+            for chunk in chunks:
+                file.write(chunk)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -125,6 +132,15 @@ class TensorSource:
         return {"kind": "tensor", "rows": self.n_rows, "sha256": hashlib.sha256(data).hexdigest()}
 
 
+def _end(entry: Mapping[str, Any]) -> int:
+    """Where a tensor ends, by a safetensors header's entry; raises when the entry can't be true."""
+    start, end = entry["data_offsets"]
+    size = math.prod(entry["shape"]) * np.dtype(_NUMPY[entry["dtype"]]).itemsize
+    if start < 0 or min(entry["shape"], default=0) < 0 or end - start != size:
+        raise ValueError("offsets, shape and dtype disagree")
+    return end
+
+
 class Shard:
     """One memory-mapped shard."""
 
@@ -133,14 +149,12 @@ class Shard:
         with path.open("rb") as file:
             head = file.read(8)
             length = int.from_bytes(head, "little")
-            if len(head) < 8 or length > 100 << 20:
-                raise SaekitError(f"shard {path.name} of {path.parent} is not a safetensors file; harvest it again")
             try:
-                self.header = json.loads(file.read(length))
-            except ValueError:
-                raise SaekitError(f"shard {path.name} of {path.parent} is not a safetensors file; harvest it again") from None
-        self.header.pop("__metadata__", None)
-        end = max((entry["data_offsets"][1] for entry in self.header.values()), default=0)
+                self.header = json.loads(file.read(length)) if length <= 100 << 20 else {}
+                self.header.pop("__metadata__", None)
+                end = max(_end(entry) for entry in self.header.values())
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise SaekitError(f"shard {path.name} of {path.parent} is not a safetensors file; harvest again to replace it") from None
         if path.stat().st_size != 8 + length + end:
             raise SaekitError(f"shard {path.name} of {path.parent} is truncated; harvest again to replace it")
         self._start = 8 + length
@@ -285,6 +299,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
     for field in ("hook_points", "dtype", "seq", "shards", "model", "text", "settings"):
         if field not in manifest:
             raise SaekitError(f"manifest {str(file)!r} lacks the field {field!r}; harvest again")
+    for i, entry in enumerate(manifest["shards"]):
+        for field in ("file", "bytes", "sha256", "tokens", "kept", "nonfinite"):
+            if field not in entry:
+                raise SaekitError(f"shard {i} in manifest {str(file)!r} lacks the field {field!r}; harvest again")
+        if Path(entry["file"]).name != entry["file"]:
+            raise SaekitError(f"shard {i} in manifest {str(file)!r} lies outside the store ({entry['file']!r}); harvest again")
     return manifest
 
 
@@ -294,60 +314,96 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@dataclass
 class ShardWriter:
-    """Collects batches and writes them as one shard after another, each atomically."""
+    """Collects batches and writes them as one shard after another, each atomically.
 
-    path: Path
-    manifest: dict[str, Any]
+    ``flush(wait=False)`` leaves hashing and writing to a thread, while the model computes the next
+    shard: it needs no copy beyond the batches themselves, and at most two shards are held.
+    """
 
-    def __post_init__(self):
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._batches: list[ActivationBatch] = []
+    def __init__(self, path: Path, manifest: dict[str, Any]):
+        self.path, self.manifest = path, manifest
+        path.mkdir(parents=True, exist_ok=True)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="shard-writer")
+        self._writing: Future[None] | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        self._columns: dict[str, list[Tensor]] = {}
+        self._nonfinite: dict[str, int] = {}
 
     def add(self, batch: ActivationBatch) -> None:
         """Take a batch of sequences; activations are converted to the store's dtype at once."""
-        dtype = DTYPES[self.manifest["dtype"]]
-        kept = {} if dtype == torch.int8 else {h: a.to("cpu", dtype) for h, a in batch.activations.items()}
-        self._batches.append(
-            ActivationBatch(kept or {h: a.cpu().float() for h, a in batch.activations.items()}, batch.mask, batch.tokens, batch.documents)
-        )
-
-    def flush(self) -> None:
-        """Write the batches taken since the last shard as a shard, then the manifest."""
-        if not self._batches:
-            return
-        from safetensors.torch import save
-
-        mask = torch.cat([b.mask.reshape(-1) for b in self._batches]).cpu()
-        tensors: dict[str, Tensor] = {"mask": mask.to(torch.uint8), "kept": mask.nonzero()[:, 0].int()}
-        nonfinite: dict[str, int] = {}
-        for name in self.manifest["hook_points"]:
-            rows = torch.cat([b.activations[name].flatten(0, -2) for b in self._batches])
-            bad = ~torch.isfinite(rows.sum(-1, dtype=torch.float32))
-            nonfinite[name] = int((bad & mask).sum())
-            if self.manifest["dtype"] == "int8":
-                scale = rows.abs().amax(-1).clamp(min=1e-12) / 127
-                tensors[f"{name}.scale"] = scale
-                rows = (rows / scale[:, None]).round().clamp(-127, 127).to(torch.int8)
-            tensors[name] = rows
+        mask = batch.mask.reshape(-1).cpu()
+        columns = {"mask": mask.to(torch.uint8)}
         for field in ("tokens", "documents"):
-            columns = [getattr(b, field) for b in self._batches]
-            if columns[0] is not None:
-                tensors[field] = torch.cat([c.reshape(-1) for c in columns]).int().cpu()
-        data = save(tensors)
-        number = len(self.manifest["shards"])
-        name = f"shard-{number:05d}.safetensors"
-        write_atomic(self.path / name, data)
-        self.manifest["shards"].append(
-            {
-                "file": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(),
-                "tokens": len(mask), "kept": int(mask.sum()), "nonfinite": nonfinite,
-            }
-        )  # fmt: skip
-        self._batches = []
+            if (ids := getattr(batch, field)) is not None:
+                columns[field] = ids.reshape(-1).int().cpu()
+        for name, activations in batch.activations.items():
+            rows = activations.flatten(0, -2)
+            if self.manifest["dtype"] == "int8":
+                rows = rows.float()
+                scale = rows.abs().amax(-1).clamp(min=1e-12) / 127
+                columns[f"{name}.scale"] = scale.cpu()
+                stored = (rows / scale[:, None]).round().clamp(-127, 127).to("cpu", torch.int8)
+            else:
+                stored = rows.to("cpu", DTYPES[self.manifest["dtype"]])
+                rows = stored  # a value that only overflows in the store's dtype counts as well
+            columns[name] = stored.contiguous()
+            bad = ~torch.isfinite(rows.sum(-1, dtype=torch.float32)).cpu()
+            self._nonfinite[name] = self._nonfinite.get(name, 0) + int((bad & mask).sum())
+        for name, column in columns.items():
+            self._columns.setdefault(name, []).append(column)
+
+    def flush(self, wait: bool = True) -> None:
+        """Write the batches taken since the last shard as a shard, then the manifest."""
+        self._settle()
+        if self._columns:
+            mask = torch.cat(self._columns["mask"])
+            columns = {**self._columns, "kept": [mask.nonzero()[:, 0].int()]}
+            entry = {"tokens": len(mask), "kept": int(mask.sum()), "nonfinite": self._nonfinite}
+            self._begin()
+            self._writing = self._thread.submit(self._write, columns, entry)
+        if wait:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Wait for the shard in writing; what went wrong there is raised here."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def _write(self, columns: dict[str, list[Tensor]], entry: dict[str, Any]) -> None:
+        name = f"shard-{len(self.manifest['shards']):05d}.safetensors"
+        chunks = [_header(columns)]
+        for column in sorted(columns, key=_place(columns)):
+            chunks += [part.view(torch.uint8).numpy().data for part in columns[column] if part.numel()]
+        digest = hashlib.sha256()
+        for chunk in chunks:
+            digest.update(chunk)
+        write_atomic(self.path / name, *chunks)
+        size = sum(memoryview(chunk).nbytes for chunk in chunks)
+        self.manifest["shards"].append({"file": name, "bytes": size, "sha256": digest.hexdigest(), **entry})
         self.write_manifest()
 
     def write_manifest(self) -> None:
         """Write the manifest as it stands."""
         write_atomic(self.path / "manifest.json", json.dumps(self.manifest, indent=1).encode())
+
+
+def _place(columns: Mapping[str, list[Tensor]]) -> Callable[[str], tuple[int, str]]:
+    """Order in a shard: wide dtypes first, so that every tensor is aligned; then by name."""
+    return lambda name: (-columns[name][0].element_size(), name)
+
+
+def _header(columns: Mapping[str, list[Tensor]]) -> bytes:
+    """The head of a safetensors file whose tensors are given as the parts that they consist of."""
+    entries, start = {}, 0
+    for name in sorted(columns, key=_place(columns)):
+        first, rows = columns[name][0], sum(len(part) for part in columns[name])
+        end = start + sum(part.nbytes for part in columns[name])
+        entries[name] = {"dtype": _SAFETENSORS[first.dtype], "shape": [rows, *first.shape[1:]], "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

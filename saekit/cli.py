@@ -9,6 +9,7 @@ from saekit.types import SaekitError
 
 VERBS = {
     "demo": "saekit.verbs.demo:demo",
+    "plan": "saekit.verbs.plan:plan",
     "harvest": "saekit.verbs.harvest:harvest",
     "train": "saekit.verbs.train:train",
     "eval": "saekit.verbs.evaluate:evaluate",

@@ -13,14 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saekit.activations import DTYPES, SCHEMA, ShardWriter, Store, file_sha256, read_manifest, write_atomic
+from saekit.activations import (
+    DTYPES,
+    SCHEMA,
+    SHARD_BYTES,
+    ShardWriter,
+    Store,
+    file_sha256,
+    read_manifest,
+    write_atomic,
+)
 from saekit.hooks import capture
 from saekit.models import Model, load_model
 from saekit.registry import nearest
-from saekit.tokens import check_text, documents, token_rows
+from saekit.tokens import Special, check_text, documents, token_rows
 from saekit.types import ActivationBatch, SaekitError
 
-SHARD_BYTES = 64 << 20
 DEFAULT_CONTEXT = 512
 
 
@@ -70,12 +78,17 @@ class Stream:
         self.skip_batches = skip_batches
         self.norm_limits: dict[str, float] = {}
         self.literal = not isinstance(text, str | os.PathLike)
-        if self.literal and not isinstance(text, Sequence):
+        if isinstance(text, Tensor):
+            self.text = text = list((text[None] if text.ndim == 1 else text).split(config.batch_rows))
+        elif self.literal and not isinstance(text, Sequence):
             self.text = text = list(text)
         first = text[0] if self.literal and len(text) else None
-        self.raw = isinstance(first, Tensor | Mapping) and not (isinstance(first, Mapping) and "role" in first)
+        if isinstance(first, Mapping) and "role" in first:
+            self.text, first = [text], None  # one chat
+        self.raw = isinstance(first, Tensor | Mapping)
         if self.raw:
             return
+        text = self.text
         check_text(text)
         if model.tokenizer is None:
             raise SaekitError(f"model {model.name!r} has no tokenizer and the text is words; give tokenizer=, or token rows as tensors")
@@ -104,24 +117,30 @@ class Stream:
                 return
 
     def _raw_inputs(self) -> Iterator[tuple[Any, ActivationBatch]]:
-        row = 0
-        for item in self.text:
+        row, device = 0, self.model.device
+        special = torch.tensor(sorted(Special.of(self.model.tokenizer).all), dtype=torch.int64)
+        for i, item in enumerate(self.text):
             if isinstance(item, Mapping):
-                given = {key: value.to(self.model.device) for key, value in item.items() if isinstance(value, Tensor)}
-                ids, keep = given.get("input_ids"), given.get("attention_mask")
-                n = next(iter(given.values())).shape[0]
+                given: Any = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in item.items()}
+                ids, attention = item.get("input_ids"), item.get("attention_mask")
+                n = next((len(value) for value in item.values() if isinstance(value, Tensor)), 0)
+            elif isinstance(item, Tensor):
+                given, ids, attention = item.to(device), None, None
+                if not item.is_floating_point():
+                    ids = item[None] if item.ndim == 1 else item
+                    given = {"input_ids": ids.to(device)} if hasattr(self.model.module, "config") else ids.to(device)
+                n = len(item if ids is None else ids)
             else:
-                given, keep = item.to(self.model.device), None
-                ids = given if not given.is_floating_point() else None
-                n = item.shape[0]
+                raise SaekitError(f"text item {i} is a {type(item).__name__}; after a first item of model inputs, give tensors or mappings of them")
+            owner, keep = torch.arange(row, row + n)[:, None], None
+            if attention is not None and attention.ndim == 2:
+                keep = attention.cpu().bool()
+                owner = torch.where(keep, owner, -1)  # padding belongs to no document
             if ids is not None:
-                special = torch.tensor(sorted(getattr(self.model.tokenizer, "all_special_ids", ())), dtype=torch.int64)
-                keep = (torch.ones_like(ids) if keep is None else keep).bool() & ~torch.isin(ids, special.to(ids.device))
-                if isinstance(given, Tensor) and hasattr(self.model.module, "config"):
-                    given = {"input_ids": given}
-            owner = torch.arange(row, row + n)[:, None]
+                ids = ids.cpu()
+                keep = (torch.ones_like(ids, dtype=torch.bool) if keep is None else keep) & ~torch.isin(ids, special)
             row += n
-            yield given, ActivationBatch({}, keep if keep is None else keep.cpu(), None if ids is None else ids.cpu(), owner)
+            yield given, ActivationBatch({}, keep, ids, owner)
 
     def __iter__(self) -> Iterator[ActivationBatch]:
         """Batches in the order of the text; the mask leaves out special tokens, padding and outliers."""
@@ -147,16 +166,24 @@ class Stream:
 
     def _batch(self, batch: ActivationBatch, found: Mapping[str, Tensor]) -> ActivationBatch:
         """The activations with their mask; the first batch sets what counts as an outlier."""
-        acts = {name: (a if a.ndim == 3 else a.flatten(1, -2) if a.ndim > 3 else a[:, None]) for name, a in found.items()}
-        shape = next(iter(acts.values())).shape[:2]
-        mask = torch.ones(shape, dtype=torch.bool) if batch.mask is None or batch.mask.shape != shape else batch.mask
+        grid = None if batch.mask is None else batch.mask.shape
+        acts = {name: _positions(name, a, grid) for name, a in found.items()}
+        first = next(iter(acts))
+        shape = acts[first].shape[:2]
+        for name, a in acts.items():
+            if a.shape[:2] != shape:
+                raise SaekitError(f"hook point {name!r} has {tuple(a.shape[:2])} positions and {first!r} has {tuple(shape)}; harvest them one by one")
+        fits = grid == shape
+        mask = batch.mask if fits else torch.ones(shape, dtype=torch.bool)
         norms = {name: torch.linalg.vector_norm(a, dim=-1, dtype=torch.float32).cpu() for name, a in acts.items()}
         if not self.norm_limits:
             self.norm_limits = {name: self._limit(n[mask]) for name, n in norms.items()}
         for name, n in norms.items():
-            mask = mask & ~(n > self.norm_limits[name])  # NaN is kept: it must be seen, not hidden
-        owner = None if batch.documents is None else batch.documents.expand(shape)
-        return ActivationBatch(acts, mask, batch.tokens, owner)
+            mask = mask & ~((n > self.norm_limits[name]) & n.isfinite())  # NaN and Inf are kept: they must be seen
+        owner = None
+        if batch.documents is not None and len(batch.documents) == shape[0]:
+            owner = (batch.documents if fits else batch.documents[:, :1]).expand(shape)
+        return ActivationBatch(acts, mask, batch.tokens if fits else None, owner)
 
     def _limit(self, norms: Tensor) -> float:
         finite = norms[torch.isfinite(norms)]
@@ -180,6 +207,19 @@ class Stream:
         return {"name": "literal", "items": len(self.text), "sha256": digest.hexdigest()}
 
 
+def _positions(name: str, a: Tensor, grid: "torch.Size | None") -> Tensor:
+    """Activations as [batch, seq, width]; ``grid`` is the [batch, seq] of the tokens, where there are any.
+
+    Heads of a position stand side by side; positions that the model flattened are taken apart
+    again; a module without positions gives one per input.
+    """
+    if a.ndim < 2:
+        raise SaekitError(f"hook point {name!r} gives a tensor of shape {tuple(a.shape)}, not one vector per position; choose another")
+    if a.ndim == 2:
+        return a.view(*grid, -1) if grid is not None and len(a) == grid.numel() > grid[0] else a[:, None]
+    return a.flatten(2) if a.shape[:2] == grid else a.flatten(1, -2)
+
+
 class StreamSource:
     """A live stream as a source of training rows, mixed through a shuffling buffer.
 
@@ -201,13 +241,13 @@ class StreamSource:
         while True:
             empty = True
             for batch in self.stream:
-                empty = False
+                empty &= not batch.mask.any()
                 rows = torch.cat([batch.rows(h).float().cpu() for h in hook_points], -1)
                 if not torch.isfinite(rows).all():
                     raise SaekitError(f"activations at {hook_points[0]!r} hold NaN or Inf; harvest in fp32, or find what makes the model overflow")
                 yield rows
             if empty:
-                return
+                raise SaekitError("the text gives no unmasked token to train on; give more text, or other roles")
 
     def batches(self, hook_points: Sequence[str], batch_size: int, seed: int, start: int = 0) -> Iterator[Tensor]:
         """Endless batches; the text is read again when it ends."""
@@ -309,19 +349,24 @@ def _to_store(stream: Stream, path: Path, on_batch: Callable[[int, int | None], 
         for batch in stream:
             if not manifest["hook_points"]:
                 _describe(manifest, stream, batch)
-                wanted = stream.config.tokens or 0
+                wanted = 0 if stream.raw else stream.config.tokens or 0
                 check_writable(path, wanted * bytes_per_token((s["width"] for s in manifest["hook_points"].values()), stream.config.dtype))
+            if batch.mask.shape[1] != manifest["seq"]:
+                raise SaekitError(
+                    f"a row has {batch.mask.shape[1]} positions and the rows before it {manifest['seq']}; pad them to one length (with attention_mask)"
+                )
             writer.add(batch)
             in_shard += 1
             done += batch.mask.numel()
             if on_batch:
                 on_batch(done, stream.config.tokens)
             if in_shard == manifest["batches_per_shard"]:
-                writer.flush()
+                writer.flush(wait=False)
                 in_shard = 0
         writer.flush()
         if not manifest["shards"]:
-            raise SaekitError("the text gives no row of tokens; give more text")
+            side = "" if stream.literal or stream.config.split == "all" else f" on the {stream.config.split!r} side of its split (split='all' takes both)"
+            raise SaekitError(f"the text gives no row of tokens{side}; give more text")
         manifest["complete"] = True
         writer.write_manifest()
     except OSError as error:

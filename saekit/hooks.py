@@ -1,12 +1,14 @@
 """Capture activations and replace them: the only place that registers forward hooks."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from saekit.types import SaekitError
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,11 @@ def _first_tensor(value: Any) -> Tensor:
     elif isinstance(value, list | tuple):
         items = value
     else:
-        raise TypeError(f"a hook point gave a {type(value).__name__}, which holds no tensor")
-    return next(item for item in items if isinstance(item, Tensor))
+        items = ()
+    found = next((item for item in items if isinstance(item, Tensor)), None)
+    if found is None:
+        raise SaekitError(f"a hook point gave a {type(value).__name__} that holds no tensor; choose a module that works on tensors")
+    return found
 
 
 def _with_first_tensor(value: Any, new: Tensor) -> Any:
@@ -87,26 +92,28 @@ def intervene(functions: "list[tuple[Site, Callable[[Tensor], Tensor | None]]]")
 
 
 def capture(run: Callable[[], Any], sites: Mapping[str, Site], stop: bool = True) -> dict[str, Tensor]:
-    """Activations of the sites during ``run()``, detached and not copied.
+    """Activations of the sites during ``run()``, detached.
 
     With ``stop`` the forward pass is left as soon as every site has been seen, so no later module
-    runs; a module that runs several times gives its first activation.
+    runs; a module that runs several times gives its first activation. Copied only where the model
+    runs on, since a later module may write into the tensor (``ReLU(inplace=True)`` does).
     """
     seen: dict[str, Tensor] = {}
 
     def keeper(name: str) -> Callable[[Tensor], None]:
         def keep(tensor: Tensor) -> None:
-            seen.setdefault(name, tensor.detach())
-            if stop and len(seen) == len(sites):
+            if name in seen:
+                return
+            last = stop and len(seen) == len(sites) - 1
+            seen[name] = tensor.detach() if last else tensor.detach().clone()
+            if last:
                 raise _Stop
 
         return keep
 
     with torch.no_grad(), intervene([(site, keeper(name)) for name, site in sites.items()]):
-        try:
+        with suppress(_Stop):
             run()
-        except _Stop:
-            pass
     missing = [name for name in sites if name not in seen]
     if missing:
         raise RuntimeError(f"hook point {missing[0]!r} ({sites[missing[0]].path}) did not run in this forward pass")

@@ -23,6 +23,29 @@ MLP = ("mlp", "feed_forward", "ffn")
 BEFORE_MLP = ("ln_2", "post_attention_layernorm", "layernorm_after", "ln2", "norm2")
 
 
+def _inside_block(block: nn.Module) -> dict[str, str]:
+    """TransformerLens names inside a block, and where they are in it.
+
+    They obey ``resid_pre + attn_out = resid_mid`` and ``resid_mid + mlp_out = resid_post`` (in a
+    parallel block ``resid_pre + attn_out + mlp_out = resid_post``, and there is no middle); a
+    block where no module gives the value has no such name (BERT adds before it normalises).
+    """
+    children = dict(block.named_children())
+    attention = next((c for c in ATTENTION if c in children), None)
+    mlp = next((c for c in MLP if c in children), None)
+    if attention is None or mlp is None:
+        return {}
+    names = {"hook_attn_out": f"{attention}:out", "hook_mlp_out": f"{mlp}:out", "ln2.hook_normalized": f"{mlp}:in"}
+    if "post_feedforward_layernorm" in children:  # Gemma 2 and 3, OLMo 2: what a half adds is normalised first
+        before = "pre_feedforward_layernorm"
+        after = {"hook_attn_out": "post_attention_layernorm:out", "hook_mlp_out": "post_feedforward_layernorm:out"}
+        return {**names, **after, "hook_resid_mid": f"{before if before in children else mlp}:in"}
+    middle = next((c for c in BEFORE_MLP if c in children), None)
+    if middle and not getattr(block, "use_parallel_residual", False):
+        names["hook_resid_mid"] = f"{middle}:in"
+    return names
+
+
 class Model:
     """A model with named hook points and, where it has one, its tokenizer.
 
@@ -67,16 +90,7 @@ class Model:
         for i, block in enumerate(self._modules[path]):
             at, tl = f"{path}.{i}", f"blocks.{i}"
             names |= {f"{tl}.hook_resid_pre": f"{at}:in", f"{tl}.hook_resid_post": f"{at}:out"}
-            children = dict(block.named_children())
-            attention = next((c for c in ATTENTION if c in children), None)
-            mlp = next((c for c in MLP if c in children), None)
-            middle = next((c for c in BEFORE_MLP if c in children), None)
-            if attention:
-                names[f"{tl}.hook_attn_out"] = f"{at}.{attention}:out"
-            if mlp:
-                names |= {f"{tl}.hook_mlp_out": f"{at}.{mlp}:out", f"{tl}.ln2.hook_normalized": f"{at}.{mlp}:in"}
-            if mlp and middle:
-                names[f"{tl}.hook_resid_mid"] = f"{at}.{middle}:in"
+            names |= {f"{tl}.{hook}": f"{at}.{place}" for hook, place in _inside_block(block).items()}
             for child in (c for c in self._modules if c.startswith(at + ".")):
                 names.setdefault(tl + child[len(at) :], child)
         return names
@@ -177,12 +191,17 @@ class Model:
 def _load_folder(source: str, name: str, dtype: torch.dtype | None) -> tuple[nn.Module, Any]:
     """A Hugging Face folder or hub id: the class its config names, and its tokenizer where it has one."""
     import transformers
+    from safetensors import SafetensorError
 
     transformers.utils.logging.disable_progress_bar()
-    config = transformers.AutoConfig.from_pretrained(source)
-    architecture = (config.architectures or [None])[0]
-    cls = getattr(transformers, architecture or "", transformers.AutoModel)
-    module = cls.from_pretrained(source, config=config, dtype=dtype or torch.float32)
+    try:
+        config = transformers.AutoConfig.from_pretrained(source)
+        architecture = (config.architectures or [None])[0]
+        cls = getattr(transformers, architecture or "", transformers.AutoModel)
+        module = cls.from_pretrained(source, config=config, dtype=dtype or torch.float32)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        why = " ".join(str(error).split())
+        raise SaekitError(f"model {name!r} can't be loaded ({why}); give a folder or hub id with config and weights") from error
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError):
@@ -213,6 +232,7 @@ def load_model(
     looked for locally first, and answered within 3 s when it can't be had.
     """
     if isinstance(source, Model):
+        source.module.to(device=device, dtype=dtype)
         return source
     if isinstance(source, nn.Module):
         module = source.to(device) if device else source
@@ -242,7 +262,8 @@ def _package_folder(spec: str) -> Path | None:
         return None
     import importlib.util
 
-    found = importlib.util.find_spec(spec.removeprefix("package:").replace("-", "_"))
+    package = spec.removeprefix("package:").replace("-", "_")
+    found = importlib.util.find_spec(package) if package.isidentifier() else None
     if found is None or not found.submodule_search_locations:
         raise SaekitError(f"model {spec!r}: that package is not installed; pip install it first")
     root = Path(next(iter(found.submodule_search_locations)))

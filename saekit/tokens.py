@@ -6,7 +6,7 @@ set (streamed), or a list of literal strings or of chats (lists of ``{"role", "c
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,29 +65,43 @@ def _folder(path: Path) -> Iterator[Document]:
         yield from _pieces(relative.as_posix(), text)
 
 
-def _dataset(name: str, split: str | None = None) -> Iterator[Document | list[dict]]:
-    """Documents of a ``datasets`` data set: its ``text`` column, else ``messages``, else the first string column."""
+def _records(name: str) -> Iterator[dict[str, Any]]:
+    """Rows of a ``datasets`` data set: a folder, a file, or a hub id (streamed)."""
     import datasets
 
     path = Path(name)
-    if path.is_dir():
-        data = datasets.load_from_disk(name)
-        if isinstance(data, datasets.DatasetDict):
-            data = data[split or ("train" if "train" in data else next(iter(data)))]
-    elif path.suffix in DATA_SUFFIXES:
-        data = datasets.load_dataset(DATA_SUFFIXES[path.suffix], data_files=name, split="train", streaming=True)
-    else:
+    if not path.exists():
         probe_hub(name, "dataset")
-        data = datasets.load_dataset(name, split=split or "train", streaming=True)
+    try:
+        if path.is_dir():
+            data = datasets.load_from_disk(name)
+            if isinstance(data, datasets.DatasetDict):
+                data = data["train" if "train" in data else next(iter(data))]
+        elif path.exists():
+            data = datasets.load_dataset(DATA_SUFFIXES[path.suffix], data_files=name, split="train", streaming=True)
+        else:
+            data = datasets.load_dataset(name, split="train", streaming=True)
+        yield from data
+    except Exception as error:  # the library raises what its many readers raise
+        why = " ".join(str(error).split())[:200]
+        raise SaekitError(f"dataset {name!r} can't be read ({type(error).__name__}: {why}); give a data set that `datasets` loads") from error
+
+
+def _dataset(name: str) -> Iterator[Document | list[dict]]:
+    """Documents of a data set: its ``text`` column, else ``messages``, else the first string column.
+
+    They are named after the data set and not the way to it, so that the split is the same from every folder.
+    """
+    short = Path(name).name if Path(name).exists() else name
     column = None
-    for i, row in enumerate(data):
+    for i, row in enumerate(_records(name)):
         if column is None:
             strings = [c for c, value in row.items() if isinstance(value, str)]
             column = next((c for c in ("text", "messages") if c in row), strings[0] if strings else None)
             if column is None:
                 raise SaekitError(f"dataset {name!r} has no text column; its columns are {', '.join(row)}")
         if isinstance(row[column], str):
-            yield from _pieces(f"{name}[{i}]", row[column])
+            yield from _pieces(f"{short}[{i}]", row[column])
         else:
             yield row[column]
 
@@ -134,7 +148,7 @@ def documents(text: "str | os.PathLike | Sequence", split: str = "train") -> Ite
     else:
         found = _dataset(spec)
     for i, document in enumerate(found):
-        name = document.name if isinstance(document, Document) else f"{spec}[{i}]"
+        name = document.name if isinstance(document, Document) else f"{path.name}[{i}]"
         if split == "all" or _held_out(name) == (split == "held_out"):
             yield document
 
@@ -144,6 +158,10 @@ def _read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise SaekitError(f"text {str(path)!r} is not UTF-8 text; give a text file, a folder or a data set") from None
+
+
+def _is_chat(item: Any) -> bool:
+    return isinstance(item, Sequence) and len(item) > 0 and all(isinstance(m, Mapping) and "role" in m for m in item)
 
 
 def check_text(text: "str | os.PathLike | Sequence") -> None:
@@ -159,6 +177,10 @@ def check_text(text: "str | os.PathLike | Sequence") -> None:
             raise SaekitError(f"text {spec!r} is empty; give a text with at least one line")
         if is_dataset(path):
             return
+    else:
+        for i, item in enumerate(text):
+            if not isinstance(item, str) and not _is_chat(item):
+                raise SaekitError(f"text item {i} is a {type(item).__name__}; give strings, chats (lists of messages with a role), tensors or mappings of them")
     if not any(not isinstance(d, Document) or d.text.strip() for d in documents(text, "all")):
         shown = repr(os.fspath(text)) if isinstance(text, str | os.PathLike) else "the list given"
         raise SaekitError(f"text {shown} is empty: it holds no documents; give a text with at least one line")

@@ -159,25 +159,25 @@ def test_a_unit_chosen_twice_for_one_token_counts_once_with_its_sum():
 
 
 def test_the_draw_is_uniform():
-    data = world(seed=3)
+    data = world(seed=3, rows=10)
     fires = int(((data[3][:, :, 0] != 0) & data[2]).sum())
     hits: dict[tuple[int, int], int] = {}
-    for seed in range(400):
+    for seed in range(150):
         (found,) = collect(data, features=[0], n_quantile=1, per_quantile=8, reservoir=8, seed=seed)
         for one in found.bands[0].contexts:
             hits[one.row, one.position] = hits.get((one.row, one.position), 0) + 1
     assert len(hits) == fires
-    expected = 400 * 8 / fires
+    expected = 150 * 8 / fires
     chi_square = sum((count - expected) ** 2 / expected for count in hits.values())
     assert abs(chi_square - fires) < 5 * (2 * fires) ** 0.5
 
 
 def test_memory_does_not_grow_with_the_number_of_tokens():
-    tokens, documents, mask, dense = world(rows=64)
+    tokens, documents, mask, dense = world()
     codes = Codes.from_dense(dense)
 
     def peak(batches):
-        collector = ContextCollector(N_FEATURES, range(N_FEATURES), SEQ, reservoir=32)
+        collector = ContextCollector(N_FEATURES, range(20), SEQ, reservoir=16)
         tracemalloc.start()
         for _ in range(batches):
             collector.add(tokens, documents, mask, codes)
@@ -186,7 +186,7 @@ def test_memory_does_not_grow_with_the_number_of_tokens():
         return highest
 
     peak(1)
-    assert peak(60) < 1.05 * peak(6)
+    assert peak(50) < 1.1 * peak(5)
 
 
 def test_bad_input_is_refused_with_the_field_and_the_fix():
@@ -216,7 +216,17 @@ def run_report(words, curves=True):
         "loss/b": (steps, [float("nan")] * 5000),
     }
     metrics = (
-        Metric(text[0], 0.14, 1000, text[1], 0.13, 0.15, {text[2]: 0.9, text[3]: 0.14}, "lower", text[4]),
+        Metric(
+            text[0],
+            0.14,
+            1000,
+            text[1],
+            0.13,
+            0.15,
+            {f"{text[2]}1": 0.9, f"{text[3]}2": 0.14},
+            "lower",
+            text[4],
+        ),
         Metric("l0", 32),
         Metric("kl", float("nan"), low=0.1, high=0.2),
     )
@@ -377,6 +387,7 @@ class Browser:
         }
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
+        self.call("Page.setLifecycleEventsEnabled", enabled=True)
 
     def close(self):
         self.process.kill()
@@ -403,11 +414,12 @@ class Browser:
         return answer["result"]
 
     def open(self, url):
-        self.call("Page.navigate", url="about:blank")
-        self.events.clear()
-        self.call("Page.navigate", url=url)
-        while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
-            self.read()
+        for address in ("about:blank", url):  # from a page to another of its anchors nothing would be loaded
+            self.events.clear()
+            loader = self.call("Page.navigate", url=address)["loaderId"]
+            loaded = {"name": "load", "loaderId": loader}
+            while not any(loaded.items() <= event.get("params", {}).items() for event in self.events):
+                self.read()
 
     def run(self, expression):
         result = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)

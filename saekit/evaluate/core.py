@@ -20,6 +20,7 @@ from saekit.hooks import intervene
 from saekit.models import load_model
 from saekit.types import ActivationBatch, SaekitError
 
+Sum = np.ndarray | np.floating  # a total over documents, or one per resample
 MAX_DOCUMENTS = 4096  # later documents share the sums of earlier ones: bounds memory
 UNITS = {
     "l0": "features per token", "fvu": "1", "explained_variance": "1", "cosine": "1", "norm_ratio": "1",
@@ -119,10 +120,10 @@ class _Evaluation:
         """The measures that need no model."""
         s = self.sums
 
-        def fvu(error: np.ndarray, square: np.ndarray, total: np.ndarray, n: np.ndarray) -> np.ndarray:
+        def fvu(error: Sum, square: Sum, total: Sum, n: Sum) -> Sum:
             return error / (square - (total**2).sum(-1) / n)
 
-        def ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        def ratio(a: Sum, b: Sum) -> Sum:
             return a / b
 
         spread = (fvu, s["error"], s["square"], s["sum"], s["n"])
@@ -263,10 +264,10 @@ def _report(runs: Mapping[str, _Evaluation], resampler: Resampler) -> dict[str, 
         c = {key: np.pad(column, (0, size - len(column))) for key, column in columns.items()}
         n = int(c["n"].sum())
 
-        def mean(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        def mean(a: Sum, b: Sum) -> Sum:
             return a / b
 
-        def recovered(original: np.ndarray, spliced: np.ndarray, ablated: np.ndarray) -> np.ndarray:
+        def recovered(original: Sum, spliced: Sum, ablated: Sum) -> Sum:
             return (ablated - spliced) / (ablated - original)
 
         for key in ("ce_original", "ce_spliced", "ce_ablated", "kl"):

@@ -56,9 +56,11 @@ def read_card(path: Path) -> dict[str, Any]:
         raise SaekitError(f"card {str(file)!r} is not a dictionary's card; save the dictionary again") from None
     if version != SCHEMA:
         raise SaekitError(f"card {str(file)!r} has schema {version!r} and this saekit reads {SCHEMA}")
-    for field in ("config", "reads", "writes", "sha256"):
+    for field, kind in {"config": dict, "reads": list, "writes": list, "sha256": str}.items():
         if field not in card:
             raise SaekitError(f"card {str(file)!r} lacks the field {field!r}; save the dictionary again")
+        if not isinstance(card[field], kind):
+            raise SaekitError(f"field {field!r} of {str(file)!r} is no {kind.__name__}; save the dictionary again")
     return card
 
 
@@ -82,7 +84,12 @@ def load(path: "str | Path", device: "str | torch.device | None" = None) -> Dict
         raise SaekitError(f"dictionary {str(path)!r} is not a folder; give one that saekit saved, or a finished run")
     card = read_card(path)
     tensors = read_tensors(path / WEIGHTS)
-    dictionary = Dictionary(Config.from_json(card["config"]))
+    try:
+        dictionary = Dictionary(Config.from_json(card["config"]))
+    except SaekitError:
+        raise
+    except (TypeError, AttributeError, ValueError, RuntimeError) as error:  # a value of the wrong type, deep inside
+        raise SaekitError(f"config in {str(path / CARD)!r} means no dictionary ({error}); save the dictionary again") from error
     expected = dictionary.state_dict()
     for name in sorted(set(expected) - set(tensors)):
         raise SaekitError(f"dictionary {str(path)!r} lacks the tensor {name!r}; save it again")

@@ -28,6 +28,7 @@ CURVE_TITLES = {
     "loss": "Loss terms",
     "l0": "L0: active features per token",
     "dead_share": "Share of features that are dead",
+    "fvu": "FVU: fraction of variance unexplained",
     "lr": "Learning rate",
     "learning_rate": "Learning rate",
 }
@@ -107,13 +108,13 @@ class RunReport:
     """Everything on the page; ``dataclasses.asdict`` of it is JSON.
 
     ``facts`` are (label, value) pairs: what was trained, on what. ``curves`` maps a name to (steps,
-    values); names that agree up to a "/" share a chart: "loss/reconstruction", "loss/auxk". ``density``
-    holds the share of tokens that each feature of the dictionary fires on.
+    values), None where nothing was measured; names that agree up to a "/" share a chart:
+    "loss/reconstruction", "loss/auxk". ``density`` holds the share of tokens that each feature of the dictionary fires on.
     """
 
     title: str
     facts: tuple[tuple[str, str], ...] = ()
-    curves: Mapping[str, tuple[Sequence[Number], Sequence[Number]]] = field(default_factory=dict)
+    curves: Mapping[str, tuple[Sequence[Number], Sequence[Number | None]]] = field(default_factory=dict)
     density: Sequence[Number] = ()
     metrics: tuple[Metric, ...] = ()
     features: tuple[FeatureCard, ...] = ()
@@ -253,7 +254,7 @@ def _charts(report: RunReport) -> list[dict[str, Any]]:
         panel, _, term = name.partition("/")
         panels.setdefault(panel, {})[term or panel] = curve
     charts = [
-        {"title": CURVE_TITLES.get(panel, panel), **_curve_chart(curves)}
+        {"title": CURVE_TITLES.get(panel.replace(" ", "_"), panel), **_curve_chart(curves)}
         for panel, curves in panels.items()
         if any(len(steps) for steps, _ in curves.values())
     ]
@@ -262,15 +263,17 @@ def _charts(report: RunReport) -> list[dict[str, Any]]:
     return [{"id": f"chart-{number}", **chart} for number, chart in enumerate(charts)]
 
 
-def _curve_chart(curves: Mapping[str, tuple[Sequence[Number], Sequence[Number]]]) -> dict[str, Any]:
+def _curve_chart(curves: Mapping[str, tuple[Sequence[Number], Sequence[Number | None]]]) -> dict[str, Any]:
     import plotly.graph_objects as go
 
     figure = go.Figure(layout={"template": "none", "xaxis": {"title": {"text": "step"}}})
     last, positive = [], []
     for name, (steps, values) in curves.items():
         x, y = _thinned(np.asarray(steps, dtype=np.float64), np.asarray(values, dtype=np.float64))
-        # plotly reads a subset of HTML in names
-        figure.add_scatter(x=x.tolist(), y=y.tolist(), name=html.escape(_printable(name)), mode="lines")
+        # plotly reads a subset of HTML in names, but not &quot;
+        figure.add_scatter(
+            x=x.tolist(), y=y.tolist(), name=html.escape(_printable(name), quote=False), mode="lines"
+        )
         last.append(f"{name} {_number(y[-1])}" if len(curves) > 1 else _number(y[-1]))
         positive.extend(y[np.isfinite(y)])
     figure.update_layout(showlegend=len(curves) > 1)

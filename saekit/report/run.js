@@ -37,12 +37,11 @@
 
   function visible(piece) {
     if (piece === "\n") return [mark("↵"), make("span", { className: "break" }, "\n"), make("wbr")];
-    if (piece === "\r") return [mark("␍")];
     if (piece === "\t") return [mark("⇥"), make("span", { className: "break" }, "\t")];
     if (piece[0] === " ") return [mark("·".repeat(piece.length), "dots"), make("wbr")];
-    const code = piece.charCodeAt(0);
-    if (code < 0x20) return [mark(String.fromCharCode(0x2400 + code), "control")];
-    return [mark(`U+${code.toString(16).toUpperCase().padStart(4, "0")}`, "control")];
+    const code = piece.charCodeAt(0).toString(16);
+    if (piece === "\r") return [mark("\\r", "control")];
+    return [mark(code.length < 3 ? `\\x${code.padStart(2, "0")}` : `U+${code.toUpperCase()}`, "control")];
   }
 
   function glyphs(token) {
@@ -123,6 +122,7 @@
         { className: "words", dir: "ltr" },
         make("span", { className: "before" }, make("span", {}, ...nodes.slice(0, context.peak))),
         make("span", { className: "after" }, ...nodes.slice(context.peak)),
+        make("cite", {}, context.source),
       ),
     );
   }

@@ -48,10 +48,12 @@ def evaluate(
     """
     from saekit.activations import write_atomic
     from saekit.evaluate import evaluate as run
+    from saekit.harvest import check_writable
     from saekit.hub import load
     from saekit.verbs.console import finite
 
     dictionary = load(path, device=device)
+    check_writable(Path(path))
     model, text = defaults(dictionary.card, model, text)
     with progress("evaluate", "tokens") as draw:
         report = run(

@@ -47,7 +47,7 @@ def train(
     else:
         source, width = _source(acts, model, text, hook_point, batch_size, device)
         extra = dict(_option(item) for item in option or [])
-        dictionary = create(architecture, d_in=width, n_features=n_features, k=k, seed=seed, **extra)
+        dictionary = create(architecture, **{"d_in": width, "n_features": n_features, "k": k, "seed": seed} | extra)
         n_rows = source.n_rows
         options = {
             "steps": steps or (max(1, n_rows // batch_size) if n_rows else 1000), "batch_size": batch_size, "lr": lr,
@@ -112,7 +112,9 @@ def _repeat(path: Path) -> tuple[Any, Any, dict[str, Any]]:
     try:
         data = json.loads(path.read_text())
     except (OSError, ValueError):
-        raise SaekitError(f"config {str(path)!r} can't be read as JSON; give the config.json of a run") from None
+        data = None
+    if not isinstance(data, dict):
+        raise SaekitError(f"config {str(path)!r} can't be read as JSON; give the config.json of a run")
     known = ["train", "reasons", "dictionary", "init_seed", "hook_points", "data", "source"]
     for where, keys, names in (("", data, known), ("train.", data.get("train", {}), list(TrainConfig.__dataclass_fields__))):
         for key in sorted(set(keys) - set(names)):

@@ -1,0 +1,152 @@
+"""``saekit plan``: memory, disk and time of a job, from a short trial of it on this machine."""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from saekit.types import SaekitError
+from saekit.verbs.console import Device, Json, Seed, duration, result
+
+
+def plan(
+    job: Annotated[str, typer.Argument(help="harvest or train.")],
+    model: Annotated[str, typer.Option(help="Model.")] = "code-lm",
+    text: Annotated[str, typer.Option(help="Text.")] = "stdlib",
+    hook_point: Annotated[list[str], typer.Option("--hook-point", help="Hook points; repeatable.")] = ["blocks.1.hook_resid_post"],  # noqa: B006
+    tokens: Annotated[int, typer.Option(help="harvest: tokens to read.")] = 1_000_000,
+    context: Annotated[int | None, typer.Option(help="harvest: tokens of a row.")] = None,
+    batch_rows: Annotated[int, typer.Option(help="harvest: rows of a forward pass.")] = 16,
+    dtype: Annotated[str, typer.Option(help="harvest: stored as fp32, bf16, fp16 or int8.")] = "fp32",
+    architecture: Annotated[str, typer.Option(help="train: name of the architecture.")] = "topk",
+    d_in: Annotated[int, typer.Option(help="train: width of the rows.")] = 256,
+    n_features: Annotated[int, typer.Option(help="train: width of the dictionary.")] = 4096,
+    k: Annotated[int, typer.Option(help="train: active features per token.")] = 32,
+    steps: Annotated[int, typer.Option(help="train: steps.")] = 1000,
+    batch_size: Annotated[int, typer.Option(help="train: rows of a step.")] = 4096,
+    device: Device = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Predict what a job takes: a few passes of it are run and scaled up; nothing is left behind.
+
+    Memory is the peak anonymous memory of the process (what can't be reclaimed), disk what stays.
+
+    Example: `saekit plan harvest --tokens 5000000 --dtype bf16`
+    """
+    jobs = {
+        "harvest": {
+            "model": model, "text": text, "hook_points": list(hook_point), "tokens": tokens, "context": context,
+            "batch_rows": batch_rows, "dtype": dtype, "device": device,
+        },
+        "train": {
+            "architecture": architecture, "d_in": d_in, "n_features": n_features, "k": k, "steps": steps,
+            "batch_size": batch_size, "device": device, "seed": seed,
+        },
+    }  # fmt: skip
+    if job not in jobs:
+        raise SaekitError(f"job {job!r} is not one of 'harvest', 'train'")
+    data = predict(job, jobs[job])
+    shown = f"{job}: {duration(data['seconds'])}, {data['memory_bytes'] / 1e9:.2f} GB of memory, {data['disk_bytes'] / 1e9:.3f} GB of disk"
+    result(data, as_json, f"{shown}\n(scaled up from {data['trial']}, on this machine as busy as it is now)")
+
+
+def predict(job: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Prediction for a job; the trial runs in a process of its own, so that its peak is the job's."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-W", "ignore", "-m", "saekit.verbs.plan", job, json.dumps(settings), folder]
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode == 2:
+        raise SaekitError(done.stderr.strip().removeprefix("error: "))
+    if done.returncode:
+        raise RuntimeError(f"the trial of {job} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _trial_harvest(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Harvest two shards: the peak comes with the first, the rate is the second's."""
+    from saekit.activations import SHARD_BYTES
+    from saekit.harvest import bytes_per_token, harvest
+
+    wanted = settings.pop("tokens")
+    times: list[tuple[int, float]] = []
+    stream = harvest(**settings, tokens=1)
+    widths = [batch.activations[h].shape[-1] for batch in stream for h in stream.hook_points]
+    per_token = bytes_per_token(widths, settings["dtype"])
+    per_shard = max(settings["batch_rows"] * stream.context, SHARD_BYTES // per_token)
+    began = time.perf_counter()
+    trial = min(wanted, 2 * per_shard + 1)
+    harvest(**settings, out=folder / "acts", tokens=trial, on_batch=lambda done, _: times.append((done, time.perf_counter())))
+    whole = time.perf_counter() - began
+    (first, t0), (last, t1) = times[min(1, len(times) - 1)], times[-1]
+    startup = (t0 - began) - first * (t1 - t0) / max(1, last - first) if last > first else 0.0
+    seconds = whole if wanted <= trial else max(0.0, startup) + wanted * (t1 - t0) / (last - first)
+    return {"seconds": seconds, "disk_bytes": wanted * per_token, "trial": f"{last:,} tokens"}
+
+
+def _trial_train(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Twelve steps on a small store of noise, with a checkpoint, then the time of a step."""
+    import torch
+
+    from saekit.activations import SCHEMA, ShardWriter
+    from saekit.dictionaries import create
+    from saekit.trainers import train
+    from saekit.types import ActivationBatch
+
+    d_in, batch_size, steps, device = settings["d_in"], settings["batch_size"], settings["steps"], settings.pop("device")
+    generator = torch.Generator().manual_seed(0)
+    manifest = {
+        "schema": SCHEMA, "complete": True, "hook_points": {"x": {"width": d_in}}, "dtype": "bf16", "seq": 1, "shards": [],
+        "model": {}, "text": {}, "settings": {}, "norm_limits": {}, "batches_per_shard": 1,
+    }  # fmt: skip
+    writer = ShardWriter(folder / "acts", manifest)
+    for _ in range(4):
+        rows = torch.randn(batch_size, 1, d_in, generator=generator)
+        writer.add(ActivationBatch({"x": rows}, torch.ones(batch_size, 1, dtype=torch.bool)))
+        writer.flush()
+    del rows
+    dictionary = create(
+        settings["architecture"], d_in=d_in, n_features=settings["n_features"], k=settings["k"], seed=settings["seed"]
+    )
+    n, marks = min(steps, 12), [time.perf_counter()]
+    train(
+        dictionary, str(folder / "acts"), n, batch_size, folder / "run", device=device, log_every=1, checkpoint_every=n,
+        dead_after=3 * batch_size, on_step=lambda *_: marks.append(time.perf_counter()),
+    )  # fmt: skip
+    ended = time.perf_counter()
+    inner = sorted(b - a for a, b in zip(marks[1:-1], marks[2:], strict=True)) or [marks[1] - marks[0]]
+    step, checkpoint = inner[len(inner) // 2], ended - marks[-1]
+    disk = sum(f.stat().st_size for f in (folder / "run").rglob("*") if f.is_file())
+    states = sum(f.stat().st_size for f in (folder / "run" / "checkpoints").rglob("*") if f.is_file())
+    return {
+        "seconds": marks[1] - marks[0] + (steps - 1) * step + min(10, steps) * checkpoint,
+        "disk_bytes": disk + (states if steps > 1 else 0),  # two checkpoints are kept, the trial made one
+        "trial": f"{n} steps",
+    }
+
+
+def _main() -> None:
+    """The trial process: prints one line of JSON."""
+    job, settings, folder = sys.argv[1], json.loads(sys.argv[2]), Path(sys.argv[3])
+    began = time.perf_counter()
+    import torch  # noqa: F401  (its import is part of what the job takes)
+
+    from saekit.verbs.memory import PeakAnonymous
+
+    try:
+        with PeakAnonymous() as peak:
+            data = {"harvest": _trial_harvest, "train": _trial_train}[job](settings, folder)
+    except SaekitError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    imports = time.perf_counter() - began
+    print(json.dumps({"job": job, **data, "memory_bytes": peak.bytes, "trial_seconds": imports}))
+
+
+if __name__ == "__main__":
+    _main()

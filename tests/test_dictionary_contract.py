@@ -1,0 +1,217 @@
+"""The exam that every preset takes; a new row of a table takes it for free."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import saekit
+from saekit.dictionaries import PRESETS, Config, Dictionary, TrainState
+from saekit.types import Codes, SaekitError
+
+TRAINED = [name for name in PRESETS if PRESETS[name]["atoms"] != "random"]
+
+
+@pytest.fixture(params=PRESETS)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def dictionary(name: str, planted_rows: torch.Tensor) -> Dictionary:
+    d = saekit.create(name, d_in=16, n_features=64, k=4, seed=0)
+    d.set_normalisation(planted_rows)
+    return d
+
+
+def test_codes_have_the_shape_of_the_input(dictionary: Dictionary, planted_rows: torch.Tensor) -> None:
+    codes = dictionary.encode(planted_rows[:12].view(3, 4, 16))
+    assert codes.shape == (3, 4) and codes.n_features == 64 and codes.l0().shape == (3, 4)
+    assert dictionary.decode(codes).shape == (3, 4, 16)
+
+
+def test_encode_is_a_function_of_its_own_row(dictionary: Dictionary, planted_rows: torch.Tensor) -> None:
+    whole = dictionary.encode(planted_rows[:64]).to_dense()
+    alone = torch.cat([dictionary.encode(row[None]).to_dense() for row in planted_rows[:64]])
+    torch.testing.assert_close(whole, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_sparse_and_dense_decode_agree(dictionary: Dictionary, planted_rows: torch.Tensor) -> None:
+    codes = dictionary.encode(planted_rows[:50])
+    dense = codes.to_dense() @ dictionary.W_dec + dictionary.b_dec
+    torch.testing.assert_close(dictionary.decode(codes), dense / dictionary.scale_out + dictionary.mean_out)
+
+
+def test_save_and_load_are_exact(dictionary: Dictionary, planted_rows: torch.Tensor, tmp_path) -> None:
+    dictionary.reads = dictionary.writes = ("blocks.1.hook_resid_post",)
+    dictionary.card = {"data": {"kind": "test"}}
+    saekit.save(dictionary, tmp_path / "d")
+    back = saekit.load(tmp_path / "d")
+    assert back.config == dictionary.config and back.reads == dictionary.reads and back.card == dictionary.card
+    for key, value in dictionary.state_dict().items():
+        assert torch.equal(value, back.state_dict()[key])
+    assert torch.equal(dictionary(planted_rows[:20]), back(planted_rows[:20]))
+
+
+def test_config_survives_json(dictionary: Dictionary) -> None:
+    assert Config.from_json(dictionary.config.to_json()) == dictionary.config
+
+
+def test_to_inference_is_the_same_function(dictionary: Dictionary, planted_rows: torch.Tensor) -> None:
+    folded = dictionary.to_inference()
+    a, b = dictionary.encode(planted_rows), folded.encode(planted_rows)
+    assert torch.equal(a.indices.view(-1, 4).sort().values, b.indices.view(-1, 4).sort().values)
+    torch.testing.assert_close(a.to_dense(), b.to_dense(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(dictionary(planted_rows), folded(planted_rows), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(("shift", "size"), [(0.0, 1e-3), (3.0, 1.0), (1000.0, 10.0)])
+def test_normalisation_gives_unit_mean_square_and_folds_exactly(planted_rows: torch.Tensor, shift: float, size: float) -> None:
+    rows = planted_rows * size + shift
+    d = saekit.create("topk", d_in=16, n_features=64, k=4)
+    d.set_normalisation(rows)
+    read = (rows - d.mean_in) * d.scale_in
+    assert read.square().sum(-1).mean().item() == pytest.approx(16, rel=1e-3)
+    assert read.mean(0).abs().max() < 1e-3
+    # the folded weights see raw rows, so the error is relative to the rows' own size
+    scale = rows.abs().max()
+    torch.testing.assert_close(d(rows) / scale, d.to_inference()(rows) / scale, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_gradients_reach_every_parameter(name: str, planted_rows: torch.Tensor) -> None:
+    d = saekit.create(name, d_in=16, n_features=64, k=4)
+    d.set_normalisation(planted_rows)
+    d.loss(planted_rows).total.backward()
+    for key, parameter in d.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.abs().sum() > 0, key
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_the_loss_is_the_sum_of_its_terms(name: str, planted_rows: torch.Tensor) -> None:
+    d = saekit.create(name, d_in=16, n_features=64, k=4)
+    d.set_normalisation(planted_rows)
+    loss = d.loss(planted_rows, TrainState(dead=torch.arange(64) >= 50))
+    torch.testing.assert_close(loss.total, sum(loss.terms.values()))
+    assert all(term > 0 for term in loss.terms.values())
+
+
+def test_auxk_trains_encoder_and_decoder_of_dead_features(planted_rows: torch.Tensor) -> None:
+    d = saekit.create("topk", d_in=16, n_features=64, k=4, k_aux=6)
+    d.set_normalisation(planted_rows)
+    dead = torch.zeros(64, dtype=torch.bool)
+    dead[40:] = True
+    loss = d.loss(planted_rows, TrainState(dead=dead))
+    loss.terms["auxk"].backward()
+    assert d.encoder.grad[40:].abs().sum() > 0 and d.atoms.weight.grad[40:].abs().sum() > 0
+    # the residual is detached: the live features get nothing from this term
+    assert d.encoder.grad[:40].abs().sum() == 0 and d.atoms.weight.grad[:40].abs().sum() == 0
+
+
+def test_auxk_equals_its_definition_in_dense_autograd(planted_rows: torch.Tensor) -> None:
+    d = saekit.create("topk", d_in=16, n_features=64, k=4, k_aux=6, coefficient=0.25)
+    d.set_normalisation(planted_rows)
+    dead = torch.arange(64) % 3 == 0
+    term = d.loss(planted_rows, TrainState(dead=dead)).terms["auxk"]
+    x = (planted_rows - d.mean_in) * d.scale_in
+    pre = x @ d.encoder.T + d.b_enc
+    top = pre.topk(4)
+    codes = torch.zeros_like(pre).scatter(1, top.indices, top.values.relu())
+    residual = (x - codes @ d.atoms.weight - d.b_dec).detach()
+    at = pre.masked_fill(~dead, -torch.inf).topk(6)
+    e_hat = torch.zeros_like(pre).scatter(1, at.indices, at.values.relu()) @ d.atoms.weight
+    variance = (residual - residual.mean(0)).square().sum()
+    expected = 0.25 * 16 * (residual - e_hat).square().sum() / variance
+    torch.testing.assert_close(term, expected)
+    mine = torch.autograd.grad(term, d.encoder)[0]
+    torch.testing.assert_close(mine, torch.autograd.grad(expected, d.encoder)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_unit_norm_atoms_stay_on_the_sphere_and_their_gradient_along_it(planted_rows: torch.Tensor) -> None:
+    trainer = saekit.Trainer(saekit.create("topk", d_in=16, n_features=64, k=4))
+    for _ in range(3):
+        trainer.step(planted_rows)
+        weight = trainer.dictionary.atoms.weight
+        torch.testing.assert_close(weight.norm(dim=-1), torch.ones(64))
+    d = trainer.dictionary
+    d.loss(planted_rows).total.backward()
+    d.before_step()
+    assert torch.linalg.vecdot(d.atoms.weight.grad, d.atoms.weight).abs().max() < 1e-4 * d.atoms.weight.grad.abs().max()
+
+
+def test_omp_is_the_least_squares_fit_of_what_it_chose(planted_rows: torch.Tensor) -> None:
+    d = saekit.create("random_omp", d_in=16, n_features=64, k=5)
+    d.set_normalisation(planted_rows)
+    x = ((planted_rows[:40] - d.mean_in) * d.scale_in).double()
+    indices, values = d.encode(planted_rows[:40]).rectangular()
+    for row, at, value in zip(x, indices.long(), values.double(), strict=True):
+        atoms = d.W_dec[at].double()
+        best = torch.linalg.lstsq(atoms.T, row[:, None]).solution[:, 0]
+        torch.testing.assert_close(value, best, rtol=1e-3, atol=1e-3)
+        assert len(set(at.tolist())) == 5
+        # greedy: the first atom is the one most aligned with the row
+        assert at[0] == (d.W_dec.double() @ row).abs().argmax()
+
+
+def test_omp_error_never_rises_with_k(planted_rows: torch.Tensor) -> None:
+    errors = []
+    for k in (1, 2, 4, 8, 16):
+        d = saekit.create("random_omp", d_in=16, n_features=64, k=k)
+        d.set_normalisation(planted_rows)
+        errors.append(saekit.metrics.fvu(planted_rows, d(planted_rows)))
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 1e-6  # 16 atoms span 16 dimensions
+
+
+def test_training_recovers_planted_features_and_beats_the_controls(planted_rows: torch.Tensor) -> None:
+    d = saekit.create("topk", d_in=16, n_features=96, k=3, seed=1)
+    saekit.train(d, planted_rows, steps=600, batch_size=256, lr=3e-3)
+    control = saekit.create("random_omp", d_in=16, n_features=96, k=3)
+    control.set_normalisation(planted_rows)
+    ours, theirs = (saekit.metrics.fvu(planted_rows, m(planted_rows).detach()) for m in (d, control))
+    assert ours < 0.5 * theirs
+    g = torch.Generator().manual_seed(77)  # the fixture's
+    truth = torch.nn.functional.normalize(torch.randn(48, 16, generator=g), dim=-1)
+    assert (truth @ d.W_dec.detach().T).amax(-1).mean() > 0.9
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"k": 65}, "k = 65 must lie in 1..n_features = 64"),
+        ({"k": 0}, "k = 0"),
+        ({"k": 4, "kaux": 3}, "did you mean 'k_aux'"),
+        ({"k": 4, "k_aux": 0}, "k_aux = 0"),
+        ({}, "needs k"),
+        ({"k": 4, "d_in": 0}, "d_in = 0"),
+        ({"k": 4, "selection": "tpok"}, "did you mean 'topk'"),
+    ],
+)
+def test_an_impossible_choice_is_refused(options: dict, words: str) -> None:
+    with pytest.raises(SaekitError, match=words):
+        saekit.create("topk", **{"d_in": 16, "n_features": 64, **options})
+
+
+def test_a_wrong_width_is_refused(small_dictionary: Dictionary) -> None:
+    with pytest.raises(SaekitError, match="width 15 is not the dictionary's d_in = 16"):
+        small_dictionary.encode(torch.zeros(3, 15))
+
+
+def test_codes_laws() -> None:
+    g = torch.Generator().manual_seed(0)
+    dense = torch.randn(3, 5, 20, generator=g) * (torch.rand(3, 5, 20, generator=g) < 0.2)
+    codes = Codes.from_dense(dense)
+    assert torch.equal(codes.to_dense(), dense)
+    assert torch.equal(codes.l0(), (dense != 0).sum(-1))
+    assert torch.equal(codes.firing_counts(), (dense != 0).sum((0, 1)))
+    chosen = torch.tensor([7, 0, 13])
+    assert torch.equal(codes.select(chosen), dense[..., chosen])
+    by = torch.arange(20.0)
+    assert torch.equal(codes.scale(by).to_dense(), dense * by)
+    with pytest.raises(ValueError, match="different numbers"):
+        codes.rectangular()
+    values, indices = dense.view(15, 20).topk(3)
+    flat = Codes.from_rectangular(indices, values, 20)
+    assert flat.rectangular()[1].data_ptr() == flat.values.data_ptr() == values.data_ptr()  # views
+    grown = dataclasses.replace(flat, values=values.reshape(-1).clone().requires_grad_())
+    grown.to_dense().square().sum().backward()
+    torch.testing.assert_close(grown.values.grad, 2 * values.reshape(-1))
