@@ -17,6 +17,9 @@ demo: .venv/installed  ## language model -> dictionary -> report, in a few minut
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	rm -rf build/typing && mkdir -p build/typing/saekit
+	ln -s $(CURDIR)/saekit/* build/typing/saekit/
+	for room in kernels trainers circuits autointerp; do ln -s $(CURDIR)/$$room build/typing/saekit/$$room; done
 	$(BIN)/mypy
 
 test: lint  ## lint, types, and every test that needs no network and no GPU

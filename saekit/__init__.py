@@ -6,6 +6,8 @@ that is heavy.
 
 import importlib
 import sys
+from importlib.machinery import PathFinder
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +59,14 @@ class _Facade(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Facade
+
+# From the root of a checkout, Python's path also offers our rooms under their bare names, which PyPI
+# packages have: transformers would take our kernels/ for Hugging Face's. Only our own are hidden.
+for _room in ("autointerp", "circuits", "kernels", "trainers"):
+    _found = PathFinder.find_spec(_room)
+    if _found is not None and _found.origin is not None:
+        if Path(_found.origin).resolve().parent.parent == Path(__file__).resolve().parent.parent:
+            sys.modules.setdefault(_room, None)  # type: ignore[arg-type]
 
 
 def __getattr__(name: str) -> Any:

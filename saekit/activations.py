@@ -38,13 +38,18 @@ _SAFETENSORS = {
 class Source(Protocol):
     """Rows to train on, in an order that a seed fixes; ``batches`` can start at any step."""
 
-    n_rows: int | None
+    @property
+    def n_rows(self) -> int | None:
+        """How many rows there are; None for a stream."""
+        ...
 
     def width(self, hook_point: str | None) -> int:
         """Width of the rows."""
         ...
 
-    def batches(self, hook_points: Sequence[str], batch_size: int, seed: int, start: int = 0) -> Iterator[Tensor]:
+    def batches(
+        self, hook_points: Sequence[str], batch_size: int, seed: int, start: int = 0
+    ) -> Iterator[Tensor]:
         """Endless batches [batch_size, width], from step ``start`` on."""
         ...
 
@@ -111,7 +116,9 @@ class TensorSource:
 
     def __init__(self, rows: Float[Tensor, "rows d_in"]):
         if rows.ndim != 2 or len(rows) == 0:
-            raise SaekitError(f"source has shape {tuple(rows.shape)}; give activations as [rows, d_in] with at least one row")
+            raise SaekitError(
+                f"source has shape {tuple(rows.shape)}; give activations as [rows, d_in] with at least one row"
+            )
         if not torch.isfinite(rows).all():
             bad = (~torch.isfinite(rows)).any(-1).nonzero()[0].item()
             raise SaekitError(f"source holds NaN or Inf, first in row {bad}; remove those rows")
@@ -121,7 +128,9 @@ class TensorSource:
         """Width of the rows."""
         return self.rows.shape[1]
 
-    def batches(self, hook_points: Sequence[str], batch_size: int, seed: int, start: int = 0) -> Iterator[Tensor]:
+    def batches(
+        self, hook_points: Sequence[str], batch_size: int, seed: int, start: int = 0
+    ) -> Iterator[Tensor]:
         """Endless batches in a seeded order."""
         for rows in _order(self.n_rows, batch_size, seed, start):
             yield self.rows[torch.from_numpy(rows)]
@@ -154,7 +163,9 @@ class Shard:
                 self.header.pop("__metadata__", None)
                 end = max(_end(entry) for entry in self.header.values())
             except (ValueError, KeyError, TypeError, AttributeError):
-                raise SaekitError(f"shard {path.name} of {path.parent} is not a safetensors file; harvest again to replace it") from None
+                raise SaekitError(
+                    f"shard {path.name} of {path.parent} is not a safetensors file; harvest again to replace it"
+                ) from None
         if path.stat().st_size != 8 + length + end:
             raise SaekitError(f"shard {path.name} of {path.parent} is truncated; harvest again to replace it")
         self._start = 8 + length
@@ -165,7 +176,11 @@ class Shard:
         if name not in self._maps:
             entry = self.header[name]
             self._maps[name] = np.memmap(
-                self.path, _NUMPY[entry["dtype"]], "r", self._start + entry["data_offsets"][0], tuple(entry["shape"])
+                self.path,
+                _NUMPY[entry["dtype"]],
+                "r",
+                self._start + entry["data_offsets"][0],
+                tuple(entry["shape"]),
             )
         return self._maps[name]
 
@@ -197,7 +212,9 @@ class Store:
     def _open(self, entry: Mapping[str, Any]) -> Shard:
         path = self.path / entry["file"]
         if not path.is_file():
-            raise SaekitError(f"shard {entry['file']} of {self.path} is in the manifest and not on disk; harvest again to replace it")
+            raise SaekitError(
+                f"shard {entry['file']} of {self.path} is in the manifest and not on disk; harvest again to replace it"
+            )
         if path.stat().st_size != entry["bytes"]:
             raise SaekitError(
                 f"shard {entry['file']} of {self.path} has {path.stat().st_size} bytes and the manifest says {entry['bytes']}: "
@@ -206,7 +223,9 @@ class Store:
         shard = Shard(path)
         for name, site in self.manifest["hook_points"].items():
             if name not in shard.header or shard.header[name]["shape"] != [entry["tokens"], site["width"]]:
-                raise SaekitError(f"shard {entry['file']} of {self.path} doesn't hold {name!r} as the manifest says; harvest again")
+                raise SaekitError(
+                    f"shard {entry['file']} of {self.path} doesn't hold {name!r} as the manifest says; harvest again"
+                )
         return shard
 
     def verify(self, seconds: float = float("inf")) -> int:
@@ -229,7 +248,9 @@ class Store:
     def check(self, hook_point: str) -> None:
         """Raise unless the hook point is here and all its values are finite."""
         if hook_point not in self.manifest["hook_points"]:
-            raise SaekitError(f"hook point {hook_point!r} is not in store {str(self.path)!r}{nearest(hook_point, self.hook_points)}")
+            raise SaekitError(
+                f"hook point {hook_point!r} is not in store {str(self.path)!r}{nearest(hook_point, self.hook_points)}"
+            )
         for entry in self.manifest["shards"]:
             if entry["nonfinite"].get(hook_point, 0):
                 raise SaekitError(
@@ -253,10 +274,16 @@ class Store:
             out[torch.from_numpy(here[rising])] = self.shards[s].rows(hook_point, positions[rising])
         return out
 
-    def batches(self, hook_points: Sequence[str], batch_size: int, seed: int, start: int = 0) -> Iterator[Tensor]:
+    def batches(
+        self, hook_points: Sequence[str], batch_size: int, seed: int, start: int = 0
+    ) -> Iterator[Tensor]:
         """Endless batches of unmasked rows of one hook point, globally shuffled with the seed."""
         for rows in _order(self.n_rows, batch_size, seed, start):
-            yield torch.cat([self.gather(h, rows) for h in hook_points], -1) if len(hook_points) > 1 else self.gather(hook_points[0], rows)
+            yield (
+                torch.cat([self.gather(h, rows) for h in hook_points], -1)
+                if len(hook_points) > 1
+                else self.gather(hook_points[0], rows)
+            )
 
     def sequences(self, batch_rows: int = 8) -> Iterator[ActivationBatch]:
         """The stored sequences in order, as batches with tokens, documents and the mask."""
@@ -288,23 +315,31 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a store, checked for schema and completeness of its fields."""
     file = path / "manifest.json"
     if not file.is_file():
-        raise SaekitError(f"store {str(path)!r} has no manifest.json; give a folder that `saekit harvest` wrote")
+        raise SaekitError(
+            f"store {str(path)!r} has no manifest.json; give a folder that `saekit harvest` wrote"
+        )
     try:
         manifest = json.loads(file.read_text())
         version = manifest["schema"]
     except (ValueError, KeyError, TypeError):
         raise SaekitError(f"manifest {str(file)!r} is not a store's manifest; harvest again") from None
     if version != SCHEMA:
-        raise SaekitError(f"manifest {str(file)!r} has schema {version!r} and this saekit reads {SCHEMA}; harvest again")
+        raise SaekitError(
+            f"manifest {str(file)!r} has schema {version!r} and this saekit reads {SCHEMA}; harvest again"
+        )
     for field in ("hook_points", "dtype", "seq", "shards", "model", "text", "settings"):
         if field not in manifest:
             raise SaekitError(f"manifest {str(file)!r} lacks the field {field!r}; harvest again")
     for i, entry in enumerate(manifest["shards"]):
         for field in ("file", "bytes", "sha256", "tokens", "kept", "nonfinite"):
             if field not in entry:
-                raise SaekitError(f"shard {i} in manifest {str(file)!r} lacks the field {field!r}; harvest again")
+                raise SaekitError(
+                    f"shard {i} in manifest {str(file)!r} lacks the field {field!r}; harvest again"
+                )
         if Path(entry["file"]).name != entry["file"]:
-            raise SaekitError(f"shard {i} in manifest {str(file)!r} lies outside the store ({entry['file']!r}); harvest again")
+            raise SaekitError(
+                f"shard {i} in manifest {str(file)!r} lies outside the store ({entry['file']!r}); harvest again"
+            )
     return manifest
 
 
@@ -402,7 +437,11 @@ def _header(columns: Mapping[str, list[Tensor]]) -> bytes:
     for name in sorted(columns, key=_place(columns)):
         first, rows = columns[name][0], sum(len(part) for part in columns[name])
         end = start + sum(part.nbytes for part in columns[name])
-        entries[name] = {"dtype": _SAFETENSORS[first.dtype], "shape": [rows, *first.shape[1:]], "data_offsets": [start, end]}
+        entries[name] = {
+            "dtype": _SAFETENSORS[first.dtype],
+            "shape": [rows, *first.shape[1:]],
+            "data_offsets": [start, end],
+        }
         start = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

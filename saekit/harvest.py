@@ -65,7 +65,9 @@ class HarvestConfig:
         if self.split not in ("train", "held_out", "all"):
             raise SaekitError(f"split {self.split!r} is not one of 'train', 'held_out', 'all'")
         if self.outlier <= 1:
-            raise SaekitError(f"outlier = {self.outlier} must be above 1; it is a multiple of the median norm")
+            raise SaekitError(
+                f"outlier = {self.outlier} must be above 1; it is a multiple of the median norm"
+            )
 
 
 class Stream:
@@ -91,10 +93,14 @@ class Stream:
         text = self.text
         check_text(text)
         if model.tokenizer is None:
-            raise SaekitError(f"model {model.name!r} has no tokenizer and the text is words; give tokenizer=, or token rows as tensors")
+            raise SaekitError(
+                f"model {model.name!r} has no tokenizer and the text is words; give tokenizer=, or token rows as tensors"
+            )
         self.context = config.context or min(model.context or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
         if model.context and self.context > model.context:
-            raise SaekitError(f"context = {self.context} exceeds the {model.context} positions of model {model.name!r}; choose fewer")
+            raise SaekitError(
+                f"context = {self.context} exceeds the {model.context} positions of model {model.name!r}; choose fewer"
+            )
 
     def inputs(self) -> Iterator[tuple[Any, ActivationBatch]]:
         """Inputs of each forward pass, with a batch that holds tokens, documents and mask only."""
@@ -121,24 +127,34 @@ class Stream:
         special = torch.tensor(sorted(Special.of(self.model.tokenizer).all), dtype=torch.int64)
         for i, item in enumerate(self.text):
             if isinstance(item, Mapping):
-                given: Any = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in item.items()}
+                given: Any = {
+                    key: value.to(device) if isinstance(value, Tensor) else value
+                    for key, value in item.items()
+                }
                 ids, attention = item.get("input_ids"), item.get("attention_mask")
                 n = next((len(value) for value in item.values() if isinstance(value, Tensor)), 0)
             elif isinstance(item, Tensor):
                 given, ids, attention = item.to(device), None, None
                 if not item.is_floating_point():
                     ids = item[None] if item.ndim == 1 else item
-                    given = {"input_ids": ids.to(device)} if hasattr(self.model.module, "config") else ids.to(device)
+                    given = (
+                        {"input_ids": ids.to(device)}
+                        if hasattr(self.model.module, "config")
+                        else ids.to(device)
+                    )
                 n = len(item if ids is None else ids)
             else:
-                raise SaekitError(f"text item {i} is a {type(item).__name__}; after a first item of model inputs, give tensors or mappings of them")
-            owner, keep = torch.arange(row, row + n)[:, None], None
-            if attention is not None and attention.ndim == 2:
-                keep = attention.cpu().bool()
-                owner = torch.where(keep, owner, -1)  # padding belongs to no document
+                raise SaekitError(
+                    f"text item {i} is a {type(item).__name__}; after a first item of model inputs, give tensors or mappings of them"
+                )
+            owner = torch.arange(row, row + n)[:, None]
+            keep = torch.ones(n, 1, dtype=torch.bool)  # inputs that are not tokens: the model decides on positions
             if ids is not None:
                 ids = ids.cpu()
-                keep = (torch.ones_like(ids, dtype=torch.bool) if keep is None else keep) & ~torch.isin(ids, special)
+                keep, owner = ~torch.isin(ids, special), owner.expand(ids.shape)
+            if attention is not None and attention.ndim == 2:
+                real = attention.cpu().bool()
+                keep, owner = keep & real, torch.where(real, owner, -1)  # padding belongs to no document
             row += n
             yield given, ActivationBatch({}, keep, ids, owner)
 
@@ -166,20 +182,25 @@ class Stream:
 
     def _batch(self, batch: ActivationBatch, found: Mapping[str, Tensor]) -> ActivationBatch:
         """The activations with their mask; the first batch sets what counts as an outlier."""
-        grid = None if batch.mask is None else batch.mask.shape
+        grid = batch.mask.shape
         acts = {name: _positions(name, a, grid) for name, a in found.items()}
         first = next(iter(acts))
         shape = acts[first].shape[:2]
         for name, a in acts.items():
             if a.shape[:2] != shape:
-                raise SaekitError(f"hook point {name!r} has {tuple(a.shape[:2])} positions and {first!r} has {tuple(shape)}; harvest them one by one")
+                raise SaekitError(
+                    f"hook point {name!r} has {tuple(a.shape[:2])} positions and {first!r} has {tuple(shape)}; harvest them one by one"
+                )
         fits = grid == shape
         mask = batch.mask if fits else torch.ones(shape, dtype=torch.bool)
-        norms = {name: torch.linalg.vector_norm(a, dim=-1, dtype=torch.float32).cpu() for name, a in acts.items()}
+        norms = {
+            name: torch.linalg.vector_norm(a, dim=-1, dtype=torch.float32).cpu() for name, a in acts.items()
+        }
         if not self.norm_limits:
             self.norm_limits = {name: self._limit(n[mask]) for name, n in norms.items()}
         for name, n in norms.items():
-            mask = mask & ~((n > self.norm_limits[name]) & n.isfinite())  # NaN and Inf are kept: they must be seen
+            # NaN and Inf are kept: they must be seen, not hidden
+            mask = mask & ~((n > self.norm_limits[name]) & n.isfinite())
         owner = None
         if batch.documents is not None and len(batch.documents) == shape[0]:
             owner = (batch.documents if fits else batch.documents[:, :1]).expand(shape)
@@ -191,7 +212,10 @@ class Stream:
 
     def settings(self) -> dict[str, Any]:
         """The resolved settings, as they stand in the manifest."""
-        out = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self.config).items()}
+        out = {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in asdict(self.config).items()
+        }
         return {**out, "hook_points": self.hook_points, "context": None if self.raw else self.context}
 
     def text_identity(self) -> dict[str, Any]:
@@ -202,21 +226,27 @@ class Stream:
         for item in self.text:
             parts = item.values() if isinstance(item, Mapping) else [item]
             for part in parts:
-                data = part.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if isinstance(part, Tensor) else json.dumps(part, default=str).encode()
+                data = (
+                    part.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+                    if isinstance(part, Tensor)
+                    else json.dumps(part, default=str).encode()
+                )
                 digest.update(data)
         return {"name": "literal", "items": len(self.text), "sha256": digest.hexdigest()}
 
 
-def _positions(name: str, a: Tensor, grid: "torch.Size | None") -> Tensor:
-    """Activations as [batch, seq, width]; ``grid`` is the [batch, seq] of the tokens, where there are any.
+def _positions(name: str, a: Tensor, grid: torch.Size) -> Tensor:
+    """Activations as [batch, seq, width]; ``grid`` is the [batch, seq] of the tokens ([batch, 1] without any).
 
     Heads of a position stand side by side; positions that the model flattened are taken apart
     again; a module without positions gives one per input.
     """
     if a.ndim < 2:
-        raise SaekitError(f"hook point {name!r} gives a tensor of shape {tuple(a.shape)}, not one vector per position; choose another")
+        raise SaekitError(
+            f"hook point {name!r} gives a tensor of shape {tuple(a.shape)}, not one vector per position; choose another"
+        )
     if a.ndim == 2:
-        return a.view(*grid, -1) if grid is not None and len(a) == grid.numel() > grid[0] else a[:, None]
+        return a.view(*grid, -1) if len(a) == grid.numel() > grid[0] else a[:, None]
     return a.flatten(2) if a.shape[:2] == grid else a.flatten(1, -2)
 
 
@@ -244,12 +274,18 @@ class StreamSource:
                 empty &= not batch.mask.any()
                 rows = torch.cat([batch.rows(h).float().cpu() for h in hook_points], -1)
                 if not torch.isfinite(rows).all():
-                    raise SaekitError(f"activations at {hook_points[0]!r} hold NaN or Inf; harvest in fp32, or find what makes the model overflow")
+                    raise SaekitError(
+                        f"activations at {hook_points[0]!r} hold NaN or Inf; harvest in fp32, or find what makes the model overflow"
+                    )
                 yield rows
             if empty:
-                raise SaekitError("the text gives no unmasked token to train on; give more text, or other roles")
+                raise SaekitError(
+                    "the text gives no unmasked token to train on; give more text, or other roles"
+                )
 
-    def batches(self, hook_points: Sequence[str], batch_size: int, seed: int, start: int = 0) -> Iterator[Tensor]:
+    def batches(
+        self, hook_points: Sequence[str], batch_size: int, seed: int, start: int = 0
+    ) -> Iterator[Tensor]:
         """Endless batches; the text is read again when it ends."""
         generator = torch.Generator().manual_seed(seed)
         rows, buffer, step = self._rows(hook_points), torch.empty(0), 0
@@ -268,7 +304,12 @@ class StreamSource:
 
     def identity(self) -> dict[str, Any]:
         """Model, text and settings."""
-        return {"kind": "stream", "model": self.stream.model.identity(), "text": self.stream.text_identity(), "settings": self.stream.settings()}
+        return {
+            "kind": "stream",
+            "model": self.stream.model.identity(),
+            "text": self.stream.text_identity(),
+            "settings": self.stream.settings(),
+        }
 
 
 def harvest(
@@ -290,10 +331,14 @@ def harvest(
     """
     unknown = sorted(set(options) - set(HarvestConfig.__dataclass_fields__))
     if unknown:
-        raise SaekitError(f"option {unknown[0]!r} is not one of harvest's{nearest(unknown[0], list(HarvestConfig.__dataclass_fields__))}")
+        raise SaekitError(
+            f"option {unknown[0]!r} is not one of harvest's{nearest(unknown[0], list(HarvestConfig.__dataclass_fields__))}"
+        )
     if options.get("roles") is not None:
         options["roles"] = tuple(options["roles"])
-    config = HarvestConfig(hook_points=tuple([hook_points] if isinstance(hook_points, str) else hook_points), **options)
+    config = HarvestConfig(
+        hook_points=tuple([hook_points] if isinstance(hook_points, str) else hook_points), **options
+    )
     stream = Stream(load_model(model, device=device), text, config)
     return stream if out is None else _to_store(stream, Path(out), on_batch)
 
@@ -310,7 +355,9 @@ def check_writable(path: Path, needed: int = 0) -> None:
         write_atomic(path / ".probe", b"x" * 4096)
         (path / ".probe").unlink()
     except OSError as error:
-        raise SaekitError(f"out {str(path)!r} can't be written: {error.strerror}; choose another folder or free some space") from None
+        raise SaekitError(
+            f"out {str(path)!r} can't be written: {error.strerror}; choose another folder or free some space"
+        ) from None
     status = os.statvfs(path)
     if needed > status.f_bavail * status.f_frsize:
         raise SaekitError(
@@ -350,7 +397,13 @@ def _to_store(stream: Stream, path: Path, on_batch: Callable[[int, int | None], 
             if not manifest["hook_points"]:
                 _describe(manifest, stream, batch)
                 wanted = 0 if stream.raw else stream.config.tokens or 0
-                check_writable(path, wanted * bytes_per_token((s["width"] for s in manifest["hook_points"].values()), stream.config.dtype))
+                check_writable(
+                    path,
+                    wanted
+                    * bytes_per_token(
+                        (s["width"] for s in manifest["hook_points"].values()), stream.config.dtype
+                    ),
+                )
             if batch.mask.shape[1] != manifest["seq"]:
                 raise SaekitError(
                     f"a row has {batch.mask.shape[1]} positions and the rows before it {manifest['seq']}; pad them to one length (with attention_mask)"
@@ -365,19 +418,28 @@ def _to_store(stream: Stream, path: Path, on_batch: Callable[[int, int | None], 
                 in_shard = 0
         writer.flush()
         if not manifest["shards"]:
-            side = "" if stream.literal or stream.config.split == "all" else f" on the {stream.config.split!r} side of its split (split='all' takes both)"
+            side = (
+                ""
+                if stream.literal or stream.config.split == "all"
+                else f" on the {stream.config.split!r} side of its split (split='all' takes both)"
+            )
             raise SaekitError(f"the text gives no row of tokens{side}; give more text")
         manifest["complete"] = True
         writer.write_manifest()
     except OSError as error:
-        raise SaekitError(f"out {str(path)!r} can't be written: {error.strerror}; free some space and run the same command again: it goes on where it stopped") from None
+        raise SaekitError(
+            f"out {str(path)!r} can't be written: {error.strerror}; free some space and run the same command again: it goes on where it stopped"
+        ) from None
     return Store(path, verify_seconds=0)
 
 
 def _describe(manifest: dict[str, Any], stream: Stream, batch: ActivationBatch) -> None:
     """Fill in what only the first batch tells: widths, the row length, the outlier limits, the shard size."""
     widths = {name: a.shape[-1] for name, a in batch.activations.items()}
-    manifest["hook_points"] = {name: {"width": width, "module": stream.sites[name].path, "side": stream.sites[name].side} for name, width in widths.items()}
+    manifest["hook_points"] = {
+        name: {"width": width, "module": stream.sites[name].path, "side": stream.sites[name].side}
+        for name, width in widths.items()
+    }
     manifest["seq"] = batch.mask.shape[1]
     manifest["norm_limits"] = stream.norm_limits
     per_batch = batch.mask.numel() * bytes_per_token(widths.values(), stream.config.dtype)
@@ -391,7 +453,9 @@ def _resumable(path: Path, manifest: Mapping[str, Any]) -> dict[str, Any] | None
     found = read_manifest(path)
     for field in ("model", "text", "settings"):
         if found[field] != manifest[field]:
-            raise SaekitError(f"out {str(path)!r} holds a harvest with another {field}; choose another folder, or delete it")
+            raise SaekitError(
+                f"out {str(path)!r} holds a harvest with another {field}; choose another folder, or delete it"
+            )
     good = list(itertools.takewhile(lambda entry: _intact(path, entry), found["shards"]))
     if len(good) < len(found["shards"]):
         bad = found["shards"][len(good)]["file"]

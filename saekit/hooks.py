@@ -35,7 +35,9 @@ def _first_tensor(value: Any) -> Tensor:
         items = ()
     found = next((item for item in items if isinstance(item, Tensor)), None)
     if found is None:
-        raise SaekitError(f"a hook point gave a {type(value).__name__} that holds no tensor; choose a module that works on tensors")
+        raise SaekitError(
+            f"a hook point gave a {type(value).__name__} that holds no tensor; choose a module that works on tensors"
+        )
     return found
 
 
@@ -61,7 +63,9 @@ def intervene(functions: "list[tuple[Site, Callable[[Tensor], Tensor | None]]]")
 
     def on_input(function: Callable) -> Callable:
         def hook(_module: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
-            holder, key = (args, 0) if args else (kwargs, next(k for k, v in kwargs.items() if isinstance(v, Tensor)))
+            holder, key = (
+                (args, 0) if args else (kwargs, next(k for k, v in kwargs.items() if isinstance(v, Tensor)))
+            )
             new = function(_first_tensor(holder[key]))
             if new is None:
                 return None
@@ -92,7 +96,7 @@ def intervene(functions: "list[tuple[Site, Callable[[Tensor], Tensor | None]]]")
 
 
 def capture(run: Callable[[], Any], sites: Mapping[str, Site], stop: bool = True) -> dict[str, Tensor]:
-    """Activations of the sites during ``run()``, detached.
+    """Activations of the sites during ``run()``, detached, in the order of ``sites``.
 
     With ``stop`` the forward pass is left as soon as every site has been seen, so no later module
     runs; a module that runs several times gives its first activation. Copied only where the model
@@ -116,5 +120,7 @@ def capture(run: Callable[[], Any], sites: Mapping[str, Site], stop: bool = True
             run()
     missing = [name for name in sites if name not in seen]
     if missing:
-        raise RuntimeError(f"hook point {missing[0]!r} ({sites[missing[0]].path}) did not run in this forward pass")
-    return seen
+        raise RuntimeError(
+            f"hook point {missing[0]!r} ({sites[missing[0]].path}) did not run in this forward pass"
+        )
+    return {name: seen[name] for name in sites}

@@ -60,7 +60,9 @@ def dead_share(density: Float[Tensor, " feature"]) -> float:
     return (density == 0).double().mean().item()
 
 
-def cross_entropy(logits: Float[Tensor, "*rows vocab"], targets: Int[Tensor, "*rows"]) -> Float[Tensor, "*rows"]:
+def cross_entropy(
+    logits: Float[Tensor, "*rows vocab"], targets: Int[Tensor, "*rows"]
+) -> Float[Tensor, "*rows"]:
     """Next-token loss of each position, in nats."""
     logits = logits.float()
     return logits.logsumexp(-1) - logits.gather(-1, targets[..., None])[..., 0]

@@ -35,10 +35,19 @@ def _inside_block(block: nn.Module) -> dict[str, str]:
     mlp = next((c for c in MLP if c in children), None)
     if attention is None or mlp is None:
         return {}
-    names = {"hook_attn_out": f"{attention}:out", "hook_mlp_out": f"{mlp}:out", "ln2.hook_normalized": f"{mlp}:in"}
-    if "post_feedforward_layernorm" in children:  # Gemma 2 and 3, OLMo 2: what a half adds is normalised first
+    names = {
+        "hook_attn_out": f"{attention}:out",
+        "hook_mlp_out": f"{mlp}:out",
+        "ln2.hook_normalized": f"{mlp}:in",
+    }
+    if (
+        "post_feedforward_layernorm" in children
+    ):  # Gemma 2 and 3, OLMo 2: what a half adds is normalised first
         before = "pre_feedforward_layernorm"
-        after = {"hook_attn_out": "post_attention_layernorm:out", "hook_mlp_out": "post_feedforward_layernorm:out"}
+        after = {
+            "hook_attn_out": "post_attention_layernorm:out",
+            "hook_mlp_out": "post_feedforward_layernorm:out",
+        }
         return {**names, **after, "hook_resid_mid": f"{before if before in children else mlp}:in"}
     middle = next((c for c in BEFORE_MLP if c in children), None)
     if middle and not getattr(block, "use_parallel_residual", False):
@@ -78,7 +87,10 @@ class Model:
         lists = [
             (len(m), path)
             for path, m in self._modules.items()
-            if isinstance(m, nn.ModuleList) and len(m) and len({type(b) for b in m}) == 1 and len(list(m[0].children())) > 1
+            if isinstance(m, nn.ModuleList)
+            and len(m)
+            and len({type(b) for b in m}) == 1
+            and len(list(m[0].children())) > 1
         ]
         return max(lists, key=lambda pair: (pair[0], -pair[1].count(".")))[1] if lists else None
 
@@ -113,7 +125,9 @@ class Model:
             if any(sign in name for sign in "*?["):
                 found = fnmatch.filter(self.hook_points(), name)
                 if not found:
-                    raise SaekitError(f"hook point {name!r} matches nothing{nearest(name, self.hook_points())}")
+                    raise SaekitError(
+                        f"hook point {name!r} matches nothing{nearest(name, self.hook_points())}"
+                    )
                 out += found
             else:
                 self.site(name)
@@ -126,7 +140,9 @@ class Model:
         path, _, side = path.partition(":")
         path = self._aliases.get(path, path)
         if path not in self._modules or side not in ("", "in", "out") or not path:
-            raise SaekitError(f"hook point {name!r} is not in model {self.name!r}{nearest(name, self.hook_points())}")
+            raise SaekitError(
+                f"hook point {name!r} is not in model {self.name!r}{nearest(name, self.hook_points())}"
+            )
         return Site(self._modules[path], side or "out", path)
 
     def inputs(self, tokens: Tensor, attention: Tensor) -> dict[str, Tensor]:
@@ -149,7 +165,9 @@ class Model:
         output = self(inputs)
         output = output if isinstance(output, Tensor) else getattr(output, "logits", None)
         if output is None:
-            raise SaekitError(f"model {self.name!r} gives no logits, so CE and KL can't be measured; evaluate without a model")
+            raise SaekitError(
+                f"model {self.name!r} gives no logits, so CE and KL can't be measured; evaluate without a model"
+            )
         return output
 
     @property
@@ -165,7 +183,11 @@ class Model:
         ids = prompt
         if isinstance(prompt, str):
             ids = self.tokenizer(prompt, return_tensors="pt")["input_ids"]
-        options = {"do_sample": False, "pad_token_id": getattr(self.tokenizer, "eos_token_id", None), **options}
+        options = {
+            "do_sample": False,
+            "pad_token_id": getattr(self.tokenizer, "eos_token_id", None),
+            **options,
+        }
         out = self.module.generate(
             ids.to(self.device), attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, **options
         )
@@ -201,7 +223,9 @@ def _load_folder(source: str, name: str, dtype: torch.dtype | None) -> tuple[nn.
         module = cls.from_pretrained(source, config=config, dtype=dtype or torch.float32)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         why = " ".join(str(error).split())
-        raise SaekitError(f"model {name!r} can't be loaded ({why}); give a folder or hub id with config and weights") from error
+        raise SaekitError(
+            f"model {name!r} can't be loaded ({why}); give a folder or hub id with config and weights"
+        ) from error
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError):
@@ -244,10 +268,14 @@ def load_model(
     if path.is_dir():
         path = _sentence_transformer(path)
         if not (path / "config.json").is_file():
-            raise SaekitError(f"model {spec!r} is a folder without config.json; give a Hugging Face model folder")
+            raise SaekitError(
+                f"model {spec!r} is a folder without config.json; give a Hugging Face model folder"
+            )
         location = str(path)
     elif path.exists() or spec.startswith((".", "/")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", spec):
-        raise SaekitError(f"model {spec!r} is not a model folder; give a folder with config.json, a hub id, or 'code-lm'")
+        raise SaekitError(
+            f"model {spec!r} is not a model folder; give a folder with config.json, a hub id, or 'code-lm'"
+        )
     else:
         if not _cached(spec):
             probe_hub(spec, "model")

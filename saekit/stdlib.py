@@ -75,7 +75,9 @@ def files(split: str = "train") -> list[str]:
     base = root()
     names = []
     for folder, inside, found in os.walk(base):
-        inside[:] = [name for name in inside if name not in NEVER]  # site-packages is far larger than the rest
+        inside[:] = [
+            name for name in inside if name not in NEVER
+        ]  # site-packages is far larger than the rest
         at = Path(folder).relative_to(base)
         names += [(at / name).as_posix() for name in found if name.endswith(".py")]
     names = [name for name in names if not name.startswith(GENERATED)]

@@ -18,7 +18,8 @@ from saekit.stdlib import Document
 from saekit.types import SaekitError
 
 PIECE = 1 << 16  # characters; a longer text is several documents, so that one file can be split
-ENCODE_AT_ONCE = 1 << 19  # characters tokenised in one call: bounds memory, keeps both cores busy
+ENCODE_AT_ONCE = 1 << 19  # characters tokenised in one call: bounds memory, keeps the cores busy
+ENCODE_FIRST = 1 << 16  # in the first call: a short harvest does not wait for a long text
 DATA_SUFFIXES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 
 
@@ -78,13 +79,17 @@ def _records(name: str) -> Iterator[dict[str, Any]]:
             if isinstance(data, datasets.DatasetDict):
                 data = data["train" if "train" in data else next(iter(data))]
         elif path.exists():
-            data = datasets.load_dataset(DATA_SUFFIXES[path.suffix], data_files=name, split="train", streaming=True)
+            data = datasets.load_dataset(
+                DATA_SUFFIXES[path.suffix], data_files=name, split="train", streaming=True
+            )
         else:
             data = datasets.load_dataset(name, split="train", streaming=True)
         yield from data
     except Exception as error:  # the library raises what its many readers raise
         why = " ".join(str(error).split())[:200]
-        raise SaekitError(f"dataset {name!r} can't be read ({type(error).__name__}: {why}); give a data set that `datasets` loads") from error
+        raise SaekitError(
+            f"dataset {name!r} can't be read ({type(error).__name__}: {why}); give a data set that `datasets` loads"
+        ) from error
 
 
 def _dataset(name: str) -> Iterator[Document | list[dict]]:
@@ -120,12 +125,16 @@ def probe_hub(name: str, kind: str) -> None:
         except Exception as error:  # any failure means the same to the user: it can't be had from here
             reason = f"the hub answers {type(error).__name__}"
     local = "no such folder here" if kind == "model" else "no such file or folder here"
-    raise SaekitError(f"{kind} {name!r} can't be found: {local}, and {reason}; give a local path or a hub id that exists")
+    raise SaekitError(
+        f"{kind} {name!r} can't be found: {local}, and {reason}; give a local path or a hub id that exists"
+    )
 
 
 def is_dataset(path: Path) -> bool:
     """Whether a local path holds a ``datasets`` data set rather than text files."""
-    return path.suffix in DATA_SUFFIXES or any((path / f).exists() for f in ("dataset_info.json", "dataset_dict.json"))
+    return path.suffix in DATA_SUFFIXES or any(
+        (path / f).exists() for f in ("dataset_info.json", "dataset_dict.json")
+    )
 
 
 def documents(text: "str | os.PathLike | Sequence", split: str = "train") -> Iterator[Any]:
@@ -157,11 +166,17 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise SaekitError(f"text {str(path)!r} is not UTF-8 text; give a text file, a folder or a data set") from None
+        raise SaekitError(
+            f"text {str(path)!r} is not UTF-8 text; give a text file, a folder or a data set"
+        ) from None
 
 
 def _is_chat(item: Any) -> bool:
-    return isinstance(item, Sequence) and len(item) > 0 and all(isinstance(m, Mapping) and "role" in m for m in item)
+    return (
+        isinstance(item, Sequence)
+        and len(item) > 0
+        and all(isinstance(m, Mapping) and "role" in m for m in item)
+    )
 
 
 def check_text(text: "str | os.PathLike | Sequence") -> None:
@@ -180,7 +195,9 @@ def check_text(text: "str | os.PathLike | Sequence") -> None:
     else:
         for i, item in enumerate(text):
             if not isinstance(item, str) and not _is_chat(item):
-                raise SaekitError(f"text item {i} is a {type(item).__name__}; give strings, chats (lists of messages with a role), tensors or mappings of them")
+                raise SaekitError(
+                    f"text item {i} is a {type(item).__name__}; give strings, chats (lists of messages with a role), tensors or mappings of them"
+                )
     if not any(not isinstance(d, Document) or d.text.strip() for d in documents(text, "all")):
         shown = repr(os.fspath(text)) if isinstance(text, str | os.PathLike) else "the list given"
         raise SaekitError(f"text {shown} is empty: it holds no documents; give a text with at least one line")
@@ -212,10 +229,12 @@ class Special:
         return Special(some("cls", "bos", "eos"), some("sep", "eos", "bos"), some("sep")[:1], pad[0], ids)
 
 
-def _encoded(docs: Iterable[Any], tokenizer: Any, roles: Sequence[str] | None) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+def _encoded(
+    docs: Iterable[Any], tokenizer: Any, roles: Sequence[str] | None
+) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
     """``(ids, keep)`` of each document; ``keep`` is None where every token counts."""
     waiting: list[str] = []
-    size = 0
+    size, enough = 0, ENCODE_FIRST
 
     def flush() -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
         if waiting:
@@ -226,9 +245,9 @@ def _encoded(docs: Iterable[Any], tokenizer: Any, roles: Sequence[str] | None) -
         if isinstance(doc, Document):
             waiting.append(doc.text)
             size += len(doc.text)
-            if size >= ENCODE_AT_ONCE:
+            if size >= enough:
                 yield from flush()
-                waiting, size = [], 0
+                waiting, size, enough = [], 0, min(2 * enough, ENCODE_AT_ONCE)
         else:
             yield from flush()
             waiting, size = [], 0
@@ -236,23 +255,36 @@ def _encoded(docs: Iterable[Any], tokenizer: Any, roles: Sequence[str] | None) -
     yield from flush()
 
 
-def _chat(messages: Sequence[dict], tokenizer: Any, roles: Sequence[str] | None) -> tuple[np.ndarray, np.ndarray]:
-    """A chat through the tokenizer's template; only tokens that the chosen roles' messages added count."""
+def _chat(messages: Sequence[dict], tokenizer: Any, roles: Sequence[str] | None) -> tuple[np.ndarray, np.ndarray | None]:
+    """A chat through the tokenizer's template; only what the chosen roles' messages add to the text counts."""
     if getattr(tokenizer, "chat_template", None) is None:
         raise SaekitError("the text holds chats and the model's tokenizer has no chat template; give plain text")
+    from jinja2 import TemplateError
 
-    def render(n: int) -> list[int]:
-        out = tokenizer.apply_chat_template(list(messages[:n]), tokenize=True, return_dict=True)
-        return list(out["input_ids"])
-
-    ids = render(len(messages))
+    try:
+        text = tokenizer.apply_chat_template(list(messages), tokenize=False)
+    except TemplateError as error:
+        raise SaekitError(f"the chat template refuses a chat of the text ({error}); leave it out or change its messages") from None
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=roles is not None, verbose=False)
+    ids = np.asarray(encoded["input_ids"], dtype=np.int64)
+    if roles is None:
+        return ids, None
+    first = np.array([start for start, _ in encoded["offset_mapping"]])
     keep = np.zeros(len(ids), dtype=bool)
     start = 0
     for n, message in enumerate(messages, 1):
-        end = len(render(n)) if n < len(messages) else len(ids)
-        keep[start:end] = roles is None or message["role"] in roles
-        start = end
-    return np.asarray(ids, dtype=np.int64), keep
+        try:
+            prefix = tokenizer.apply_chat_template(list(messages[:n]), tokenize=False)
+        except TemplateError:
+            continue  # some templates want a user's message first: this one is part of the next
+        if not text.startswith(prefix):
+            raise SaekitError(
+                f"roles = {list(roles)}: the chat template writes message {n} of a chat differently when more follow, "
+                "so its tokens can't be told apart; harvest without roles"
+            )
+        keep[(first >= start) & (first < len(prefix))] = message["role"] in roles
+        start = len(prefix)
+    return ids, keep
 
 
 def token_rows(
@@ -273,7 +305,9 @@ def token_rows(
     special = Special.of(tokenizer)
     body = context - len(special.prefix) - len(special.suffix)
     if body < 1:
-        raise SaekitError(f"context = {context} leaves no room for text; choose at least {context - body + 1}")
+        raise SaekitError(
+            f"context = {context} leaves no room for text; choose at least {context - body + 1}"
+        )
     rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
     def batch() -> TokenRows:

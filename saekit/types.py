@@ -7,7 +7,7 @@ features of all rows together).
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -143,5 +143,5 @@ class Loss:
     """
 
     total: Float[Tensor, ""]
-    terms: Mapping[str, Float[Tensor, ""]] = field(default_factory=dict)
-    codes: Codes | None = None
+    terms: Mapping[str, Float[Tensor, ""]]
+    codes: Codes

@@ -26,7 +26,9 @@ def tiny_gpt2(code_lm) -> Model:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=4096, n_positions=64, n_embd=32, n_layer=3, n_head=2, bos_token_id=0, eos_token_id=0)
+    config = GPT2Config(
+        vocab_size=4096, n_positions=64, n_embd=32, n_layer=3, n_head=2, bos_token_id=0, eos_token_id=0
+    )
     return load_model(GPT2LMHeadModel(config).eval(), tokenizer=code_lm.tokenizer, name="tiny-gpt2")
 
 
@@ -41,7 +43,9 @@ def mlp() -> nn.Module:
 def small_store(tiny_gpt2, tmp_path_factory):
     """A store of about 4000 rows of the tiny GPT-2's middle residual stream, in two shards or more."""
     path = tmp_path_factory.mktemp("store") / "acts"
-    return harvest(tiny_gpt2, "stdlib", ["blocks.1.hook_resid_post"], out=path, tokens=4096, context=64, batch_rows=8)
+    return harvest(
+        tiny_gpt2, "stdlib", ["blocks.1.hook_resid_post"], out=path, tokens=4096, context=64, batch_rows=8
+    )
 
 
 @pytest.fixture

@@ -79,7 +79,12 @@ def test_kernels_import_nothing_else_of_ours_nor_anything_but_torch_numba_triton
                 names += [node.module] if isinstance(node, ast.ImportFrom) else []
                 for name in names:
                     top = ".".join(name.split(".")[:2])
-                    known = top == "saekit.kernels" or name.split(".")[0] in {"torch", "numba", "triton", "numpy"}
+                    known = top == "saekit.kernels" or name.split(".")[0] in {
+                        "torch",
+                        "numba",
+                        "triton",
+                        "numpy",
+                    }
                     assert known or name.split(".")[0] in sys.stdlib_module_names, f"{module} imports {name}"
 
 
@@ -99,7 +104,11 @@ def test_no_file_is_two() -> None:
         assert len(path.read_text().splitlines()) <= 500, f"{path} is over 500 lines"
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):
-                body = node.body[0].end_lineno + 1 if ast.get_docstring(node) and len(node.body) > 1 else node.lineno
+                body = (
+                    node.body[0].end_lineno + 1
+                    if ast.get_docstring(node) and len(node.body) > 1
+                    else node.lineno
+                )
                 assert node.end_lineno - body <= 60, f"{path}: {node.name} is over 60 lines"
 
 
@@ -114,7 +123,9 @@ def test_public_functions_and_classes_have_docstrings() -> None:
 
 @pytest.mark.parametrize("bare", ["kernels", "trainers", "circuits", "autointerp"])
 def test_a_room_refuses_its_bare_name(bare: str) -> None:
-    done = subprocess.run([sys.executable, "-c", f"import {bare}"], cwd=ROOT, capture_output=True, text=True, env={"PATH": ""})
+    done = subprocess.run(
+        [sys.executable, "-c", f"import {bare}"], cwd=ROOT, capture_output=True, text=True, env={"PATH": ""}
+    )
     assert done.returncode == 1 and f"saekit.{bare}" in done.stderr
 
 

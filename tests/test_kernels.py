@@ -61,10 +61,18 @@ def test_gradcheck() -> None:
 def test_sparse_decode_equals_its_reference(counts: list[int]) -> None:
     g = torch.Generator().manual_seed(len(counts))
     offsets = torch.tensor([0, *counts]).cumsum(0)
-    indices = torch.randint(13, (int(offsets[-1]),), generator=g, dtype=torch.int32)  # repeats within a row too
-    ours = [torch.randn(s, generator=g, dtype=torch.float64).requires_grad_() for s in ((int(offsets[-1]),), (13, 6))]
+    indices = torch.randint(
+        13, (int(offsets[-1]),), generator=g, dtype=torch.int32
+    )  # repeats within a row too
+    ours = [
+        torch.randn(s, generator=g, dtype=torch.float64).requires_grad_()
+        for s in ((int(offsets[-1]),), (13, 6))
+    ]
     theirs = [t.detach().clone().requires_grad_() for t in ours]
-    got, expected = sparse_decode(offsets, indices, *ours), decode_reference.sparse_decode(offsets, indices, *theirs)
+    got, expected = (
+        sparse_decode(offsets, indices, *ours),
+        decode_reference.sparse_decode(offsets, indices, *theirs),
+    )
     torch.testing.assert_close(got, expected)
     cotangent = torch.randn_like(got)
     got.backward(cotangent)
@@ -81,7 +89,10 @@ def test_non_contiguous_input() -> None:
     torch.testing.assert_close(values, expected.detach())
 
 
-@pytest.mark.parametrize(("x", "k", "words"), [((4, 3), 2, "expected"), ((4, 5), 0, "k = 0"), ((4, 5), 12, "k = 12"), ((5,), 2, "shape")])
+@pytest.mark.parametrize(
+    ("x", "k", "words"),
+    [((4, 3), 2, "expected"), ((4, 5), 0, "k = 0"), ((4, 5), 12, "k = 12"), ((5,), 2, "shape")],
+)
 def test_bad_input_is_refused(x: tuple[int, ...], k: int, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         topk_encode(torch.zeros(x), torch.zeros(11, 5), torch.zeros(11), k)

@@ -30,11 +30,15 @@ print(peak.bytes)
 
 def peak(code: str, *arguments: str) -> int:
     # a fixed number of arenas: glibc opens one per thread when it likes, which is not ours to measure
-    done = subprocess.run([sys.executable, "-P", "-c", code, *arguments], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, *arguments], capture_output=True, text=True, check=True
+    )
     return int(done.stdout.splitlines()[-1])
 
 
-def test_peak_anonymous_memory_of_harvest_and_training_stays_from_1x_to_10x_the_tokens(tmp_path: Path) -> None:
+def test_peak_anonymous_memory_of_harvest_and_training_stays_from_1x_to_10x_the_tokens(
+    tmp_path: Path,
+) -> None:
     # one shard is the unit: below it there is less to hold
     small, large = 80_000, 800_000
     harvests = [peak(HARVEST, str(tmp_path / str(n)), str(n)) for n in (small, large)]
@@ -44,14 +48,30 @@ def test_peak_anonymous_memory_of_harvest_and_training_stays_from_1x_to_10x_the_
 
 
 def run(*arguments: str) -> dict:
-    done = subprocess.run([sys.executable, "-P", "-m", "saekit.cli", *arguments, "--json"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "saekit.cli", *arguments, "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return json.loads(done.stdout)
 
 
 @pytest.mark.slow
 def test_plan_is_within_a_quarter_of_what_the_job_takes(tmp_path: Path) -> None:
     plan = run("plan", "harvest", "--tokens", "400000", "--dtype", "bf16")
-    done = run("harvest", "code-lm", "--hook-point", "blocks.1.hook_resid_post", "--tokens", "400000", "--dtype", "bf16", "--out", str(tmp_path / "a"))
+    done = run(
+        "harvest",
+        "code-lm",
+        "--hook-point",
+        "blocks.1.hook_resid_post",
+        "--tokens",
+        "400000",
+        "--dtype",
+        "bf16",
+        "--out",
+        str(tmp_path / "a"),
+    )
     assert plan["disk_bytes"] == pytest.approx(done["bytes"], rel=0.25)
     assert plan["seconds"] == pytest.approx(done["seconds"], rel=0.25)
     plan = run("plan", "train", "--steps", "90")

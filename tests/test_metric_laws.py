@@ -27,7 +27,9 @@ def test_the_mean_scores_0_and_the_identity_1(rows: torch.Tensor) -> None:
     assert metrics.explained_variance(rows, mean) == pytest.approx(0, abs=1e-6)
     assert metrics.fvu(rows, mean) == pytest.approx(1, abs=1e-6)
     assert metrics.explained_variance(rows, rows) == 1
-    assert metrics.cosine(rows, rows) == pytest.approx(1) and metrics.norm_ratio(rows, 0.5 * rows) == pytest.approx(0.5)
+    assert metrics.cosine(rows, rows) == pytest.approx(1) and metrics.norm_ratio(
+        rows, 0.5 * rows
+    ) == pytest.approx(0.5)
 
 
 def test_order_and_scale_do_not_matter(rows: torch.Tensor) -> None:
@@ -43,8 +45,12 @@ def test_ce_and_kl_equal_their_definitions() -> None:
     g = torch.Generator().manual_seed(0)
     a, b = torch.randn(7, 11, generator=g), torch.randn(7, 11, generator=g)
     target = torch.randint(11, (7,), generator=g)
-    torch.testing.assert_close(metrics.cross_entropy(a, target), torch.nn.functional.cross_entropy(a, target, reduction="none"))
-    expected = torch.nn.functional.kl_div(b.log_softmax(-1), a.log_softmax(-1), log_target=True, reduction="none").sum(-1)
+    torch.testing.assert_close(
+        metrics.cross_entropy(a, target), torch.nn.functional.cross_entropy(a, target, reduction="none")
+    )
+    expected = torch.nn.functional.kl_div(
+        b.log_softmax(-1), a.log_softmax(-1), log_target=True, reduction="none"
+    ).sum(-1)
     torch.testing.assert_close(metrics.kl(a, b), expected)
     assert (metrics.kl(a, b) > 0).all() and metrics.kl(a, a).abs().max() < 1e-6
 
@@ -85,7 +91,9 @@ def test_every_key_has_n_unit_and_interval(report) -> None:
 
 
 def test_evaluation_equals_the_pure_functions(report, trained, tiny_gpt2) -> None:
-    stream = saekit.harvest(tiny_gpt2, "stdlib", [POINT], tokens=2048, context=64, batch_rows=8, split="held_out")
+    stream = saekit.harvest(
+        tiny_gpt2, "stdlib", [POINT], tokens=2048, context=64, batch_rows=8, split="held_out"
+    )
     rows = torch.cat([batch.rows(POINT) for batch in stream])
     with torch.no_grad():
         codes, hat = trained.encode(rows), trained(rows)
@@ -99,7 +107,9 @@ def test_evaluation_equals_the_pure_functions(report, trained, tiny_gpt2) -> Non
 
 @pytest.mark.parametrize("batch_rows", [1, 3, 32])
 def test_evaluation_does_not_depend_on_the_batch_size(batch_rows: int, report, trained, tiny_gpt2) -> None:
-    other = evaluate(trained, tiny_gpt2, "stdlib", tokens=2048, context=64, batch_rows=batch_rows, controls=False)
+    other = evaluate(
+        trained, tiny_gpt2, "stdlib", tokens=2048, context=64, batch_rows=batch_rows, controls=False
+    )
     for key in set(UNITS) - {"density"}:
         assert float(other[key]) == pytest.approx(float(report[key]), rel=2e-5, abs=2e-5), key
         if report[key].interval:
@@ -125,7 +135,9 @@ def test_the_identity_loses_nothing_and_zero_is_the_ablation(trained, tiny_gpt2)
     assert float(zero["ce_spliced"]) == float(zero["ce_ablated"]) and float(zero["ce_recovered"]) == 0
 
 
-def test_a_sink_of_1000_times_the_norm_moves_explained_variance_by_less_than_half_a_percent(trained, tiny_gpt2) -> None:
+def test_a_sink_of_1000_times_the_norm_moves_explained_variance_by_less_than_half_a_percent(
+    trained, tiny_gpt2
+) -> None:
     """A position that the model blows up, as attention sinks do, is masked and changes nothing."""
     clean = evaluate(trained, tiny_gpt2, tokens=2048, context=64, controls=False)
 

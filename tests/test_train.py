@@ -24,7 +24,18 @@ STEPS = 60
 
 def command(store: Path, out: Path, *more: str) -> list[str]:
     arguments = ["train", "topk", "--acts", str(store), "--n-features", "64", "--k", "4", "--out", str(out)]
-    options = ["--steps", str(STEPS), "--batch-size", "256", "--checkpoint-every", "7", "--log-every", "1", "--dead-after", "1024"]
+    options = [
+        "--steps",
+        str(STEPS),
+        "--batch-size",
+        "256",
+        "--checkpoint-every",
+        "7",
+        "--log-every",
+        "1",
+        "--dead-after",
+        "1024",
+    ]
     return [sys.executable, "-P", "-m", "saekit.cli", *arguments, *options, *more]
 
 
@@ -40,11 +51,15 @@ def finished(small_store, tmp_path_factory) -> Path:
     return out
 
 
-def test_killed_at_five_random_steps_and_resumed_the_weights_are_the_same_bytes(small_store, finished: Path, tmp_path: Path) -> None:
+def test_killed_at_five_random_steps_and_resumed_the_weights_are_the_same_bytes(
+    small_store, finished: Path, tmp_path: Path
+) -> None:
     out, draw = tmp_path / "killed", random.Random(0)
     for _ in range(5):
         target = step_reached(out) + draw.randint(1, 14)
-        process = subprocess.Popen(command(small_store.path, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command(small_store.path, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         while process.poll() is None and step_reached(out) < target:
             time.sleep(0.002)
         process.kill()
@@ -52,12 +67,17 @@ def test_killed_at_five_random_steps_and_resumed_the_weights_are_the_same_bytes(
     subprocess.run(command(small_store.path, out), check=True, capture_output=True)
     for file in ("dictionary.safetensors", f"checkpoints/step-{STEPS:08d}/state.safetensors"):
         assert (out / file).read_bytes() == (finished / file).read_bytes(), file
-    timeless = [[{k: v for k, v in r.items() if k != "rows_per_second"} for r in logs.read(p)] for p in (out, finished)]
+    timeless = [
+        [{k: v for k, v in r.items() if k != "rows_per_second"} for r in logs.read(p)]
+        for p in (out, finished)
+    ]
     assert timeless[0] == timeless[1]
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_the_same_command_goes_on(sent: int, small_store, finished: Path, tmp_path: Path) -> None:
+def test_a_signal_saves_and_the_same_command_goes_on(
+    sent: int, small_store, finished: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "stopped"
     slow = command(small_store.path, out)
     process = subprocess.Popen(slow, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -76,7 +96,9 @@ def test_a_signal_saves_and_the_same_command_goes_on(sent: int, small_store, fin
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "missing"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(damage: str, small_store, finished: Path, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    damage: str, small_store, finished: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "run"
     d = saekit.create("topk", d_in=32, n_features=64, k=4)
     options = {"batch_size": 256, "checkpoint_every": 7, "log_every": 1, "dead_after": 1024}
@@ -87,9 +109,13 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(damage: str, s
     if damage == "missing":
         file.unlink()
     else:
-        file.write_bytes(data[: len(data) // 2] if damage == "truncate" else data[:-1] + bytes([data[-1] ^ 1]))
+        file.write_bytes(
+            data[: len(data) // 2] if damage == "truncate" else data[:-1] + bytes([data[-1] ^ 1])
+        )
     with pytest.warns(UserWarning, match=f"step-{STEPS:08d} is damaged"):
-        run = saekit.train(saekit.create("topk", d_in=32, n_features=64, k=4), small_store, STEPS, out=out, **options)
+        run = saekit.train(
+            saekit.create("topk", d_in=32, n_features=64, k=4), small_store, STEPS, out=out, **options
+        )
     assert run.finished
     assert (out / "dictionary.safetensors").read_bytes() == (finished / "dictionary.safetensors").read_bytes()
 
@@ -108,7 +134,17 @@ def test_another_setting_in_the_same_folder_is_refused(small_store, finished: Pa
 
 def test_config_json_repeats_the_run(finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "again"
-    repeat = [sys.executable, "-P", "-m", "saekit.cli", "train", "--config", str(finished / "config.json"), "--out", str(out)]
+    repeat = [
+        sys.executable,
+        "-P",
+        "-m",
+        "saekit.cli",
+        "train",
+        "--config",
+        str(finished / "config.json"),
+        "--out",
+        str(out),
+    ]
     subprocess.run(repeat, check=True, capture_output=True)
     assert (out / "dictionary.safetensors").read_bytes() == (finished / "dictionary.safetensors").read_bytes()
 
@@ -149,11 +185,15 @@ def test_store_tensor_and_stream_train_alike(tiny_gpt2, small_store) -> None:
 
 def test_a_stream_resumes_to_the_same_weights(tiny_gpt2, tmp_path: Path) -> None:
     def source() -> StreamSource:
-        stream = harvest(tiny_gpt2, "stdlib", ["blocks.0.hook_mlp_out"], tokens=4096, context=64, batch_rows=8)
+        stream = harvest(
+            tiny_gpt2, "stdlib", ["blocks.0.hook_mlp_out"], tokens=4096, context=64, batch_rows=8
+        )
         return StreamSource(stream, buffer_rows=1024)
 
     def run(out: Path) -> bytes:
-        saekit.train(saekit.create("topk", d_in=32, n_features=64, k=4), source(), 12, 256, out, checkpoint_every=5)
+        saekit.train(
+            saekit.create("topk", d_in=32, n_features=64, k=4), source(), 12, 256, out, checkpoint_every=5
+        )
         return (out / "dictionary.safetensors").read_bytes()
 
     whole = run(tmp_path / "a")
@@ -188,14 +228,18 @@ def test_trainer_step_by_hand_equals_a_dense_loop(planted_rows: torch.Tensor) ->
     torch.testing.assert_close(d.atoms.weight, a, rtol=1e-3, atol=1e-4)
 
 
-def test_the_log_is_json_lines_and_wandb_is_written_offline(planted_rows: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_log_is_json_lines_and_wandb_is_written_offline(
+    planted_rows: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     d = saekit.create("topk", d_in=16, n_features=64, k=4)
     saekit.train(d, planted_rows, 6, 128, tmp_path / "run", log_every=2, wandb="saekit-test")
     records = logs.read(tmp_path / "run")
     assert [r["step"] for r in records] == [1, 2, 4, 6]
-    assert {"loss", "reconstruction", "auxk", "fvu", "l0", "dead_share", "lr", "rows_per_second"} <= set(records[0])
+    assert {"loss", "reconstruction", "auxk", "fvu", "l0", "dead_share", "lr", "rows_per_second"} <= set(
+        records[0]
+    )
     assert list((tmp_path / "run").rglob("*.wandb"))
 
 
@@ -228,7 +272,9 @@ def test_the_rate_goes_up_stays_and_falls_to_zero() -> None:
         ({"decay": 2.0}, "decay = 2.0"),
     ],
 )
-def test_bad_settings_are_refused_before_any_work(options: dict, words: str, planted_rows: torch.Tensor, tmp_path: Path) -> None:
+def test_bad_settings_are_refused_before_any_work(
+    options: dict, words: str, planted_rows: torch.Tensor, tmp_path: Path
+) -> None:
     d = saekit.create("topk", d_in=16, n_features=64, k=4)
     with pytest.raises(SaekitError, match=words):
         saekit.train(d, planted_rows, out=tmp_path / "run", **options)

@@ -21,7 +21,9 @@ class Log:
         if wandb:
             import wandb as client
 
-            self.run = client.init(project=wandb, dir=str(folder), config=config, resume="allow", id=_run_id(folder))
+            self.run = client.init(
+                project=wandb, dir=str(folder), config=config, resume="allow", id=_run_id(folder)
+            )
 
     def write(self, record: dict[str, Any]) -> None:
         """One line, on disk at once."""

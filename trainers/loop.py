@@ -82,7 +82,7 @@ class Trainer:
         self.warmup = warmup if warmup is not None else int(optim.warmup_steps(steps).value)
         self.dead_after = dead_after if dead_after is not None else dead.DEAD_AFTER
         self.step_number = 0
-        self.silent = torch.zeros(dictionary.n_features, dtype=torch.int64, device=dictionary.mean_in.device)
+        self.silent = torch.zeros(dictionary.n_features, dtype=torch.int64, device=dictionary.device)
         self.optimizer = optim.adam(self.dictionary.parameters())
 
     def step(self, x: "Float[Tensor, 'batch d_in'] | ActivationBatch") -> dict[str, Tensor]:
@@ -175,13 +175,22 @@ def resolve(config: TrainConfig, n_features: int) -> tuple[TrainConfig, dict[str
 
 def check(dictionary: Dictionary, source: Source, config: TrainConfig) -> tuple[str, ...]:
     """Raise unless the dictionary can be trained on the source; returns the hook points it reads."""
-    points = tuple(dictionary.reads or dictionary.wiring.sites(getattr(source, "hook_points", None) or getattr(getattr(source, "stream", None), "hook_points", None) or ["x"])[0])
+    points = tuple(
+        dictionary.reads
+        or dictionary.wiring.sites(
+            getattr(source, "hook_points", None)
+            or getattr(getattr(source, "stream", None), "hook_points", None)
+            or ["x"]
+        )[0]
+    )
     for point in points:
         if isinstance(source, Store):
             source.check(point)
     width = sum(source.width(point) for point in points)
     if width != dictionary.d_in:
-        raise SaekitError(f"the data's width {width} is not the dictionary's d_in = {dictionary.d_in}; create it with d_in={width}")
+        raise SaekitError(
+            f"the data's width {width} is not the dictionary's d_in = {dictionary.d_in}; create it with d_in={width}"
+        )
     if source.n_rows is not None and source.n_rows < config.batch_size:
         raise SaekitError(
             f"the data holds {source.n_rows} rows and one batch takes batch_size = {config.batch_size}; harvest more tokens or choose a smaller batch"
@@ -232,7 +241,9 @@ def train(
     known = [f.name for f in fields(TrainConfig)]
     for key in sorted(set(options) - set(known)):
         raise SaekitError(f"option {key!r} is not one of train's{nearest(key, known)}")
-    config, reasons = resolve(TrainConfig(steps=steps, batch_size=batch_size, **options), dictionary.n_features)
+    config, reasons = resolve(
+        TrainConfig(steps=steps, batch_size=batch_size, **options), dictionary.n_features
+    )
     source = as_source(source)
     points = check(dictionary, source, config)
     if not dictionary.reads and points != ("x",):
@@ -267,7 +278,11 @@ def _origin(source: Source) -> dict[str, Any]:
     if isinstance(source, Store):
         return {"acts": str(source.path.resolve())}
     stream = getattr(source, "stream", None)
-    return {"model": stream.model.name, "text": stream.text_identity()["name"], **stream.settings()} if stream else {}
+    return (
+        {"model": stream.model.name, "text": stream.text_identity()["name"], **stream.settings()}
+        if stream
+        else {}
+    )
 
 
 def _sample(source: Source, points: Sequence[str], config: TrainConfig) -> Tensor:
@@ -286,9 +301,13 @@ def _prepare(path: Path, settings: dict[str, Any], trainer: Trainer) -> None:
             mine, theirs = settings[field], previous.get(field)
             if field == "train":
                 free = ("log_every", "checkpoint_every", "wandb")
-                mine, theirs = ({k: v for k, v in part.items() if k not in free} for part in (mine, theirs or {}))
+                mine, theirs = (
+                    {k: v for k, v in part.items() if k not in free} for part in (mine, theirs or {})
+                )
             if json.loads(json.dumps(mine)) != theirs:
-                raise SaekitError(f"out {str(path)!r} holds a run with another {field} setting; choose another folder, or delete it")
+                raise SaekitError(
+                    f"out {str(path)!r} holds a run with another {field} setting; choose another folder, or delete it"
+                )
     write_atomic(file, json.dumps(settings, indent=1).encode())
     found = checkpoint.latest(path / "checkpoints")
     if found is not None:
@@ -315,9 +334,15 @@ def _loop(
             last = step == config.steps
             if step % config.log_every == 0 or last or step == 1:
                 rate = (step - first) * config.batch_size / (time.perf_counter() - began)
-                record = {"step": step, "rows": step * config.batch_size, **{k: v.item() for k, v in metrics.items()}}
+                record = {
+                    "step": step,
+                    "rows": step * config.batch_size,
+                    **{k: v.item() for k, v in metrics.items()},
+                }
                 if not record["loss"] == record["loss"]:
-                    raise SaekitError(f"the loss is NaN at step {step}; choose a smaller lr than {config.lr:.2e}")
+                    raise SaekitError(
+                        f"the loss is NaN at step {step}; choose a smaller lr than {config.lr:.2e}"
+                    )
                 if log is not None:
                     log.write({**record, "rows_per_second": rate})
                 if on_step is not None:

@@ -28,7 +28,9 @@ def learning_rate(n_features: int, steps: int | None) -> Chosen:
     """
     scaling = 2e-4 * math.sqrt(2**14 / n_features)
     boost = 1.0 if steps is None else min(8.0, max(1.0, math.sqrt(10_000 / steps)))
-    reason = f"2e-4 * sqrt(2^14 / {n_features})" + (f" * {boost:.2f} for a run of {steps} steps" if boost > 1 else "")
+    reason = f"2e-4 * sqrt(2^14 / {n_features})" + (
+        f" * {boost:.2f} for a run of {steps} steps" if boost > 1 else ""
+    )
     return Chosen(scaling * boost, reason)
 
 

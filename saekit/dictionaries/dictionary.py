@@ -33,7 +33,9 @@ def configure(table: Registry, name: str, options: Mapping[str, Any], unused: se
     missing = [
         f.name
         for f in fields(config)
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and f.name not in mine
+        if f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+        and f.name not in mine
     ]
     if missing:
         raise SaekitError(f"{table.kind} {name!r} needs {missing[0]}; give {missing[0]}=...")
@@ -79,16 +81,22 @@ class Config:
             config = configure(CHOICES[kind], name, options, unused)
             if unused:
                 field = sorted(unused)[0]
-                raise SaekitError(f"{kind} {name!r} has no field {field!r}{nearest(field, list(vars(config)))}")
+                raise SaekitError(
+                    f"{kind} {name!r} has no field {field!r}{nearest(field, list(vars(config)))}"
+                )
             return name, config
 
         expected = {f.name for f in fields(Config)}
         for key in (*sorted(set(data) - expected), *sorted(expected - set(data))):
             problem = "unknown" if key in data else "missing"
-            raise SaekitError(f"field {key!r} of the dictionary's config is {problem}; expected {sorted(expected)}")
+            raise SaekitError(
+                f"field {key!r} of the dictionary's config is {problem}; expected {sorted(expected)}"
+            )
         single = {c: choice(c, data[c]) for c in ("wiring", "selection", "atoms")}
         return Config(
-            n_features=data["n_features"], objective=tuple(choice("objective", t) for t in data["objective"]), **single
+            n_features=data["n_features"],
+            objective=tuple(choice("objective", t) for t in data["objective"]),
+            **single,
         )
 
 
@@ -100,6 +108,12 @@ class Dictionary(nn.Module):
     ``reads`` and ``writes`` name its hook points; ``card`` carries what is known about its
     training (model, data, metrics).
     """
+
+    mean_in: Tensor
+    scale_in: Tensor
+    mean_out: Tensor
+    scale_out: Tensor
+    normalised: Tensor
 
     def __init__(self, config: Config, seed: int = 0):
         super().__init__()
@@ -129,6 +143,11 @@ class Dictionary(nn.Module):
         if directions.shape[1] == d_in:
             return directions.clone()
         return nn.functional.normalize(torch.randn(len(directions), d_in, generator=generator), dim=-1)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        return self.mean_in.device
 
     @property
     def n_features(self) -> int:
@@ -168,7 +187,9 @@ class Dictionary(nn.Module):
         codes = self.selection(self._read(x), self._encoder_rows(), self.b_enc)
         return dataclasses.replace(codes, shape=tuple(x.shape[:-1]))
 
-    def decode(self, codes: Codes, x: Float[Tensor, "*shape d_in"] | None = None) -> Float[Tensor, "*shape d_out"]:
+    def decode(
+        self, codes: Codes, x: Float[Tensor, "*shape d_in"] | None = None
+    ) -> Float[Tensor, "*shape d_out"]:
         """What the codes write, in the units of the model; ``x`` is for wirings that pass input through."""
         y_hat = self._write(codes) / self.scale_out + self.mean_out
         return y_hat.view(*codes.shape, self.d_out)
@@ -228,8 +249,13 @@ class Dictionary(nn.Module):
             return copy.deepcopy(self).eval()
         chosen = {"wiring": self.config.wiring, "selection": self.config.selection}
         folded = Dictionary(
-            Config(self.n_features, atoms=("free", ATOMS["free"].Config()), objective=self.config.objective, **chosen)
-        ).to(self.mean_in.device)
+            Config(
+                self.n_features,
+                atoms=("free", ATOMS["free"].Config()),
+                objective=self.config.objective,
+                **chosen,
+            )
+        ).to(self.device)
         encoder = self._encoder_rows().double() * self.scale_in.double()
         folded.encoder.copy_(encoder)
         folded.b_enc.copy_(self.b_enc.double() - encoder @ self.mean_in.double())

@@ -31,7 +31,13 @@ def create(name: str, *, n_features: int, seed: int = 0, **options: Any) -> Dict
         built = tuple((n, configure(table, n, options, unused)) for n in names)
         parts[choice] = built if choice == "objective" else built[0]
     if unused:
-        known = sorted({f for _, c in (*parts["objective"], *(parts[p] for p in parts if p != "objective")) for f in vars(c)})
+        known = sorted(
+            {
+                f
+                for _, c in (*parts["objective"], *(parts[p] for p in parts if p != "objective"))
+                for f in vars(c)
+            }
+        )
         field = sorted(unused)[0]
         raise SaekitError(f"option {field!r} is not one of {name!r}{nearest(field, known)}")
     return Dictionary(Config(n_features=n_features, **parts), seed=seed)

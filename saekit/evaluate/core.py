@@ -156,7 +156,7 @@ def controls_for(dictionary: Dictionary, seed: int = 0) -> dict[str, Dictionary]
     if k is None or dictionary.d_in != dictionary.d_out:
         return {}
     shape = {"d_in": dictionary.d_in, "n_features": dictionary.n_features, "k": k, "seed": seed}
-    out = {name: create(name, **shape).to(dictionary.mean_in.device) for name in ("random", "random_omp")}
+    out = {name: create(name, **shape).to(dictionary.device) for name in ("random", "random_omp")}
     for control in out.values():
         for name, buffer in dictionary.named_buffers():
             if name.startswith(("mean_", "scale_", "normalised")):
@@ -198,13 +198,19 @@ def evaluate(
     dictionary = dictionary.to(view.device)
     runs = {"": _Evaluation(dictionary)}
     runs |= {name: _Evaluation(c) for name, c in (controls_for(dictionary, seed) if controls else {}).items()}
-    shift, done, index = None, 0, defaultdict(lambda: len(index) % MAX_DOCUMENTS)
+    shift: Tensor | None = None
+    done = 0
+    index: dict[int, int] = defaultdict(lambda: len(index) % MAX_DOCUMENTS)
     for batch, logits, given in stream.with_logits(view.predicts_tokens):
         x = batch.rows(point)
         if len(x) == 0:
             continue
         shift = x.double().mean(0) if shift is None else shift
-        owner = batch.documents if batch.documents is not None else torch.arange(len(batch.mask))[:, None].expand(batch.mask.shape)
+        owner = (
+            batch.documents
+            if batch.documents is not None
+            else torch.arange(len(batch.mask))[:, None].expand(batch.mask.shape)
+        )
         owners = np.array([index[int(d)] for d in owner[batch.mask]])
         hats = {name: run.observe(x, owners, shift) for name, run in runs.items()}
         if logits is not None:
@@ -229,6 +235,7 @@ def _language(
 ) -> None:  # fmt: skip
     """Add the losses of the model with each replacement spliced in at the unmasked positions."""
     site, mask = stream.sites[stream.hook_points[0]], batch.mask
+    assert batch.tokens is not None and batch.documents is not None  # a language model reads tokens
     # a position counts when its activation was replaced and the token it predicts is text
     counted = mask[:, :-1] & (batch.documents[:, 1:] >= 0)
     owners = np.array([index[int(d)] for d in batch.documents[:, :-1][counted]])
@@ -272,7 +279,9 @@ def _report(runs: Mapping[str, _Evaluation], resampler: Resampler) -> dict[str, 
 
         for key in ("ce_original", "ce_spliced", "ce_ablated", "kl"):
             out[key] = _measure(key, n, resampler, mean, c[key], c["n"])
-        out["ce_recovered"] = _measure("ce_recovered", n, resampler, recovered, c["ce_original"], c["ce_spliced"], c["ce_ablated"])
+        out["ce_recovered"] = _measure(
+            "ce_recovered", n, resampler, recovered, c["ce_original"], c["ce_spliced"], c["ce_ablated"]
+        )
         return out
 
     main = of(runs[""])

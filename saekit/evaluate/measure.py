@@ -36,7 +36,11 @@ class Resampler:
     def __init__(self, n_documents: int, seed: int):
         self.n = n_documents
         rng = np.random.default_rng(seed)
-        self.weights = rng.multinomial(self.n, np.full(self.n, 1 / self.n), size=RESAMPLES).astype(np.float64) if self.n >= 3 else None
+        self.weights = (
+            rng.multinomial(self.n, np.full(self.n, 1 / self.n), size=RESAMPLES).astype(np.float64)
+            if self.n >= 3
+            else None
+        )
 
     def interval(self, statistic: Callable[..., np.ndarray], *sums: np.ndarray) -> tuple[float, float] | None:
         """Interval of ``statistic(*totals)``; each of ``sums`` is [documents, ...], totals are [resamples, ...]."""

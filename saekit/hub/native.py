@@ -31,7 +31,9 @@ def save(dictionary: Dictionary, path: "str | Path") -> Path:
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        data = to_bytes({key: value.detach().contiguous().cpu() for key, value in dictionary.state_dict().items()})
+        data = to_bytes(
+            {key: value.detach().contiguous().cpu() for key, value in dictionary.state_dict().items()}
+        )
         card = {
             "schema": SCHEMA, "config": dictionary.config.to_json(), "reads": list(dictionary.reads),
             "writes": list(dictionary.writes), "sha256": hashlib.sha256(data).hexdigest(), "torch": torch.__version__,
@@ -40,7 +42,9 @@ def save(dictionary: Dictionary, path: "str | Path") -> Path:
         write_atomic(path / WEIGHTS, data)
         write_atomic(path / CARD, json.dumps(card, indent=1).encode())
     except OSError as error:
-        raise SaekitError(f"out {str(path)!r} can't be written: {error.strerror}; choose another folder") from None
+        raise SaekitError(
+            f"out {str(path)!r} can't be written: {error.strerror}; choose another folder"
+        ) from None
     return path
 
 
@@ -48,19 +52,25 @@ def read_card(path: Path) -> dict[str, Any]:
     """The card of a dictionary, checked for schema and the fields that loading needs."""
     file = path / CARD
     if not file.is_file():
-        raise SaekitError(f"dictionary {str(path)!r} has no {CARD}; give a folder that saekit saved, or a finished run")
+        raise SaekitError(
+            f"dictionary {str(path)!r} has no {CARD}; give a folder that saekit saved, or a finished run"
+        )
     try:
         card = json.loads(file.read_text())
         version = card["schema"]
     except (ValueError, KeyError, TypeError):
-        raise SaekitError(f"card {str(file)!r} is not a dictionary's card; save the dictionary again") from None
+        raise SaekitError(
+            f"card {str(file)!r} is not a dictionary's card; save the dictionary again"
+        ) from None
     if version != SCHEMA:
         raise SaekitError(f"card {str(file)!r} has schema {version!r} and this saekit reads {SCHEMA}")
     for field, kind in {"config": dict, "reads": list, "writes": list, "sha256": str}.items():
         if field not in card:
             raise SaekitError(f"card {str(file)!r} lacks the field {field!r}; save the dictionary again")
         if not isinstance(card[field], kind):
-            raise SaekitError(f"field {field!r} of {str(file)!r} is no {kind.__name__}; save the dictionary again")
+            raise SaekitError(
+                f"field {field!r} of {str(file)!r} is no {kind.__name__}; save the dictionary again"
+            )
     return card
 
 
@@ -74,27 +84,40 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     try:
         return load(file.read_bytes())
     except (SafetensorError, ValueError) as error:
-        raise SaekitError(f"file {str(file)!r} is not an intact safetensors file ({error}); save it again") from None
+        raise SaekitError(
+            f"file {str(file)!r} is not an intact safetensors file ({error}); save it again"
+        ) from None
 
 
 def load(path: "str | Path", device: "str | torch.device | None" = None) -> Dictionary:
     """Read a dictionary back, bit for bit; a missing, unknown or misshapen tensor raises by name."""
     path = Path(path)
     if not path.is_dir():
-        raise SaekitError(f"dictionary {str(path)!r} is not a folder; give one that saekit saved, or a finished run")
+        raise SaekitError(
+            f"dictionary {str(path)!r} is not a folder; give one that saekit saved, or a finished run"
+        )
     card = read_card(path)
     tensors = read_tensors(path / WEIGHTS)
     try:
         dictionary = Dictionary(Config.from_json(card["config"]))
     except SaekitError:
         raise
-    except (TypeError, AttributeError, ValueError, RuntimeError) as error:  # a value of the wrong type, deep inside
-        raise SaekitError(f"config in {str(path / CARD)!r} means no dictionary ({error}); save the dictionary again") from error
+    except (
+        TypeError,
+        AttributeError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # a value of the wrong type, deep inside
+        raise SaekitError(
+            f"config in {str(path / CARD)!r} means no dictionary ({error}); save the dictionary again"
+        ) from error
     expected = dictionary.state_dict()
     for name in sorted(set(expected) - set(tensors)):
         raise SaekitError(f"dictionary {str(path)!r} lacks the tensor {name!r}; save it again")
     for name in sorted(set(tensors) - set(expected)):
-        raise SaekitError(f"dictionary {str(path)!r} holds an unknown tensor {name!r}{nearest(name, list(expected))}")
+        raise SaekitError(
+            f"dictionary {str(path)!r} holds an unknown tensor {name!r}{nearest(name, list(expected))}"
+        )
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape or tensor.dtype != expected[name].dtype:
             raise SaekitError(

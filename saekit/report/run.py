@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from saekit.report.page import FeatureCard, Metric, RunReport, feature_card, wri
 from saekit.tokens import documents
 from saekit.types import ActivationBatch, SaekitError
 
-EXPLAIN = {
+EXPLAIN: dict[str, tuple[Literal["higher", "lower"] | None, str]] = {
     "l0": (None, "active features per token"),
     "fvu": ("lower", "squared error over the variance about the mean, both summed over all tokens; 1 predicts the mean"),
     "explained_variance": ("higher", "1 - FVU"),
@@ -71,6 +71,7 @@ def dashboard(
         collector = collector or ContextCollector(
             dictionary.n_features, chosen, seq_len=batch.mask.shape[1], seed=seed
         )
+        assert batch.tokens is not None  # the report is of a model that reads tokens
         collector.add(batch.tokens, batch.documents, batch.mask, _codes(dictionary, batch))
         done += batch.mask.numel()
         if on_batch is not None:
@@ -90,7 +91,7 @@ def _json(path: Path) -> dict[str, Any]:
 @torch.no_grad()
 def _codes(dictionary: Dictionary, batch: ActivationBatch) -> Any:
     x = torch.cat([batch.activations[point] for point in dictionary.reads], -1)
-    return dictionary.encode(x.to(dictionary.mean_in.device))
+    return dictionary.encode(x.to(dictionary.device))
 
 
 def _density_and_source(

@@ -10,9 +10,13 @@ from typing import Annotated, Any
 
 import typer
 
-Device = Annotated[str | None, typer.Option(help="torch device, for example cuda; default: the CPU.", metavar="DEVICE")]
+Device = Annotated[
+    str | None, typer.Option(help="torch device, for example cuda; default: the CPU.", metavar="DEVICE")
+]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout; all else goes to stderr.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print the result as JSON on stdout; all else goes to stderr.")
+]
 
 LINE_SECONDS = 10.0  # between plain progress lines, where there is no terminal
 

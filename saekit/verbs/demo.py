@@ -55,12 +55,25 @@ def demo(
     say("3/4 evaluate it on held-out files, beside random dictionaries")
     with progress("evaluate", "tokens") as draw:
         report = evaluate(
-            dictionary, model, "stdlib", tokens=eval_tokens, seed=seed, on_batch=lambda done, total: draw(done, total, "")
+            dictionary,
+            model,
+            "stdlib",
+            tokens=eval_tokens,
+            seed=seed,
+            on_batch=lambda done, total: draw(done, total, ""),
         )
     write_atomic(folder / "run" / "eval.json", json.dumps(finite(report.to_json()), indent=1).encode())
     say("4/4 collect what its features fire on")
     with progress("dashboard", "tokens") as draw:
-        page = dashboard(folder / "run", folder / "report.html", model=model, tokens=100_000, on_batch=lambda d, t: draw(d, t, ""))
+        page = dashboard(
+            folder / "run",
+            folder / "report.html",
+            model=model,
+            tokens=100_000,
+            on_batch=lambda d, t: draw(d, t, ""),
+        )
     seconds = time.monotonic() - began
     data = {**report.to_json(), "report": str(page.resolve()), "seconds": seconds}
-    result(data, as_json, f"{table(report)}\n\n{page.resolve()}  (in {duration(seconds)}; open it in a browser)")
+    result(
+        data, as_json, f"{table(report)}\n\n{page.resolve()}  (in {duration(seconds)}; open it in a browser)"
+    )

@@ -18,7 +18,9 @@ PACKAGES = ("torch", "numpy", "numba", "triton", "transformers", "transformer-le
 
 
 def doctor(
-    path: Annotated[str | None, typer.Argument(help="A store, a dictionary, a run, or a safetensors file.")] = None,
+    path: Annotated[
+        str | None, typer.Argument(help="A store, a dictionary, a run, or a safetensors file.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Say what this machine offers, or what a file contains and whether it is intact.
@@ -59,7 +61,9 @@ def environment() -> dict[str, Any]:
         "gpu": cuda or "none",
         "bf16 matrix unit": "yes (amx_bf16)" if "amx_bf16" in flags else "no",
         "kernels": "eager (plain torch, exact): the only backend of this version, on every device",
-        "network": "off (HF_HUB_OFFLINE)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "") else "allowed",
+        "network": "off (HF_HUB_OFFLINE)"
+        if os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "")
+        else "allowed",
     }
 
 
@@ -73,7 +77,9 @@ def explain(path: Path) -> dict[str, Any]:
         return _run(path)
     if path.is_file():
         return _tensors(path)
-    raise SaekitError(f"path {str(path)!r} is no store, dictionary, run or safetensors file; give one of these")
+    raise SaekitError(
+        f"path {str(path)!r} is no store, dictionary, run or safetensors file; give one of these"
+    )
 
 
 def _store(path: Path) -> dict[str, Any]:
@@ -117,11 +123,19 @@ def _run(path: Path) -> dict[str, Any]:
     config = json.loads((path / "config.json").read_text())
     found = latest(path / "checkpoints")
     step = found[1]["step"] if found else 0
-    return {"run": str(path), "finished": False, "newest intact checkpoint": f"step {step} of {config['train']['steps']}", "train": config["train"]}
+    return {
+        "run": str(path),
+        "finished": False,
+        "newest intact checkpoint": f"step {step} of {config['train']['steps']}",
+        "train": config["train"],
+    }
 
 
 def _tensors(path: Path) -> dict[str, Any]:
     from saekit.hub.native import read_tensors
 
     tensors = read_tensors(path)
-    return {"file": str(path), **{name: f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for name, t in tensors.items()}}
+    return {
+        "file": str(path),
+        **{name: f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for name, t in tensors.items()},
+    }

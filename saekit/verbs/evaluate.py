@@ -22,7 +22,14 @@ def table(report: Any) -> str:
         if isinstance(m.value, list):
             continue
         span = f"{m.interval[0]:.4f} .. {m.interval[1]:.4f}" if m.interval else ""
-        out.add_row(key, f"{m.value:.4f}", span, m.unit, f"{m.n:,}", *(f"{m.control[c]:.4f}" if c in m.control else "" for c in names))
+        out.add_row(
+            key,
+            f"{m.value:.4f}",
+            span,
+            m.unit,
+            f"{m.n:,}",
+            *(f"{m.control[c]:.4f}" if c in m.control else "" for c in names),
+        )
     console = Console(width=120)
     with console.capture() as captured:
         console.print(out)
@@ -37,7 +44,9 @@ def evaluate(
     tokens: Annotated[int, typer.Option(help="Tokens to evaluate on.")] = 65536,
     split: Annotated[str, typer.Option(help="Side of the text's split.")] = "held_out",
     controls: Annotated[bool, typer.Option(help="Also evaluate random dictionaries.")] = True,
-    ablation: Annotated[str, typer.Option(help="What CE recovered is measured against: zero or mean.")] = "zero",
+    ablation: Annotated[
+        str, typer.Option(help="What CE recovered is measured against: zero or mean.")
+    ] = "zero",
     device: Device = None,
     seed: Seed = 0,
     as_json: Json = False,
@@ -68,4 +77,6 @@ def evaluate(
 def defaults(card: dict[str, Any], model: str | None, text: str | None) -> tuple[str, str]:
     """Model and text that a dictionary's card names, unless others are given."""
     data = card.get("data", {})
-    return model or data.get("model", {}).get("name", "code-lm"), text or data.get("text", {}).get("name", "stdlib")
+    return model or data.get("model", {}).get("name", "code-lm"), text or data.get("text", {}).get(
+        "name", "stdlib"
+    )

@@ -26,9 +26,15 @@ def harvest(
     batch_rows: BatchRows = 16,
     dtype: Dtype = "fp32",
     split: Annotated[str, typer.Option(help="Side of the text's split: train, held_out or all.")] = "train",
-    isolate: Annotated[bool, typer.Option(help="One document per row, padded, instead of packed rows.")] = False,
-    role: Annotated[list[str] | None, typer.Option(help="Roles of chats whose tokens count; repeatable.")] = None,
-    outlier: Annotated[float, typer.Option(help="Mask tokens whose norm is this many times the median.")] = 10.0,
+    isolate: Annotated[
+        bool, typer.Option(help="One document per row, padded, instead of packed rows.")
+    ] = False,
+    role: Annotated[
+        list[str] | None, typer.Option(help="Roles of chats whose tokens count; repeatable.")
+    ] = None,
+    outlier: Annotated[
+        float, typer.Option(help="Mask tokens whose norm is this many times the median.")
+    ] = 10.0,
     device: Device = None,
     seed: Seed = 0,
     as_json: Json = False,

@@ -18,7 +18,9 @@ def plan(
     job: Annotated[str, typer.Argument(help="harvest or train.")],
     model: Annotated[str, typer.Option(help="Model.")] = "code-lm",
     text: Annotated[str, typer.Option(help="Text.")] = "stdlib",
-    hook_point: Annotated[list[str], typer.Option("--hook-point", help="Hook points; repeatable.")] = ["blocks.1.hook_resid_post"],  # noqa: B006
+    hook_point: Annotated[list[str], typer.Option("--hook-point", help="Hook points; repeatable.")] = [
+        "blocks.1.hook_resid_post"
+    ],
     tokens: Annotated[int, typer.Option(help="harvest: tokens to read.")] = 1_000_000,
     context: Annotated[int | None, typer.Option(help="harvest: tokens of a row.")] = None,
     batch_rows: Annotated[int, typer.Option(help="harvest: rows of a forward pass.")] = 16,
@@ -59,7 +61,16 @@ def plan(
 def predict(job: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Prediction for a job; the trial runs in a process of its own, so that its peak is the job's."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-W", "ignore", "-m", "saekit.verbs.plan", job, json.dumps(settings), folder]
+        command = [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-m",
+            "saekit.verbs.plan",
+            job,
+            json.dumps(settings),
+            folder,
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == 2:
         raise SaekitError(done.stderr.strip().removeprefix("error: "))
@@ -81,7 +92,12 @@ def _trial_harvest(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     per_shard = max(settings["batch_rows"] * stream.context, SHARD_BYTES // per_token)
     began = time.perf_counter()
     trial = min(wanted, 2 * per_shard + 1)
-    harvest(**settings, out=folder / "acts", tokens=trial, on_batch=lambda done, _: times.append((done, time.perf_counter())))
+    harvest(
+        **settings,
+        out=folder / "acts",
+        tokens=trial,
+        on_batch=lambda done, _: times.append((done, time.perf_counter())),
+    )
     whole = time.perf_counter() - began
     (first, t0), (last, t1) = times[min(1, len(times) - 1)], times[-1]
     startup = (t0 - began) - first * (t1 - t0) / max(1, last - first) if last > first else 0.0
@@ -98,7 +114,12 @@ def _trial_train(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     from saekit.trainers import train
     from saekit.types import ActivationBatch
 
-    d_in, batch_size, steps, device = settings["d_in"], settings["batch_size"], settings["steps"], settings.pop("device")
+    d_in, batch_size, steps, device = (
+        settings["d_in"],
+        settings["batch_size"],
+        settings["steps"],
+        settings.pop("device"),
+    )
     generator = torch.Generator().manual_seed(0)
     manifest = {
         "schema": SCHEMA, "complete": True, "hook_points": {"x": {"width": d_in}}, "dtype": "bf16", "seq": 1, "shards": [],
@@ -111,7 +132,11 @@ def _trial_train(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
         writer.flush()
     del rows
     dictionary = create(
-        settings["architecture"], d_in=d_in, n_features=settings["n_features"], k=settings["k"], seed=settings["seed"]
+        settings["architecture"],
+        d_in=d_in,
+        n_features=settings["n_features"],
+        k=settings["k"],
+        seed=settings["seed"],
     )
     n, marks = min(steps, 12), [time.perf_counter()]
     train(

@@ -14,23 +14,45 @@ from saekit.verbs.console import Device, Json, Seed, duration, progress, result,
 
 
 def train(
-    architecture: Annotated[str, typer.Argument(help="A name from the dictionaries' table, e.g. topk.")] = "topk",
+    architecture: Annotated[
+        str, typer.Argument(help="A name from the dictionaries' table, e.g. topk.")
+    ] = "topk",
     acts: Annotated[str | None, typer.Option(help="Store to train on (from `saekit harvest`).")] = None,
-    model: Annotated[str, typer.Option(help="Without --acts: model to harvest from while training.")] = "code-lm",
+    model: Annotated[
+        str, typer.Option(help="Without --acts: model to harvest from while training.")
+    ] = "code-lm",
     text: Annotated[str, typer.Option(help="Without --acts: its text.")] = "stdlib",
-    hook_point: Annotated[str | None, typer.Option(help="Hook point; needed where the store holds several.")] = None,
+    hook_point: Annotated[
+        str | None, typer.Option(help="Hook point; needed where the store holds several.")
+    ] = None,
     n_features: Annotated[int, typer.Option(help="Width of the dictionary.")] = 4096,
     k: Annotated[int, typer.Option(help="Active features per token.")] = 32,
-    option: Annotated[list[str] | None, typer.Option("--set", help="Any other field of the architecture, e.g. --set k_aux=64; repeatable.")] = None,  # fmt: skip
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any other field of the architecture, e.g. --set k_aux=64; repeatable."),
+    ] = None,  # fmt: skip
     out: Annotated[str, typer.Option(help="Folder of the run; an interrupted run in it goes on.")] = "run",
-    steps: Annotated[int | None, typer.Option(help="Steps; default: one pass over the store, or 1000.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Steps; default: one pass over the store, or 1000.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Rows of a step.")] = 4096,
-    lr: Annotated[float | None, typer.Option(help="Peak rate of Adam; default: from the width and the steps.")] = None,
-    dead_after: Annotated[int | None, typer.Option(help="Rows without firing that make a feature dead.")] = None,
-    checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints; default: a tenth.")] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Peak rate of Adam; default: from the width and the steps.")
+    ] = None,
+    dead_after: Annotated[
+        int | None, typer.Option(help="Rows without firing that make a feature dead.")
+    ] = None,
+    checkpoint_every: Annotated[
+        int | None, typer.Option(help="Steps between checkpoints; default: a tenth.")
+    ] = None,
     log_every: Annotated[int, typer.Option(help="Steps between log lines.")] = 10,
-    wandb: Annotated[str | None, typer.Option(help="Also log to this wandb project (WANDB_MODE=offline works).")] = None,
-    config: Annotated[str | None, typer.Option(help="Repeat a run from its config.json; only --out and --device are read beside it.")] = None,  # fmt: skip
+    wandb: Annotated[
+        str | None, typer.Option(help="Also log to this wandb project (WANDB_MODE=offline works).")
+    ] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(help="Repeat a run from its config.json; only --out and --device are read beside it."),
+    ] = None,  # fmt: skip
     device: Device = None,
     seed: Seed = 0,
     as_json: Json = False,
@@ -47,7 +69,9 @@ def train(
     else:
         source, width = _source(acts, model, text, hook_point, batch_size, device)
         extra = dict(_option(item) for item in option or [])
-        dictionary = create(architecture, **{"d_in": width, "n_features": n_features, "k": k, "seed": seed} | extra)
+        dictionary = create(
+            architecture, **{"d_in": width, "n_features": n_features, "k": k, "seed": seed} | extra
+        )
         n_rows = source.n_rows
         options = {
             "steps": steps or (max(1, n_rows // batch_size) if n_rows else 1000), "batch_size": batch_size, "lr": lr,
@@ -64,7 +88,12 @@ def train(
     if not done.finished:
         say(f"stopped; saved at step {done.steps} of {total} in {out}: the same command goes on from there")
         sys.exit(130)
-    data = {"out": str(done.path), "steps": done.steps, "seconds": time.monotonic() - began, "metrics": done.metrics}
+    data = {
+        "out": str(done.path),
+        "steps": done.steps,
+        "seconds": time.monotonic() - began,
+        "metrics": done.metrics,
+    }
     m = done.metrics
     shown = f"fvu {m['fvu']:.3f}, l0 {m['l0']:.1f}, dead {m['dead_share']:.1%}" if m else "nothing left to do"
     result(data, as_json, f"{done.path}: {done.steps} steps in {duration(data['seconds'])}; {shown}")
@@ -80,7 +109,9 @@ def _option(item: str) -> tuple[str, Any]:
         return name, value
 
 
-def _source(acts: str | None, model: str, text: str, hook_point: str | None, batch_size: int, device: str | None) -> tuple[Any, int]:
+def _source(
+    acts: str | None, model: str, text: str, hook_point: str | None, batch_size: int, device: str | None
+) -> tuple[Any, int]:
     """The source of rows, and their width."""
     from saekit.activations import Store
     from saekit.harvest import StreamSource
@@ -89,14 +120,20 @@ def _source(acts: str | None, model: str, text: str, hook_point: str | None, bat
     if acts is not None:
         store = Store(acts)
         if hook_point is None and len(store.hook_points) > 1:
-            raise SaekitError(f"store {acts!r} holds several hook points; choose one with --hook-point: {', '.join(store.hook_points)}")
+            raise SaekitError(
+                f"store {acts!r} holds several hook points; choose one with --hook-point: {', '.join(store.hook_points)}"
+            )
         point = hook_point or store.hook_points[0]
         store.check(point)
         if store.n_rows < batch_size:
-            raise SaekitError(f"store {acts!r} holds {store.n_rows} rows and one batch takes batch_size = {batch_size}; harvest more tokens or choose a smaller --batch-size")
+            raise SaekitError(
+                f"store {acts!r} holds {store.n_rows} rows and one batch takes batch_size = {batch_size}; harvest more tokens or choose a smaller --batch-size"
+            )
         return store, store.width(point)
     if hook_point is None:
-        raise SaekitError("neither --acts nor --hook-point is given; name a store, or where in the model to read")
+        raise SaekitError(
+            "neither --acts nor --hook-point is given; name a store, or where in the model to read"
+        )
     source = StreamSource(harvest_(model, text, [hook_point], tokens=None, device=device))
     return source, source.width(hook_point)
 
@@ -116,7 +153,10 @@ def _repeat(path: Path) -> tuple[Any, Any, dict[str, Any]]:
     if not isinstance(data, dict):
         raise SaekitError(f"config {str(path)!r} can't be read as JSON; give the config.json of a run")
     known = ["train", "reasons", "dictionary", "init_seed", "hook_points", "data", "source"]
-    for where, keys, names in (("", data, known), ("train.", data.get("train", {}), list(TrainConfig.__dataclass_fields__))):
+    for where, keys, names in (
+        ("", data, known),
+        ("train.", data.get("train", {}), list(TrainConfig.__dataclass_fields__)),
+    ):
         for key in sorted(set(keys) - set(names)):
             raise SaekitError(f"key {where + key!r} of {str(path)!r} is unknown{nearest(key, names)}")
     for key in ("train", "dictionary", "init_seed", "hook_points", "source"):
