@@ -64,9 +64,8 @@ sys.modules[__name__].__class__ = _Facade
 # packages have: transformers would take our kernels/ for Hugging Face's. Only our own are hidden.
 for _room in ("autointerp", "circuits", "kernels", "trainers"):
     _found = PathFinder.find_spec(_room)
-    if _found is not None and _found.origin is not None:
-        if Path(_found.origin).resolve().parent.parent == Path(__file__).resolve().parent.parent:
-            sys.modules.setdefault(_room, None)  # type: ignore[arg-type]
+    if _found and Path(_found.origin or "").resolve().parent.parent == Path(__file__).resolve().parent.parent:
+        sys.modules.setdefault(_room, None)  # type: ignore[arg-type]
 
 
 def __getattr__(name: str) -> Any:

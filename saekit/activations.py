@@ -138,7 +138,7 @@ class TensorSource:
     def identity(self) -> dict[str, Any]:
         """Shape and digest."""
         data = self.rows.detach().cpu().contiguous().view(torch.uint8).numpy()
-        return {"kind": "tensor", "rows": self.n_rows, "sha256": hashlib.sha256(data).hexdigest()}
+        return {"kind": "tensor", "rows": self.n_rows, "sha256": hashlib.sha256(data.tobytes()).hexdigest()}
 
 
 def _end(entry: Mapping[str, Any]) -> int:
@@ -410,7 +410,7 @@ class ShardWriter:
 
     def _write(self, columns: dict[str, list[Tensor]], entry: dict[str, Any]) -> None:
         name = f"shard-{len(self.manifest['shards']):05d}.safetensors"
-        chunks = [_header(columns)]
+        chunks: list[Any] = [_header(columns)]  # buffers, written without being joined
         for column in sorted(columns, key=_place(columns)):
             chunks += [part.view(torch.uint8).numpy().data for part in columns[column] if part.numel()]
         digest = hashlib.sha256()

@@ -7,8 +7,9 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -148,7 +149,9 @@ class Stream:
                     f"text item {i} is a {type(item).__name__}; after a first item of model inputs, give tensors or mappings of them"
                 )
             owner = torch.arange(row, row + n)[:, None]
-            keep = torch.ones(n, 1, dtype=torch.bool)  # inputs that are not tokens: the model decides on positions
+            keep = torch.ones(
+                n, 1, dtype=torch.bool
+            )  # inputs that are not tokens: the model decides on positions
             if ids is not None:
                 ids = ids.cpu()
                 keep, owner = ~torch.isin(ids, special), owner.expand(ids.shape)
@@ -163,7 +166,7 @@ class Stream:
         for i, (given, batch) in enumerate(self.inputs()):
             if i < self.skip_batches and self.norm_limits:
                 continue
-            found = capture(lambda given=given: self.model(given), self.sites)
+            found = capture(partial(self.model, given), self.sites)
             yield self._batch(batch, found)
 
     def with_logits(self, logits: bool = True) -> Iterator[tuple[ActivationBatch, Tensor | None, Any]]:
@@ -259,13 +262,14 @@ class StreamSource:
 
     def __init__(self, stream: Stream, buffer_rows: int = 1 << 17):
         self.stream, self.buffer_rows, self.n_rows = stream, buffer_rows, None
-        self._first = next(iter(stream), None)
-        if self._first is None:
+        first = next(iter(stream), None)
+        if first is None:
             raise SaekitError("the text is too short for one row; give more text")
+        self._widths = {name: a.shape[-1] for name, a in first.activations.items()}
 
     def width(self, hook_point: str | None) -> int:
         """Width of the rows of a hook point."""
-        return self._first.activations[hook_point or self.stream.hook_points[0]].shape[-1]
+        return self._widths[hook_point or self.stream.hook_points[0]]
 
     def _rows(self, hook_points: Sequence[str]) -> Iterator[Tensor]:
         while True:
@@ -310,6 +314,32 @@ class StreamSource:
             "text": self.stream.text_identity(),
             "settings": self.stream.settings(),
         }
+
+
+@overload
+def harvest(
+    model: Any,
+    text: Any = ...,
+    hook_points: Sequence[str] = ...,
+    *,
+    out: None = None,
+    device: "str | torch.device | None" = None,
+    on_batch: Callable[[int, int | None], None] | None = None,
+    **options: Any,
+) -> Stream: ...
+
+
+@overload
+def harvest(
+    model: Any,
+    text: Any = ...,
+    hook_points: Sequence[str] = ...,
+    *,
+    out: "str | os.PathLike",
+    device: "str | torch.device | None" = None,
+    on_batch: Callable[[int, int | None], None] | None = None,
+    **options: Any,
+) -> Store: ...
 
 
 def harvest(
@@ -374,7 +404,7 @@ def bytes_per_token(widths: Iterable[int], dtype: str) -> int:
 
 
 def _to_store(stream: Stream, path: Path, on_batch: Callable[[int, int | None], None] | None) -> Store:
-    manifest = {
+    manifest: dict[str, Any] = {
         "schema": SCHEMA, "complete": False, "hook_points": {}, "dtype": stream.config.dtype, "seq": 0,
         "shards": [], "model": stream.model.identity(), "text": stream.text_identity(),
         "settings": stream.settings(), "norm_limits": {}, "batches_per_shard": 0,

@@ -1,6 +1,6 @@
 """Capture activations and replace them: the only place that registers forward hooks."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, is_dataclass
 from typing import Any
@@ -28,7 +28,7 @@ def _first_tensor(value: Any) -> Tensor:
     if isinstance(value, Tensor):
         return value
     if is_dataclass(value) or isinstance(value, Mapping):
-        items = value.values() if isinstance(value, Mapping) else vars(value).values()
+        items: Iterable = value.values() if isinstance(value, Mapping) else vars(value).values()
     elif isinstance(value, list | tuple):
         items = value
     else:

@@ -109,10 +109,9 @@ class Model:
 
     def _bridge_names(self) -> dict[str, str]:
         """The names a TransformerBridge gives its own hook points."""
-        if not hasattr(self.module, "hook_dict"):
-            return {}
+        own: Any = getattr(self.module, "hook_dict", {})
         paths = {id(m): path for path, m in self._modules.items()}
-        return {name: paths[id(m)] for name, m in self.module.hook_dict.items() if id(m) in paths}
+        return {name: paths[id(m)] for name, m in own.items() if id(m) in paths}
 
     def hook_points(self) -> list[str]:
         """Every name that can be given as a hook point."""
@@ -180,15 +179,14 @@ class Model:
 
     def generate(self, prompt: "str | Tensor", max_new_tokens: int = 20, **options: Any) -> Any:
         """Greedy continuation: text for text, ids for ids (of the whole sequence)."""
-        ids = prompt
-        if isinstance(prompt, str):
-            ids = self.tokenizer(prompt, return_tensors="pt")["input_ids"]
+        ids = self.tokenizer(prompt, return_tensors="pt")["input_ids"] if isinstance(prompt, str) else prompt
         options = {
             "do_sample": False,
             "pad_token_id": getattr(self.tokenizer, "eos_token_id", None),
             **options,
         }
-        out = self.module.generate(
+        generate: Any = self.module.generate
+        out = generate(
             ids.to(self.device), attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, **options
         )
         return self.tokenizer.decode(out[0]) if isinstance(prompt, str) else out

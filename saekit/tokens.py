@@ -153,7 +153,7 @@ def documents(text: "str | os.PathLike | Sequence", split: str = "train") -> Ite
         return
     path = Path(spec)
     if path.exists() and not is_dataset(path):
-        found = _pieces(path.name, _read_text(path)) if path.is_file() else _folder(path)
+        found: Iterator[Any] = _pieces(path.name, _read_text(path)) if path.is_file() else _folder(path)
     else:
         found = _dataset(spec)
     for i, document in enumerate(found):
@@ -255,17 +255,25 @@ def _encoded(
     yield from flush()
 
 
-def _chat(messages: Sequence[dict], tokenizer: Any, roles: Sequence[str] | None) -> tuple[np.ndarray, np.ndarray | None]:
+def _chat(
+    messages: Sequence[dict], tokenizer: Any, roles: Sequence[str] | None
+) -> tuple[np.ndarray, np.ndarray | None]:
     """A chat through the tokenizer's template; only what the chosen roles' messages add to the text counts."""
     if getattr(tokenizer, "chat_template", None) is None:
-        raise SaekitError("the text holds chats and the model's tokenizer has no chat template; give plain text")
+        raise SaekitError(
+            "the text holds chats and the model's tokenizer has no chat template; give plain text"
+        )
     from jinja2 import TemplateError
 
     try:
         text = tokenizer.apply_chat_template(list(messages), tokenize=False)
     except TemplateError as error:
-        raise SaekitError(f"the chat template refuses a chat of the text ({error}); leave it out or change its messages") from None
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=roles is not None, verbose=False)
+        raise SaekitError(
+            f"the chat template refuses a chat of the text ({error}); leave it out or change its messages"
+        ) from None
+    encoded = tokenizer(
+        text, add_special_tokens=False, return_offsets_mapping=roles is not None, verbose=False
+    )
     ids = np.asarray(encoded["input_ids"], dtype=np.int64)
     if roles is None:
         return ids, None
@@ -345,7 +353,7 @@ def _isolated(encoded: Iterable, special: Special, body: int) -> Iterator[tuple]
 
 
 def _packed(encoded: Iterable, special: Special, body: int) -> Iterator[tuple]:
-    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    parts: list[tuple[np.ndarray, ...]] = []
     size, given = 0, False
     for i, (ids, keep) in enumerate(encoded):
         keep = np.ones(len(ids), dtype=bool) if keep is None else keep

@@ -105,7 +105,15 @@ def stored(tiny_gpt2: Model, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     """A store of 6400 tokens in several shards."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(importlib.import_module("saekit.harvest"), "SHARD_BYTES", SMALL)
-        yield harvest(tiny_gpt2, "stdlib", POINT, out=tmp_path_factory.mktemp("h") / "acts", tokens=6400, context=64, batch_rows=8)
+        yield harvest(
+            tiny_gpt2,
+            "stdlib",
+            POINT,
+            out=tmp_path_factory.mktemp("h") / "acts",
+            tokens=6400,
+            context=64,
+            batch_rows=8,
+        )
 
 
 # what the model gave
@@ -114,7 +122,9 @@ def stored(tiny_gpt2: Model, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 @pytest.mark.parametrize("name", POINTS)
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
 @pytest.mark.parametrize("batch", [1, 8])
-def test_activations_equal_a_hand_written_hook_bit_for_bit(tiny_gpt2: Model, name: str, padding: str, batch: int) -> None:
+def test_activations_equal_a_hand_written_hook_bit_for_bit(
+    tiny_gpt2: Model, name: str, padding: str, batch: int
+) -> None:
     given = rows_of_tokens(8, padding)
     items = [{key: value[i : i + batch] for key, value in given.items()} for i in range(0, 8, batch)]
     batches = list(harvest(tiny_gpt2, items, [name]))
@@ -124,7 +134,9 @@ def test_activations_equal_a_hand_written_hook_bit_for_bit(tiny_gpt2: Model, nam
         assert torch.equal(got.activations[name], expected)
 
 
-@pytest.mark.parametrize("name", ["blocks.0.hook_resid_pre", "blocks.1.hook_resid_post", "transformer.h.2.mlp:in"])
+@pytest.mark.parametrize(
+    "name", ["blocks.0.hook_resid_pre", "blocks.1.hook_resid_post", "transformer.h.2.mlp:in"]
+)
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
 def test_logits_with_hooks_equal_those_without(tiny_gpt2: Model, name: str, padding: str) -> None:
     given = rows_of_tokens(8, padding)
@@ -177,8 +189,21 @@ def test_modules_after_the_last_hook_point_do_not_run(tiny_gpt2: Model, names: l
     finally:
         for handle in handles:
             handle.remove()
-    paths = [f"transformer.h.{i}" for i in range(3)] + ["transformer.h.1.attn", "transformer.h.1.mlp", "transformer.ln_f", "lm_head"]
-    order = ["transformer.h.0", "transformer.h.1.attn", "transformer.h.1.mlp", "transformer.h.1", "transformer.h.2", "transformer.ln_f", "lm_head"]
+    paths = [f"transformer.h.{i}" for i in range(3)] + [
+        "transformer.h.1.attn",
+        "transformer.h.1.mlp",
+        "transformer.ln_f",
+        "lm_head",
+    ]
+    order = [
+        "transformer.h.0",
+        "transformer.h.1.attn",
+        "transformer.h.1.mlp",
+        "transformer.h.1",
+        "transformer.h.2",
+        "transformer.ln_f",
+        "lm_head",
+    ]
     # the hook that ends the pass comes before or after this test's own on the same module
     expected = {p: 2 for p in order[: order.index(runs)]}
     assert {p: calls[p] for p in paths if p in calls and p != runs} == expected
@@ -226,7 +251,13 @@ def test_heads_and_flattened_positions_become_one_vector_per_position(tiny_gpt2:
     for name in ("heads", "flat"):
         assert torch.equal(batch.activations[name], batch.activations["embed"]), name
     with pytest.raises(SaekitError, match="positions"):
-        list(harvest(nn.Sequential(nn.Identity(), nn.Flatten(1), nn.Linear(6, 2)), [torch.randn(4, 3, 2)], ["0", "2"]))
+        list(
+            harvest(
+                nn.Sequential(nn.Identity(), nn.Flatten(1), nn.Linear(6, 2)),
+                [torch.randn(4, 3, 2)],
+                ["0", "2"],
+            )
+        )
 
 
 # the mask
@@ -253,7 +284,9 @@ def test_the_mask_leaves_out_special_tokens_padding_and_outliers(tiny_gpt2: Mode
 
 
 def test_packed_rows_mask_the_first_token_and_the_separators(tiny_gpt2: Model) -> None:
-    stream = harvest(tiny_gpt2, ["import os\n", "x = 1\n", "def f():\n    return 2\n"], [POINT], context=64, outlier=1e9)
+    stream = harvest(
+        tiny_gpt2, ["import os\n", "x = 1\n", "def f():\n    return 2\n"], [POINT], context=64, outlier=1e9
+    )
     (batch,) = stream
     text = [tiny_gpt2.tokenizer.decode(batch.tokens[0][batch.mask[0]])]
     assert text == ["import os\nx = 1\ndef f():\n    return 2\n"]
@@ -262,7 +295,9 @@ def test_packed_rows_mask_the_first_token_and_the_separators(tiny_gpt2: Model) -
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_nan_and_inf_are_shown_and_not_masked_as_outliers(tiny_gpt2: Model, tmp_path: Path, value: float) -> None:
+def test_nan_and_inf_are_shown_and_not_masked_as_outliers(
+    tiny_gpt2: Model, tmp_path: Path, value: float
+) -> None:
     module = copy.deepcopy(tiny_gpt2.module)
     module.transformer.wte.weight.data[7, 3] = value
     given = rows_of_tokens(4, "none")
@@ -274,7 +309,11 @@ def test_nan_and_inf_are_shown_and_not_masked_as_outliers(tiny_gpt2: Model, tmp_
     with pytest.raises(SaekitError, match=r"NaN or Inf at 'transformer.wte' \(1 rows"):
         store.check("transformer.wte")
     with pytest.raises(SaekitError, match="NaN or Inf"):
-        next(StreamSource(harvest(load_model(module), [given], ["transformer.wte"])).batches(["transformer.wte"], 4, seed=0))
+        next(
+            StreamSource(harvest(load_model(module), [given], ["transformer.wte"])).batches(
+                ["transformer.wte"], 4, seed=0
+            )
+        )
 
 
 # the store
@@ -288,7 +327,9 @@ def bound(dtype: str, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_a_store_gives_back_is_within_the_rounding_of_its_dtype(tiny_gpt2: Model, tmp_path: Path, dtype: str, small_shards: None) -> None:
+def test_what_a_store_gives_back_is_within_the_rounding_of_its_dtype(
+    tiny_gpt2: Model, tmp_path: Path, dtype: str, small_shards: None
+) -> None:
     settings: dict[str, Any] = {"tokens": 2048, "context": 64, "batch_rows": 4}
     points = [POINT, "transformer.h.0.mlp:in"]
     store = harvest(tiny_gpt2, "stdlib", points, out=tmp_path / "acts", dtype=dtype, **settings)
@@ -318,7 +359,9 @@ def test_a_value_too_large_for_the_store_is_counted_as_not_finite(tmp_path: Path
 
 def test_shards_are_safetensors_files_and_the_manifest_says_what_they_hold(stored: Store) -> None:
     manifest = json.loads((stored.path / "manifest.json").read_text())
-    assert manifest["complete"] and manifest["hook_points"] == {POINT: {"width": 32, "module": "transformer.h.1", "side": "out"}}
+    assert manifest["complete"] and manifest["hook_points"] == {
+        POINT: {"width": 32, "module": "transformer.h.1", "side": "out"}
+    }
     assert len(manifest["shards"]) > 3
     for entry in manifest["shards"]:
         path = stored.path / entry["file"]
@@ -339,7 +382,9 @@ def test_shards_are_safetensors_files_and_the_manifest_says_what_they_hold(store
     assert sorted(files_of(stored.path)) == ["manifest.json", *(e["file"] for e in manifest["shards"])]
 
 
-def test_a_store_that_is_there_is_not_harvested_again_and_not_mixed_with_another(tiny_gpt2: Model, stored: Store) -> None:
+def test_a_store_that_is_there_is_not_harvested_again_and_not_mixed_with_another(
+    tiny_gpt2: Model, stored: Store
+) -> None:
     before = {p.name: p.stat().st_mtime_ns for p in stored.path.iterdir()}
     settings: dict[str, Any] = {"out": stored.path, "tokens": 6400, "context": 64, "batch_rows": 8}
     harvest(tiny_gpt2, "stdlib", POINT, **settings)
@@ -351,7 +396,9 @@ def test_a_store_that_is_there_is_not_harvested_again_and_not_mixed_with_another
     other = copy.deepcopy(tiny_gpt2.module)
     other.transformer.h[0].mlp.c_fc.weight.data.mul_(1.01)
     with pytest.raises(SaekitError, match="another model"):
-        harvest(load_model(other, tokenizer=tiny_gpt2.tokenizer, name="tiny-gpt2"), "stdlib", POINT, **settings)
+        harvest(
+            load_model(other, tokenizer=tiny_gpt2.tokenizer, name="tiny-gpt2"), "stdlib", POINT, **settings
+        )
 
 
 # resuming
@@ -380,11 +427,15 @@ for line in sys.stdin:
 """
 
 
-def test_a_harvest_killed_at_random_moments_resumes_to_the_same_bytes(tiny_gpt2: Model, tmp_path: Path) -> None:
+def test_a_harvest_killed_at_random_moments_resumes_to_the_same_bytes(
+    tiny_gpt2: Model, tmp_path: Path
+) -> None:
     tiny_gpt2.module.save_pretrained(tmp_path / "model")
     tiny_gpt2.tokenizer.save_pretrained(tmp_path / "model")
     command = [sys.executable, "-P", "-c", HARVESTER, str(tmp_path / "model")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as harvester:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+    ) as harvester:
         assert harvester.stdin and harvester.stdout
 
         def run(out: Path, kill_after: float | None = None) -> int:
@@ -416,7 +467,9 @@ def test_a_harvest_killed_at_random_moments_resumes_to_the_same_bytes(tiny_gpt2:
 
 
 @pytest.mark.parametrize("damage", ["truncated", "bit flipped", "gone"])
-def test_a_damaged_shard_is_named_and_made_again(tiny_gpt2: Model, stored: Store, tmp_path: Path, damage: str, small_shards: None) -> None:
+def test_a_damaged_shard_is_named_and_made_again(
+    tiny_gpt2: Model, stored: Store, tmp_path: Path, damage: str, small_shards: None
+) -> None:
     out = tmp_path / "acts"
     out.mkdir()
     for file in stored.path.iterdir():
@@ -469,14 +522,18 @@ def test_the_store_is_shuffled_globally(stored: Store) -> None:
     n = stored.n_rows
     mask = torch.cat([b.mask for b in stored.sequences()])
     sequence = torch.arange(len(mask))[:, None].expand_as(mask)[mask].numpy()
-    order = np.concatenate(list(itertools.islice(importlib.import_module("saekit.activations")._order(n, 100, 0, 0), n // 100)))
+    order = np.concatenate(
+        list(itertools.islice(importlib.import_module("saekit.activations")._order(n, 100, 0, 0), n // 100))
+    )
     rows = torch.cat(list(itertools.islice(stored.batches([POINT], 100, seed=0), n // 100)))
     assert torch.equal(rows, stored.gather(POINT, order))
     together = (sequence[order][1:] == sequence[order][:-1]).mean()
     sizes = np.bincount(sequence)
     chance = (sizes * (sizes - 1)).sum() / (n * (n - 1))
     assert together <= 1.5 * chance, (together, chance)
-    assert (sequence[1:] == sequence[:-1]).mean() > 20 * chance  # in the order of the text it is far from that
+    assert (
+        sequence[1:] == sequence[:-1]
+    ).mean() > 20 * chance  # in the order of the text it is far from that
 
 
 def test_a_live_stream_gives_the_rows_of_the_text_and_the_same_again(tiny_gpt2: Model) -> None:
@@ -499,7 +556,12 @@ def test_a_live_stream_without_a_single_unmasked_token_says_so(tiny_gpt2: Model)
 # texts
 
 
-SNIPPETS = ["import os\nprint(os.sep)\n", "class A:\n    x = 1\n", "def f(a, b):\n    return a + b\n", "for i in range(9):\n    pass\n"]
+SNIPPETS = [
+    "import os\nprint(os.sep)\n",
+    "class A:\n    x = 1\n",
+    "def f(a, b):\n    return a + b\n",
+    "for i in range(9):\n    pass\n",
+]
 
 
 def write_file(folder: Path) -> Any:
@@ -524,7 +586,9 @@ def write_saved_dataset(folder: Path) -> Any:
 
 
 def write_jsonl(folder: Path) -> Any:
-    (folder / "data.jsonl").write_text("".join(json.dumps({"n": i, "text": t}) + "\n" for i, t in enumerate(SNIPPETS)))
+    (folder / "data.jsonl").write_text(
+        "".join(json.dumps({"n": i, "text": t}) + "\n" for i, t in enumerate(SNIPPETS))
+    )
     return str(folder / "data.jsonl"), SNIPPETS
 
 
@@ -537,7 +601,9 @@ def write_csv(folder: Path) -> Any:
     "write", [lambda _: (SNIPPETS, SNIPPETS), lambda _: (iter(SNIPPETS), SNIPPETS), write_file, write_folder, write_saved_dataset, write_jsonl, write_csv],
     ids=["list", "iterator", "file", "folder", "saved data set", "jsonl", "csv"],
 )  # fmt: skip
-def test_every_kind_of_text_is_read_whole_one_document_per_row(tiny_gpt2: Model, tmp_path: Path, write: Callable[[Path], Any]) -> None:
+def test_every_kind_of_text_is_read_whole_one_document_per_row(
+    tiny_gpt2: Model, tmp_path: Path, write: Callable[[Path], Any]
+) -> None:
     text, expected = write(tmp_path)
     stream = harvest(tiny_gpt2, text, POINT, isolate=True, split="all", context=32, outlier=1e9, batch_rows=3)
     rows = [(b.tokens[r], b.documents[r], b.mask[r]) for b in stream for r in range(len(b.mask))]
@@ -559,7 +625,10 @@ def test_packed_rows_hold_several_documents_and_lose_nothing_between_them(tiny_g
     packed = tokens[:, 1:].reshape(-1).tolist()
     expected: list[int] = []
     for doc in docs:
-        expected += [*tiny_gpt2.tokenizer(doc, add_special_tokens=False, verbose=False)["input_ids"], *special.separator]
+        expected += [
+            *tiny_gpt2.tokenizer(doc, add_special_tokens=False, verbose=False)["input_ids"],
+            *special.separator,
+        ]
     assert packed == expected[: len(packed)]
     assert len(expected) - len(packed) < 63  # at most one row is not filled
     assert (owners[:, 1:].reshape(-1).diff() >= 0).all()
@@ -611,7 +680,9 @@ def chatty(tiny_gpt2: Model) -> Model:
 
 @pytest.mark.parametrize("roles", [None, ("assistant",), ("user", "system")])
 @pytest.mark.parametrize("source", ["list", "data set"])
-def test_of_a_chat_only_the_roles_asked_for_count(chatty: Model, tmp_path: Path, roles: tuple[str, ...] | None, source: str) -> None:
+def test_of_a_chat_only_the_roles_asked_for_count(
+    chatty: Model, tmp_path: Path, roles: tuple[str, ...] | None, source: str
+) -> None:
     text: Any = CHATS
     if source == "data set":
         text = tmp_path / "chats.jsonl"
@@ -630,7 +701,9 @@ def test_one_chat_by_itself_is_a_text_and_a_bad_one_is_refused(chatty: Model, ti
     assert chatty.tokenizer.decode(batch.tokens[0][batch.mask[0]]) == "<assistant>\nimport os\n"
     with pytest.raises(SaekitError, match="no chat template"):
         list(harvest(tiny_gpt2, CHATS, POINT))
-    chatty.tokenizer.chat_template = "{% for m in messages %}{% if loop.last %}LAST {% endif %}{{ m['content'] }}{% endfor %}"
+    chatty.tokenizer.chat_template = (
+        "{% for m in messages %}{% if loop.last %}LAST {% endif %}{{ m['content'] }}{% endfor %}"
+    )
     with pytest.raises(SaekitError, match="writes message 1 of a chat differently"):
         list(harvest(chatty, CHATS, POINT, roles=["user"]))
     chatty.tokenizer.chat_template = "{{ raise_exception('no system message') }}"
@@ -657,7 +730,16 @@ def test_pixels_are_taken_as_they_are(tmp_path: Path) -> None:
     from transformers import ViTConfig, ViTModel
 
     torch.manual_seed(0)
-    vit = ViTModel(ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=4)).eval()
+    vit = ViTModel(
+        ViTConfig(
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=32,
+            image_size=16,
+            patch_size=4,
+        )
+    ).eval()
     pixels = torch.randn(6, 3, 16, 16)
     with torch.no_grad():
         states = vit(pixels, output_hidden_states=True).hidden_states
@@ -684,7 +766,9 @@ def test_rows_of_different_lengths_do_not_go_into_one_store(tiny_gpt2: Model, tm
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_harvesting_costs_at_most_a_tenth_more_than_the_bare_truncated_forward(code_lm: Model, tmp_path: Path, dtype: str) -> None:
+def test_harvesting_costs_at_most_a_tenth_more_than_the_bare_truncated_forward(
+    code_lm: Model, tmp_path: Path, dtype: str
+) -> None:
     tokens = 131_072
     stream = harvest(code_lm, "stdlib", POINT, tokens=tokens)
     inputs = [given for given, _ in stream.inputs()]
@@ -698,5 +782,7 @@ def test_harvesting_costs_at_most_a_tenth_more_than_the_bare_truncated_forward(c
         harvest(code_lm, "stdlib", POINT, out=tmp_path / str(turn), tokens=tokens, dtype=dtype)
         whole.append(time.perf_counter() - began)
     ratio = min(whole) / min(bare)
-    print(f"\nharvest to {dtype} on disk / bare truncated forward: {ratio:.3f}  ({tokens / min(whole):,.0f} tokens/s; {bare=} {whole=})")
+    print(
+        f"\nharvest to {dtype} on disk / bare truncated forward: {ratio:.3f}  ({tokens / min(whole):,.0f} tokens/s; {bare=} {whole=})"
+    )
     assert ratio <= 1.10

@@ -257,6 +257,7 @@ class Dictionary(nn.Module):
             )
         ).to(self.device)
         encoder = self._encoder_rows().double() * self.scale_in.double()
+        assert folded.encoder is not None  # free atoms are not tied
         folded.encoder.copy_(encoder)
         folded.b_enc.copy_(self.b_enc.double() - encoder @ self.mean_in.double())
         folded.atoms.weight.copy_(self.atoms.rows().double() / self.scale_out.double())

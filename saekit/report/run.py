@@ -100,7 +100,7 @@ def _density_and_source(
     """How often each feature fires, and where to read contexts from."""
     acts = _json(folder / "config.json").get("source", {}).get("acts")
     stored = acts is not None and (Path(acts) / "manifest.json").is_file()
-    stream = None if stored else harvest(view, text, dictionary.reads, tokens=tokens)
+    stream = harvest(view, text, dictionary.reads, tokens=tokens)
 
     def source() -> Iterator[ActivationBatch]:
         if not stored:

@@ -1,7 +1,7 @@
 """``saekit harvest``: activations of a text, as shards on disk."""
 
 import time
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -54,7 +54,7 @@ def harvest(
         )  # fmt: skip
     n_tokens = sum(entry["tokens"] for entry in store.manifest["shards"])
     size = sum(entry["bytes"] for entry in store.manifest["shards"])
-    data = {
+    data: dict[str, Any] = {
         "out": str(store.path), "tokens": n_tokens, "rows": store.n_rows, "bytes": size,
         "hook_points": store.manifest["hook_points"], "seconds": time.monotonic() - began,
     }  # fmt: skip

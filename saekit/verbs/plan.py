@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +19,7 @@ def plan(
     job: Annotated[str, typer.Argument(help="harvest or train.")],
     model: Annotated[str, typer.Option(help="Model.")] = "code-lm",
     text: Annotated[str, typer.Option(help="Text.")] = "stdlib",
-    hook_point: Annotated[list[str], typer.Option("--hook-point", help="Hook points; repeatable.")] = [
+    hook_point: Annotated[list[str], typer.Option("--hook-point", help="Hook points; repeatable.")] = [  # noqa: B006 (typer reads the default, nobody writes to it)
         "blocks.1.hook_resid_post"
     ],
     tokens: Annotated[int, typer.Option(help="harvest: tokens to read.")] = 1_000_000,
@@ -144,7 +145,7 @@ def _trial_train(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
         dead_after=3 * batch_size, on_step=lambda *_: marks.append(time.perf_counter()),
     )  # fmt: skip
     ended = time.perf_counter()
-    inner = sorted(b - a for a, b in zip(marks[1:-1], marks[2:], strict=True)) or [marks[1] - marks[0]]
+    inner = sorted(b - a for a, b in pairwise(marks[1:])) or [marks[1] - marks[0]]
     step, checkpoint = inner[len(inner) // 2], ended - marks[-1]
     disk = sum(f.stat().st_size for f in (folder / "run").rglob("*") if f.is_file())
     states = sum(f.stat().st_size for f in (folder / "run" / "checkpoints").rglob("*") if f.is_file())

@@ -30,7 +30,7 @@ def train(
     option: Annotated[
         list[str] | None,
         typer.Option("--set", help="Any other field of the architecture, e.g. --set k_aux=64; repeatable."),
-    ] = None,  # fmt: skip
+    ] = None,
     out: Annotated[str, typer.Option(help="Folder of the run; an interrupted run in it goes on.")] = "run",
     steps: Annotated[
         int | None, typer.Option(help="Steps; default: one pass over the store, or 1000.")
@@ -52,7 +52,7 @@ def train(
     config: Annotated[
         str | None,
         typer.Option(help="Repeat a run from its config.json; only --out and --device are read beside it."),
-    ] = None,  # fmt: skip
+    ] = None,
     device: Device = None,
     seed: Seed = 0,
     as_json: Json = False,
@@ -88,7 +88,7 @@ def train(
     if not done.finished:
         say(f"stopped; saved at step {done.steps} of {total} in {out}: the same command goes on from there")
         sys.exit(130)
-    data = {
+    data: dict[str, Any] = {
         "out": str(done.path),
         "steps": done.steps,
         "seconds": time.monotonic() - began,

@@ -17,6 +17,7 @@ class Random(nn.Module):
 
     Config = RandomConfig
     tied = True
+    weight: Tensor
 
     def __init__(self, config: RandomConfig, directions: Float[Tensor, "feature d_out"]):
         super().__init__()
