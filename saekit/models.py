@@ -2,6 +2,7 @@
 
 import fnmatch
 import hashlib
+import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -66,6 +67,8 @@ class Model:
         self.module, self.tokenizer, self.name = module.eval(), tokenizer, name
         self._modules = dict(module.named_modules())
         self._aliases = self._block_names() | self._bridge_names()
+        takes = inspect.signature(self.module.forward).parameters
+        self._caches = "use_cache" in takes and not hasattr(self.module, "hook_dict")
 
     @property
     def device(self) -> torch.device:
@@ -144,9 +147,11 @@ class Model:
             )
         return Site(self._modules[path], side or "out", path)
 
-    def inputs(self, tokens: Tensor, attention: Tensor) -> dict[str, Tensor]:
+    def inputs(self, tokens: Tensor, attention: Tensor) -> dict[str, Any]:
         """Keyword arguments of one forward pass; the attention mask is left out where nothing is padded."""
-        given = {"input_ids": tokens.to(self.device)}
+        given: dict[str, Any] = {"input_ids": tokens.to(self.device)}
+        if self._caches:
+            given["use_cache"] = False  # keys and values are for generation: a copy per layer, for nothing
         if not attention.all():
             given["attention_mask"] = attention.to(self.device).long()
         return given

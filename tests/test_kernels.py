@@ -5,7 +5,7 @@ import torch
 
 from saekit.kernels import sparse_decode, topk_encode
 from saekit.kernels.sparse_decode import reference as decode_reference
-from saekit.kernels.topk_encode import eager, reference
+from saekit.kernels.topk_encode import cpu, eager, reference
 
 SHAPES = [(1, 1, 1, 1), (5, 3, 7, 2), (63, 5, 100, 7), (100, 17, 63, 63), (0, 4, 9, 3), (3, 64, 1000, 1)]
 
@@ -28,6 +28,22 @@ def test_topk_encode_equals_its_reference(rows: int, d: int, n: int, k: int) -> 
     expected.backward(cotangent)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("rows", "n", "k"), [(1, 1, 1), (5, 7, 7), (63, 100, 1), (100, 1000, 32), (0, 9, 3), (33, 4096, 65)]
+)
+@pytest.mark.parametrize("levels", [None, 3, 1])
+def test_selections_agree_bit_for_bit_with_a_stable_sort(rows, n, k, levels, dtype) -> None:
+    g = torch.Generator().manual_seed(n + k)
+    pre = torch.randn(rows, n, generator=g, dtype=dtype)
+    if levels is not None:  # ties everywhere
+        pre = torch.randint(-levels, levels, (rows, n), generator=g).to(dtype)
+    expected = torch.sort(pre, dim=-1, descending=True, stable=True)
+    for select in (cpu.select_topk, eager.sorted_topk):
+        values, indices = select(pre, k)
+        assert torch.equal(values, expected.values[:, :k]) and torch.equal(indices, expected.indices[:, :k])
 
 
 @pytest.mark.parametrize("k", [1, 3, 8])

@@ -1,4 +1,4 @@
-"""topk_encode in plain torch: row blocks forward, sparse gradients backward."""
+"""topk_encode by row blocks forward and with sparse gradients backward, on any device."""
 
 import torch
 
@@ -7,8 +7,8 @@ from saekit.kernels.gather import csc, segment_sum
 BLOCK_ENTRIES = 1 << 22  # pre-activations held at a time: 16 MB in fp32
 
 
-def select_topk(pre, k):
-    """Values and int64 indices of the k largest of each row, ties to the lowest index.
+def sorted_topk(pre, k):
+    """Values and int64 indices of the k largest of each row, ties to the lowest index, in plain torch.
 
     torch.topk promises no order among equal values, so rows with a tie at or above the k-th place
     are redone with a stable sort; on real activations there are hardly any.
@@ -25,6 +25,15 @@ def select_topk(pre, k):
     return values, indices
 
 
+def select(pre, k):
+    """The selection that is fastest for the tensor: numba on the CPU in fp32 and fp64, else torch."""
+    if pre.device.type == "cpu" and pre.dtype in (torch.float32, torch.float64):
+        from saekit.kernels.topk_encode.cpu import select_topk
+
+        return select_topk(pre, k)
+    return sorted_topk(pre, k)
+
+
 class _TopKEncode(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, k):
@@ -34,7 +43,7 @@ class _TopKEncode(torch.autograd.Function):
         block = max(1, BLOCK_ENTRIES // n_features)
         for start in range(0, rows, block):
             part = slice(start, start + block)
-            values[part], indices[part] = select_topk(torch.addmm(bias, x[part], weight.T), k)
+            values[part], indices[part] = select(torch.addmm(bias, x[part], weight.T), k)
         ctx.save_for_backward(x, weight, indices)
         ctx.mark_non_differentiable(indices)
         return values, indices

@@ -1,0 +1,88 @@
+"""The command line: every verb's help, its JSON, the demo in small, and the README's example."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from saekit.cli import VERBS
+
+ROOT = Path(__file__).parent.parent
+
+
+def saekit(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-P", "-m", "saekit.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_has_an_example_and_common_options(verb: str) -> None:
+    done = saekit(verb, "--help")
+    assert done.returncode == 0 and f"saekit {verb}" in done.stdout and "Example" in done.stdout
+    assert "--json" in done.stdout
+    assert verb == "doctor" or "--seed" in done.stdout
+
+
+def test_every_verb_of_the_readme_exists() -> None:
+    named = set(re.findall(r"^    saekit ([a-z]+)", (ROOT / "README.md").read_text(), re.MULTILINE))
+    assert named and named <= set(VERBS)
+
+
+def test_doctor_tells_the_environment() -> None:
+    data = json.loads(saekit("doctor", "--json").stdout)
+    assert {"python", "packages", "threads", "kernels", "gpu"} <= set(data) and data["packages"]["torch"]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> tuple[Path, dict]:
+    """The demo at a fraction of its size."""
+    out = tmp_path_factory.mktemp("demo") / "demo"
+    done = saekit("demo", "--out", str(out), "--tokens", "60000", "--eval-tokens", "4096", "--n-features", "512", "--json")
+    assert done.returncode == 0, done.stderr
+    return out, json.loads(done.stdout)
+
+
+def test_the_demo_ends_in_a_table_and_a_page(demo) -> None:
+    out, data = demo
+    keys = {"l0", "fvu", "explained_variance", "ce_recovered", "kl", "dead_share", "density"}
+    assert keys <= set(data["measures"]) and Path(data["report"]) == (out / "report.html").resolve()
+    fvu = data["measures"]["fvu"]
+    assert fvu["value"] < fvu["control"]["random"] and fvu["interval"][0] < fvu["value"] < fvu["interval"][1]
+    page = (out / "report.html").read_text()
+    assert "ce_recovered" in page and "blocks.1.hook_resid_post" in page and not re.search(r'(src|href)="https?:', page)
+
+
+def test_eval_dashboard_and_doctor_on_the_demos_run(demo, tmp_path: Path) -> None:
+    run = demo[0] / "run"
+    table = saekit("eval", str(run), "--tokens", "2048", "--no-controls").stdout
+    assert "ce_recovered" in table and "nats per token" in table
+    assert (run / "eval.json").exists()
+    page = saekit("dashboard", str(run), "--tokens", "8192", "--features", "10", "--out", str(tmp_path / "x.html"))
+    assert page.returncode == 0 and (tmp_path / "x.html").exists()
+    for path, word in ((run, "n_features"), (demo[0] / "acts", "hook points"), (run / "dictionary.safetensors", "encoder")):
+        done = saekit("doctor", str(path))
+        assert done.returncode == 0 and word in done.stdout, done.stderr
+
+
+def test_the_readmes_example_runs(tmp_path: Path) -> None:
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    for large, small in (("500_000", "20_000"), ("steps=120", "steps=4"), ('"stdlib")       #', '"stdlib", tokens=2048)  #')):
+        assert large in code
+        code = code.replace(large, small)
+    done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "ce_recovered" in done.stdout and (tmp_path / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_the_demo_meets_its_demands(tmp_path: Path) -> None:
+    done = saekit("demo", "--out", str(tmp_path / "demo"), "--json")
+    data = json.loads(done.stdout)
+    m = {key: value["value"] for key, value in data["measures"].items()}
+    assert data["seconds"] <= 180
+    assert m["ce_recovered"] >= 0.94 and m["fvu"] <= 0.15 and m["dead_share"] <= 0.03
+    pursuit = {key: value["control"].get("random_omp") for key, value in data["measures"].items()}
+    assert m["fvu"] < pursuit["fvu"] and m["ce_spliced"] < pursuit["ce_spliced"]
