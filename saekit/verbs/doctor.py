@@ -60,7 +60,7 @@ def environment() -> dict[str, Any]:
         "disk": f"{shutil.disk_usage('.').free / 1e9:.1f} GB free here",
         "gpu": cuda or "none",
         "bf16 matrix unit": "yes (amx_bf16)" if "amx_bf16" in flags else "no",
-        "kernels": "eager (plain torch, exact): the only backend of this version, on every device",
+        "kernels": "CPU: selection in numba, the rest in torch; elsewhere: all in torch (no device kernel in this version)",
         "network": "off (HF_HUB_OFFLINE)"
         if os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "")
         else "allowed",
