@@ -221,8 +221,11 @@ class Store:
                 "it is truncated or replaced; harvest again to replace it"
             )
         shard = Shard(path)
-        for name, site in self.manifest["hook_points"].items():
-            if name not in shard.header or shard.header[name]["shape"] != [entry["tokens"], site["width"]]:
+        shapes = {
+            name: [entry["tokens"], site["width"]] for name, site in self.manifest["hook_points"].items()
+        }
+        for name, shape in {**shapes, "mask": [entry["tokens"]], "kept": [entry["kept"]]}.items():
+            if name not in shard.header or shard.header[name]["shape"] != shape:
                 raise SaekitError(
                     f"shard {entry['file']} of {self.path} doesn't hold {name!r} as the manifest says; harvest again"
                 )

@@ -120,7 +120,7 @@ def capture(run: Callable[[], Any], sites: Mapping[str, Site], stop: bool = True
             run()
     missing = [name for name in sites if name not in seen]
     if missing:
-        raise RuntimeError(
-            f"hook point {missing[0]!r} ({sites[missing[0]].path}) did not run in this forward pass"
+        raise SaekitError(
+            f"hook point {missing[0]!r} ({sites[missing[0]].path}) did not run in the forward pass; choose a module that does"
         )
     return {name: seen[name] for name in sites}

@@ -5,7 +5,9 @@ set (streamed), or a list of literal strings or of chats (lists of ``{"role", "c
 """
 
 import hashlib
+import logging
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +72,8 @@ def _records(name: str) -> Iterator[dict[str, Any]]:
     """Rows of a ``datasets`` data set: a folder, a file, or a hub id (streamed)."""
     import datasets
 
+    # its readers log what they raise, and what they raise is told below
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
     path = Path(name)
     if not path.exists():
         probe_hub(name, "dataset")
@@ -115,7 +119,9 @@ def probe_hub(name: str, kind: str) -> None:
     """Raise in one sentence, after at most 3 s, when a hub id can't be had."""
     import huggingface_hub
 
-    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", ""):
+    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
+        reason = "it is no hub id"
+    elif os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", ""):
         reason = "HF_HUB_OFFLINE is set"
     else:
         try:

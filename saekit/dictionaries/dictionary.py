@@ -3,6 +3,8 @@
 import copy
 import dataclasses
 import math
+import types
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -40,7 +42,21 @@ def configure(table: Registry, name: str, options: Mapping[str, Any], unused: se
     if missing:
         raise SaekitError(f"{table.kind} {name!r} needs {missing[0]}; give {missing[0]}=...")
     unused -= mine
+    for f in fields(config):
+        if f.name in mine and not _fits(options[f.name], f.type):
+            kind = getattr(f.type, "__name__", str(f.type))
+            raise SaekitError(f"{f.name} = {options[f.name]!r} of {table.kind} {name!r} must be of type {kind}")
     return config(**{key: options[key] for key in mine})
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a plain type (or a union of such); other annotations are the row's own business."""
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if not all(isinstance(kind, type) for kind in kinds):
+        return True
+    if isinstance(value, bool):
+        return bool in kinds
+    return isinstance(value, kinds) or (float in kinds and isinstance(value, int))
 
 
 @dataclass(frozen=True)
@@ -54,8 +70,8 @@ class Config:
     objective: tuple[Choice, ...]
 
     def __post_init__(self):
-        if self.n_features < 1:
-            raise SaekitError(f"n_features = {self.n_features} must be at least 1")
+        if not isinstance(self.n_features, int) or self.n_features < 1:
+            raise SaekitError(f"n_features = {self.n_features!r} must be a whole number of at least 1")
         self.selection[1].check(self.n_features)
 
     def to_json(self) -> dict[str, Any]:

@@ -102,14 +102,10 @@ def load(path: "str | Path", device: "str | torch.device | None" = None) -> Dict
         dictionary = Dictionary(Config.from_json(card["config"]))
     except SaekitError:
         raise
-    except (
-        TypeError,
-        AttributeError,
-        ValueError,
-        RuntimeError,
-    ) as error:  # a value of the wrong type, deep inside
+    except (TypeError, AttributeError, ValueError, RuntimeError) as error:
+        why = " ".join(str(error).split())  # a value of the wrong type, found deep inside
         raise SaekitError(
-            f"config in {str(path / CARD)!r} means no dictionary ({error}); save the dictionary again"
+            f"config in {str(path / CARD)!r} means no dictionary ({why}); save the dictionary again"
         ) from error
     expected = dictionary.state_dict()
     for name in sorted(set(expected) - set(tensors)):

@@ -12,6 +12,7 @@ of the rows is a random sequence repeated, so that induction heads form early.
 import argparse
 import hashlib
 import json
+import math
 import time
 from pathlib import Path
 
@@ -118,7 +119,7 @@ def loss_fn(model, x, y):
 
 def save(model, out):
     """Write config.json and fp16 weights as a Hugging Face folder."""
-    state = {name: tensor.half() for name, tensor in model.state_dict().items()}
+    state = {name: tensor.half() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}  # tied
     model.save_pretrained(out, state_dict=state)
 
 

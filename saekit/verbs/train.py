@@ -62,6 +62,7 @@ def train(
     Example: `saekit train topk --acts acts --n-features 4096 --k 32 --out run`
     """
     from saekit.dictionaries import create
+    from saekit.trainers import TrainConfig
     from saekit.trainers import train as run
 
     if config is not None:
@@ -72,14 +73,14 @@ def train(
         dictionary = create(
             architecture, **{"d_in": width, "n_features": n_features, "k": k, "seed": seed} | extra
         )
-        n_rows = source.n_rows
+        whole = max(1, source.n_rows // max(1, batch_size)) if source.n_rows else 1000
         options = {
-            "steps": steps or (max(1, n_rows // batch_size) if n_rows else 1000), "batch_size": batch_size, "lr": lr,
+            "steps": whole if steps is None else steps, "batch_size": batch_size, "lr": lr,
             "dead_after": dead_after, "checkpoint_every": checkpoint_every, "log_every": log_every, "wandb": wandb, "seed": seed,
         }  # fmt: skip
         if hook_point:
             dictionary.reads, dictionary.writes = dictionary.wiring.sites([hook_point])
-    began, total = time.monotonic(), options["steps"]
+    began, total = time.monotonic(), options.get("steps", TrainConfig.steps)
     with progress("train", "steps") as draw:
         done = run(
             dictionary, source, out=out, device=device, **options,
