@@ -123,7 +123,9 @@ def test_public_functions_and_classes_have_docstrings() -> None:
     for module, path in sources().items():
         if module == "saekit.testbed.code_lm":
             continue
-        defined = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef | ast.ClassDef)]
+        defined = [
+            n for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef | ast.ClassDef)
+        ]
         for node in {n.name: n for n in defined}.values():  # the last one: overloads come first
             if not node.name.startswith("_"):
                 assert ast.get_docstring(node), f"{module}.{node.name} has no docstring"

@@ -40,7 +40,18 @@ def test_doctor_tells_the_environment() -> None:
 def demo(tmp_path_factory) -> tuple[Path, dict]:
     """The demo at a fraction of its size."""
     out = tmp_path_factory.mktemp("demo") / "demo"
-    done = saekit("demo", "--out", str(out), "--tokens", "60000", "--eval-tokens", "4096", "--n-features", "512", "--json")
+    done = saekit(
+        "demo",
+        "--out",
+        str(out),
+        "--tokens",
+        "60000",
+        "--eval-tokens",
+        "4096",
+        "--n-features",
+        "512",
+        "--json",
+    )
     assert done.returncode == 0, done.stderr
     return out, json.loads(done.stdout)
 
@@ -52,7 +63,11 @@ def test_the_demo_ends_in_a_table_and_a_page(demo) -> None:
     fvu = data["measures"]["fvu"]
     assert fvu["value"] < fvu["control"]["random"] and fvu["interval"][0] < fvu["value"] < fvu["interval"][1]
     page = (out / "report.html").read_text()
-    assert "ce_recovered" in page and "blocks.1.hook_resid_post" in page and not re.search(r'(src|href)="https?:', page)
+    assert (
+        "ce_recovered" in page
+        and "blocks.1.hook_resid_post" in page
+        and not re.search(r'(src|href)="https?:', page)
+    )
 
 
 def test_eval_dashboard_and_doctor_on_the_demos_run(demo, tmp_path: Path) -> None:
@@ -60,16 +75,26 @@ def test_eval_dashboard_and_doctor_on_the_demos_run(demo, tmp_path: Path) -> Non
     table = saekit("eval", str(run), "--tokens", "2048", "--no-controls").stdout
     assert "ce_recovered" in table and "nats per token" in table
     assert (run / "eval.json").exists()
-    page = saekit("dashboard", str(run), "--tokens", "8192", "--features", "10", "--out", str(tmp_path / "x.html"))
+    page = saekit(
+        "dashboard", str(run), "--tokens", "8192", "--features", "10", "--out", str(tmp_path / "x.html")
+    )
     assert page.returncode == 0 and (tmp_path / "x.html").exists()
-    for path, word in ((run, "n_features"), (demo[0] / "acts", "hook points"), (run / "dictionary.safetensors", "encoder")):
+    for path, word in (
+        (run, "n_features"),
+        (demo[0] / "acts", "hook points"),
+        (run / "dictionary.safetensors", "encoder"),
+    ):
         done = saekit("doctor", str(path))
         assert done.returncode == 0 and word in done.stdout, done.stderr
 
 
 def test_the_readmes_example_runs(tmp_path: Path) -> None:
     code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
-    for large, small in (("500_000", "20_000"), ("steps=120", "steps=4"), ('"stdlib")       #', '"stdlib", tokens=2048)  #')):
+    for large, small in (
+        ("500_000", "20_000"),
+        ("steps=120", "steps=4"),
+        ('"stdlib")       #', '"stdlib", tokens=2048)  #'),
+    ):
         assert large in code
         code = code.replace(large, small)
     done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True)

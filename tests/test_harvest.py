@@ -271,6 +271,7 @@ def test_the_mask_leaves_out_special_tokens_padding_and_outliers(tiny_gpt2: Mode
     given = rows_of_tokens(8, "right", seq=24)
     given["input_ids"][:, 2] = loud
     given["input_ids"][:, 1] = tiny_gpt2.tokenizer.eos_token_id
+    given["input_ids"][given["attention_mask"] == 0] = 9  # padding need not be a special token
     (batch,) = harvest(model, [given], [POINT])
     ids, attention = given["input_ids"], given["attention_mask"].bool()
     assert torch.equal(batch.mask, attention & (ids != 0) & (ids != loud))
@@ -285,7 +286,11 @@ def test_the_mask_leaves_out_special_tokens_padding_and_outliers(tiny_gpt2: Mode
 
 def test_packed_rows_mask_the_first_token_and_the_separators(tiny_gpt2: Model) -> None:
     stream = harvest(
-        tiny_gpt2, ["import os\n", "x = 1\n", "def f():\n    return 2\n"], [POINT], context=64, outlier=1e9
+        tiny_gpt2,
+        ["import os\n", "x = 1<|endoftext|>\n", "def f():\n    return 2\n"],
+        [POINT],
+        context=64,
+        outlier=1e9,
     )
     (batch,) = stream
     text = [tiny_gpt2.tokenizer.decode(batch.tokens[0][batch.mask[0]])]

@@ -45,7 +45,9 @@ def configure(table: Registry, name: str, options: Mapping[str, Any], unused: se
     for f in fields(config):
         if f.name in mine and not _fits(options[f.name], f.type):
             kind = getattr(f.type, "__name__", str(f.type))
-            raise SaekitError(f"{f.name} = {options[f.name]!r} of {table.kind} {name!r} must be of type {kind}")
+            raise SaekitError(
+                f"{f.name} = {options[f.name]!r} of {table.kind} {name!r} must be of type {kind}"
+            )
     return config(**{key: options[key] for key in mine})
 
 

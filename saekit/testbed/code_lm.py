@@ -119,7 +119,9 @@ def loss_fn(model, x, y):
 
 def save(model, out):
     """Write config.json and fp16 weights as a Hugging Face folder."""
-    state = {name: tensor.half() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}  # tied
+    state = {
+        name: tensor.half() for name, tensor in model.state_dict().items() if name != "lm_head.weight"
+    }  # tied
     model.save_pretrained(out, state_dict=state)
 
 
@@ -176,7 +178,7 @@ def token_losses(model, ids, device="cpu"):
     """
     body, half = CONTEXT - 1, CONTEXT // 2
     losses = np.zeros(len(ids) - 1)
-    starts = list(range(0, max(1, len(ids) - half), half))
+    starts = list(range(0, max(1, len(ids) - half + 1), half))
     for group in range(0, len(starts), ROWS):
         rows = np.zeros((min(ROWS, len(starts) - group), CONTEXT), dtype=np.int64)
         for i, start in enumerate(starts[group : group + ROWS]):

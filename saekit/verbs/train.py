@@ -70,9 +70,7 @@ def train(
     else:
         source, width = _source(acts, model, text, hook_point, batch_size, device)
         extra = dict(_option(item) for item in option or [])
-        dictionary = create(
-            architecture, **{"d_in": width, "n_features": n_features, "k": k, "seed": seed} | extra
-        )
+        dictionary = create(architecture, n_features=n_features, k=k, seed=seed, **{"d_in": width, **extra})
         whole = max(1, source.n_rows // max(1, batch_size)) if source.n_rows else 1000
         options = {
             "steps": whole if steps is None else steps, "batch_size": batch_size, "lr": lr,
@@ -104,6 +102,9 @@ def _option(item: str) -> tuple[str, Any]:
     name, sign, value = item.partition("=")
     if not sign:
         raise SaekitError(f"--set {item!r} has no value; write --set {item}=VALUE")
+    if name in ("n_features", "k", "seed"):
+        flag = name.replace("_", "-")
+        raise SaekitError(f"--set {item!r}: {name} has a flag of its own; write --{flag} {value}")
     try:
         return name, json.loads(value)
     except ValueError:

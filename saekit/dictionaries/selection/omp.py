@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from saekit.types import Codes, SaekitError
 
-BLOCK = 2048  # rows pursued at a time: bounds the [block, n_features] correlations
+BLOCK = 512  # rows pursued at a time: the [block, n_features] correlations should stay in cache
 TINY = 1e-6  # an atom this close to the span of the chosen ones adds nothing
 
 
@@ -60,12 +60,11 @@ class OMP(nn.Module):
         # atoms = R^T basis: R is upper triangular, its columns the chosen atoms' coordinates
         triangle = x.new_zeros(rows, k, k)
         coordinates = x.new_zeros(rows, k)
-        residual, chosen = x.clone(), torch.zeros(rows, atoms.shape[0], dtype=torch.bool, device=x.device)
+        residual = x.clone()
         for step in range(k):
-            scores = (torch.addmm(bias, residual, atoms.T)).abs_().masked_fill_(chosen, -1)
+            scores = torch.addmm(bias, residual, atoms.T).abs_().scatter_(1, indices[:, :step], -1.0)
             best = scores.argmax(-1)
             indices[:, step] = best
-            chosen.scatter_(1, best[:, None], True)
             atom = atoms[best]
             along = torch.bmm(basis[:, :step], atom[:, :, None])[:, :, 0]
             rest = atom - torch.bmm(along[:, None], basis[:, :step])[:, 0]

@@ -1,0 +1,8 @@
+"""Model + text -> activations: a live stream, or a store on disk."""
+
+from saekit.harvest.store import bytes_per_token as bytes_per_token
+from saekit.harvest.store import check_writable as check_writable
+from saekit.harvest.store import harvest as harvest
+from saekit.harvest.stream import HarvestConfig as HarvestConfig
+from saekit.harvest.stream import Stream as Stream
+from saekit.harvest.stream import StreamSource as StreamSource
