@@ -26,7 +26,7 @@ from saekit.registry import nearest
 from saekit.types import ActivationBatch, SaekitError
 
 SCHEMA = 1
-SHARD_BYTES = 64 << 20
+SHARD_BYTES = 32 << 20  # two are held at most: one fills up while the other is written
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
 _NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I8": np.int8, "U8": np.uint8, "I32": np.int32, "I64": np.int64}  # fmt: skip
 _SAFETENSORS = {

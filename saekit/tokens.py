@@ -20,8 +20,7 @@ from saekit.stdlib import Document
 from saekit.types import SaekitError
 
 PIECE = 1 << 16  # characters; a longer text is several documents, so that one file can be split
-ENCODE_AT_ONCE = 1 << 19  # characters tokenised in one call: bounds memory, keeps the cores busy
-ENCODE_FIRST = 1 << 16  # in the first call: a short harvest does not wait for a long text
+ENCODE_AT_ONCE = 1 << 17  # characters tokenised in one call: bounds memory, keeps the cores busy
 DATA_SUFFIXES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 
 
@@ -155,7 +154,8 @@ def documents(text: "str | os.PathLike | Sequence", split: str = "train") -> Ite
         return
     spec = os.fspath(text)
     if spec == "stdlib":
-        yield from stdlib.documents(split)
+        for document in stdlib.documents(split):
+            yield from _pieces(document.name, document.text)
         return
     path = Path(spec)
     if path.exists() and not is_dataset(path):
@@ -240,7 +240,7 @@ def _encoded(
 ) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
     """``(ids, keep)`` of each document; ``keep`` is None where every token counts."""
     waiting: list[str] = []
-    size, enough = 0, ENCODE_FIRST
+    size = 0
 
     def flush() -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
         if waiting:
@@ -251,9 +251,9 @@ def _encoded(
         if isinstance(doc, Document):
             waiting.append(doc.text)
             size += len(doc.text)
-            if size >= enough:
+            if size >= ENCODE_AT_ONCE:
                 yield from flush()
-                waiting, size, enough = [], 0, min(2 * enough, ENCODE_AT_ONCE)
+                waiting, size = [], 0
         else:
             yield from flush()
             waiting, size = [], 0

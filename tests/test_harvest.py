@@ -97,14 +97,14 @@ def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shards of some ten sequences, so that a small harvest has many."""
-    monkeypatch.setattr(importlib.import_module("saekit.harvest"), "SHARD_BYTES", SMALL)
+    monkeypatch.setattr(importlib.import_module("saekit.harvest.store"), "SHARD_BYTES", SMALL)
 
 
 @pytest.fixture(scope="module")
 def stored(tiny_gpt2: Model, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     """A store of 6400 tokens in several shards."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(importlib.import_module("saekit.harvest"), "SHARD_BYTES", SMALL)
+        patch.setattr(importlib.import_module("saekit.harvest.store"), "SHARD_BYTES", SMALL)
         yield harvest(
             tiny_gpt2,
             "stdlib",
@@ -416,15 +416,15 @@ import torch
 torch.set_num_threads(1)  # no thread pool that a fork would lose
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 from saekit.models import load_model
-harvest = importlib.import_module("saekit.harvest")
-harvest.SHARD_BYTES = 100_000
+from saekit.harvest import harvest
+importlib.import_module("saekit.harvest.store").SHARD_BYTES = 100_000
 model = load_model(sys.argv[1])
 print("ready", flush=True)
 for line in sys.stdin:
     child = os.fork()
     if child == 0:
         os.close(0)
-        harvest.harvest(model, "stdlib", ["blocks.1.hook_resid_post"], out=line.strip(), tokens=24_000, context=64, batch_rows=4)
+        harvest(model, "stdlib", ["blocks.1.hook_resid_post"], out=line.strip(), tokens=24_000, context=64, batch_rows=4)
         os._exit(0)
     print(child, flush=True)
     sys.stdin.readline()  # the child stays, as a zombie at least, for as long as somebody may kill it
