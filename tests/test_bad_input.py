@@ -572,9 +572,6 @@ def test_a_disk_that_is_full_already_is_refused_before_any_work(
     assert str(folder / "run") in said and "can't be written" in said
 
 
-@pytest.mark.xfail(
-    strict=True, raises=OSError, reason="trainers.loop lets the OSError of a full disk through (reported)"
-)
 def test_a_disk_that_fills_up_while_training_is_one_sentence(
     good: Path, full_disk: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,6 +20,7 @@ from saekit.hub import native
 from saekit.registry import nearest
 from saekit.trainers import checkpoint, dead, optim
 from saekit.trainers.log import Log
+from saekit.trainers.log import read as read_log
 from saekit.types import ActivationBatch, SaekitError
 
 NORMALISATION_ROWS = 1 << 15
@@ -257,16 +258,24 @@ def train(
         "train": asdict(config), "reasons": reasons, "dictionary": dictionary.config.to_json(),
         "init_seed": dictionary.seed, "hook_points": list(points), "data": source.identity(), "source": _origin(source),
     }  # fmt: skip
-    if path is not None:
-        _prepare(path, settings, trainer)
-    if not dictionary.normalised:
-        dictionary.set_normalisation(_sample(source, points, config))
-    log = Log(path, trainer.step_number, config.wandb, settings) if path is not None else None
+    log = None
     try:
+        if path is not None:
+            _prepare(path, settings, trainer)
+            log = Log(path, trainer.step_number, config.wandb, settings)
+        if not dictionary.normalised:
+            dictionary.set_normalisation(_sample(source, points, config))
         record, finished = _loop(trainer, source, points, config, path, log, on_step)
+    except OSError as error:
+        raise SaekitError(
+            f"out {str(path)!r} can't be written: {error.strerror}; free some space and run the same command again: "
+            "it goes on from the last checkpoint"
+        ) from None
     finally:
         if log is not None:
             log.close()
+    if not record and path is not None:  # a finished run was taken up again
+        record = read_log(path)[-1]
     dictionary.card |= {"data": settings["data"], "training": {"config": asdict(config), "last": record}}
     if path is not None and finished:
         native.save(dictionary, path)
