@@ -89,7 +89,7 @@ def test_the_readmes_example_runs(tmp_path: Path) -> None:
     for large, small in (
         ("500_000", "20_000"),
         ("steps=120", "steps=4"),
-        ('"stdlib")       #', '"stdlib", tokens=2048)  #'),
+        ('saekit.evaluate(d, model, "stdlib")', 'saekit.evaluate(d, model, "stdlib", tokens=2048)'),
     ):
         assert large in code
         code = code.replace(large, small)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -294,10 +295,11 @@ def _origin(source: Source) -> dict[str, Any]:
     )
 
 
-def _sample(source: Source, points: Sequence[str], config: TrainConfig) -> Tensor:
+def _sample(source: Source, points: Sequence[str], config: TrainConfig) -> Iterator[Tensor]:
+    """The first batches of the run, about as many rows as a normalisation needs."""
     batches = source.batches(points, config.batch_size, config.seed)
     n = max(1, -(-min(NORMALISATION_ROWS, source.n_rows or NORMALISATION_ROWS) // config.batch_size))
-    return torch.cat([next(batches) for _ in range(n)])
+    return islice(batches, n)
 
 
 def _prepare(path: Path, settings: dict[str, Any], trainer: Trainer) -> None:

@@ -5,7 +5,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -244,15 +244,26 @@ class Dictionary(nn.Module):
         self.atoms.after_step()
 
     @torch.no_grad()
-    def set_normalisation(self, x: Float[Tensor, "batch d_in"]) -> None:
-        """Estimate the mean and the one scale that gives centred rows a mean squared norm of d_in."""
-        y = self.wiring.target(x)
-        for side, rows in (("in", x), ("out", y)):
-            rows = rows.double()
-            mean = rows.mean(0)
-            mean_square = (rows - mean).square().sum(-1).mean().item()
-            scale = math.sqrt(rows.shape[1] / mean_square) if mean_square > 0 else 1.0
-            getattr(self, f"mean_{side}").copy_(mean)
+    def set_normalisation(self, rows: "Float[Tensor, 'batch d_in'] | Iterable[Tensor]") -> None:
+        """Estimate the mean and the one scale that gives centred rows a mean squared norm of d_in.
+
+        ``rows`` is a tensor, or an iterable of batches, of which one at a time is held.
+        """
+        shifts: dict[str, Tensor] = {}  # sums are taken about the first batch's mean: no cancellation
+        totals: dict[str, Tensor] = {}
+        squares, n = {"in": 0.0, "out": 0.0}, 0
+        for x in (rows,) if isinstance(rows, Tensor) else rows:
+            n += len(x)
+            for side, values in (("in", x), ("out", self.wiring.target(x))):
+                values = values.to(self.device, torch.float64)
+                shift = shifts.setdefault(side, values.mean(0))
+                centred = values - shift
+                totals[side] = totals.get(side, 0) + centred.sum(0)
+                squares[side] += centred.square().sum().item()
+        for side, total in totals.items():
+            mean_square = squares[side] / n - (total / n).square().sum().item()
+            scale = math.sqrt(len(total) / mean_square) if mean_square > 0 else 1.0
+            getattr(self, f"mean_{side}").copy_(shifts[side] + total / n)
             getattr(self, f"scale_{side}").fill_(scale)
         self.normalised.fill_(True)
 
