@@ -267,8 +267,13 @@ class Store:
         """Width of a hook point (of the only one, when none is named)."""
         return self.manifest["hook_points"][hook_point or self.hook_points[0]]["width"]
 
-    def gather(self, hook_point: str, rows: np.ndarray) -> Float[Tensor, "rows width"]:
+    def gather(self, hook_point: str, rows: "np.ndarray | Sequence[int]") -> Float[Tensor, "rows width"]:
         """Unmasked rows by number, in the order asked for, in fp32."""
+        rows = np.asarray(rows, dtype=np.int64)
+        if len(rows) and not 0 <= rows.min() <= rows.max() < self.n_rows:
+            raise SaekitError(
+                f"row {rows.min()} or {rows.max()} is not in 0..{self.n_rows - 1}, the rows of this store"
+            )
         out = torch.empty(len(rows), self.width(hook_point))
         shard_of = np.searchsorted(self._ends, rows, side="right")
         for s in np.unique(shard_of):

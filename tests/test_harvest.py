@@ -362,6 +362,15 @@ def test_a_value_too_large_for_the_store_is_counted_as_not_finite(tmp_path: Path
         assert store.manifest["shards"][0]["nonfinite"] == {"0": n}, dtype
 
 
+def test_rows_are_gathered_in_the_order_asked_for(stored: Store) -> None:
+    every = stored.gather(POINT, np.arange(stored.n_rows))
+    for rows in (range(8), [stored.n_rows - 1, 0, 0, 700], np.array([5]), []):
+        assert torch.equal(stored.gather(POINT, rows), every[list(rows)])
+    for rows in ([-1], [0, stored.n_rows]):
+        with pytest.raises(SaekitError, match=f"is not in 0..{stored.n_rows - 1}"):
+            stored.gather(POINT, rows)
+
+
 def test_shards_are_safetensors_files_and_the_manifest_says_what_they_hold(stored: Store) -> None:
     manifest = json.loads((stored.path / "manifest.json").read_text())
     assert manifest["complete"] and manifest["hook_points"] == {
