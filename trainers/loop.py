@@ -51,12 +51,14 @@ class TrainConfig:
     def __post_init__(self):
         for name in ("steps", "batch_size", "log_every", "checkpoint_every", "dead_after"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise SaekitError(f"{name} = {value} must be at least 1")
-        if self.lr is not None and not self.lr > 0:
-            raise SaekitError(f"lr = {self.lr} must be above 0")
-        if not 0 <= self.decay <= 1:
-            raise SaekitError(f"decay = {self.decay} must lie in 0..1; it is a share of the run")
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise SaekitError(f"{name} = {value!r} must be a whole number of at least 1")
+        for name in ("lr", "clip"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int | float) or not value > 0):
+                raise SaekitError(f"{name} = {value!r} must be a number above 0")
+        if not isinstance(self.decay, int | float) or not 0 <= self.decay <= 1:
+            raise SaekitError(f"decay = {self.decay!r} must lie in 0..1; it is a share of the run")
 
 
 class Trainer:

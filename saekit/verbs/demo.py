@@ -15,7 +15,7 @@ HOOK_POINT = "blocks.1.hook_resid_post"  # the middle of code-lm's four blocks
 
 def demo(
     out: Annotated[str, typer.Option(help="Folder for the store, the run and the report.")] = "demo",
-    tokens: Annotated[int, typer.Option(help="Tokens to harvest.")] = 1_000_000,
+    tokens: Annotated[int, typer.Option(help="Tokens to harvest.")] = 1_500_000,
     eval_tokens: Annotated[int, typer.Option(help="Held-out tokens to evaluate on.")] = 16_384,
     n_features: Annotated[int, typer.Option(help="Width of the dictionary.")] = 4096,
     k: Annotated[int, typer.Option(help="Active features per token.")] = 32,
