@@ -318,6 +318,7 @@ class Store:
         return {
             "kind": "store", "rows": self.n_rows, "sha256": digest,
             "model": self.manifest["model"], "text": self.manifest["text"],
+            "norm_limits": self.manifest.get("norm_limits", {}),
         }  # fmt: skip
 
 

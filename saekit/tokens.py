@@ -7,6 +7,7 @@ set (streamed), or a list of literal strings or of chats (lists of ``{"role", "c
 import hashlib
 import logging
 import os
+import platform
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -183,6 +184,21 @@ def _is_chat(item: Any) -> bool:
         and len(item) > 0
         and all(isinstance(m, Mapping) and "role" in m for m in item)
     )
+
+
+def fingerprint(text: "str | os.PathLike") -> str:
+    """A digest that changes when a named local text does: names, sizes and times of its files.
+
+    The standard library counts by names, sizes and Python version; what is on the hub by its name.
+    """
+    path, parts = Path(text), []
+    if os.fspath(text) == "stdlib":
+        parts = [platform.python_version()]
+        parts += [f"{name} {(stdlib.root() / name).stat().st_size}" for name in stdlib.files("all")]
+    elif path.exists():
+        files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+        parts = [f"{p.relative_to(path)} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 def check_text(text: "str | os.PathLike | Sequence") -> None:

@@ -1,6 +1,7 @@
 """Laws of the metrics, on the pure functions and on the evaluation of a dictionary in a model."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -114,6 +115,14 @@ def test_evaluation_does_not_depend_on_the_batch_size(batch_rows: int, report, t
         assert float(other[key]) == pytest.approx(float(report[key]), rel=2e-5, abs=2e-5), key
         if report[key].interval:
             assert other[key].interval == pytest.approx(report[key].interval, rel=1e-3, abs=1e-4)
+
+
+def test_more_documents_than_are_kept_apart(trained, tiny_gpt2, monkeypatch: pytest.MonkeyPatch) -> None:
+    # by its module: saekit.evaluate is the function
+    monkeypatch.setattr(sys.modules["saekit.evaluate.core"], "MAX_DOCUMENTS", 3)
+    texts = [f"def f{i}(x):\n    return x + {i}\n" * 4 for i in range(40)]
+    found = evaluate(trained, tiny_gpt2, texts, context=64, controls=False)
+    assert found.about["documents"] == 40 and found["fvu"].interval and found["kl"].interval
 
 
 class _Stub(saekit.Dictionary):

@@ -56,14 +56,14 @@ def test_killed_at_five_random_steps_and_resumed_the_weights_are_the_same_bytes(
 ) -> None:
     out, draw = tmp_path / "killed", random.Random(0)
     for _ in range(5):
-        target = step_reached(out) + draw.randint(1, 14)
+        target = step_reached(out) + draw.randint(1, 9)
         process = subprocess.Popen(
             command(small_store.path, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         while process.poll() is None and step_reached(out) < target:
             time.sleep(0.002)
         process.kill()
-        process.wait()
+        assert process.wait() == -signal.SIGKILL, "the run was over before the kill"
     subprocess.run(command(small_store.path, out), check=True, capture_output=True)
     for file in ("dictionary.safetensors", f"checkpoints/step-{STEPS:08d}/state.safetensors"):
         assert (out / file).read_bytes() == (finished / file).read_bytes(), file
@@ -118,6 +118,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
         )
     assert run.finished
     assert (out / "dictionary.safetensors").read_bytes() == (finished / "dictionary.safetensors").read_bytes()
+
+
+def test_a_loss_that_is_not_finite_is_never_saved(planted_rows: torch.Tensor, tmp_path: Path) -> None:
+    d = saekit.create("topk", d_in=16, n_features=64, k=4)
+    with pytest.raises(SaekitError, match=r"the loss is .* choose a smaller lr"):
+        saekit.train(d, planted_rows, 40, 128, tmp_path / "run", lr=1e30, checkpoint_every=3)
+    found = checkpoint.latest(tmp_path / "run" / "checkpoints")
+    assert found is None or all(t.isfinite().all() for t in found[0].values() if t.is_floating_point())
 
 
 def test_two_checkpoints_are_kept(finished: Path) -> None:

@@ -59,7 +59,9 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], about: dict[str, A
     descriptor = os.open(folder, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
-    for old in sorted(folder.glob("step-*"))[:-KEEP]:
+    taken = sorted(folder.glob("step-*"))
+    later = [path for path in taken if path.name > target.name]  # damaged ones that a resume passed over
+    for old in (*later, *[path for path in taken if path not in later][:-KEEP]):
         shutil.rmtree(old, ignore_errors=True)
     return target
 
@@ -77,8 +79,9 @@ def latest(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         if not intact:
             warnings.warn(f"checkpoint {path} is damaged; going on from the one before it", stacklevel=2)
             continue
-        if state["machine"] != machine():
-            changed = [key for key, value in machine().items() if state["machine"].get(key) != value]
+        if state.get("machine") != machine():
+            made = state.get("machine", {})
+            changed = [key for key, value in machine().items() if made.get(key) != value]
             warnings.warn(
                 f"checkpoint {path} was made with another {' and '.join(changed)}: the resumed run may differ in its last bits",
                 stacklevel=2,

@@ -136,7 +136,7 @@ class Trainer:
         for i, p in enumerate(self.optimizer.param_groups[0]["params"]):
             prefix = f"optimizer.{i}."
             found = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-            self.optimizer.state[p] = {k: v.to(p.device) if v.ndim else v for k, v in found.items()}
+            self.optimizer.state[p] = {k: v.to(p.device) for k, v in found.items()}
         self.step_number = step
 
 
@@ -337,6 +337,10 @@ def _loop(
     began, first = time.perf_counter(), trainer.step_number
 
     def save() -> None:
+        if not torch.isfinite(metrics["loss"]):
+            raise SaekitError(
+                f"the loss is {metrics['loss'].item()} at step {trainer.step_number}; choose a smaller lr than {config.lr:.2e}"
+            )
         if path is not None:
             checkpoint.save(path / "checkpoints", trainer.step_number, trainer.state(), {})
 
@@ -352,10 +356,6 @@ def _loop(
                     "rows": step * config.batch_size,
                     **{k: v.item() for k, v in metrics.items()},
                 }
-                if not record["loss"] == record["loss"]:
-                    raise SaekitError(
-                        f"the loss is NaN at step {step}; choose a smaller lr than {config.lr:.2e}"
-                    )
                 if log is not None:
                     log.write({**record, "rows_per_second": rate})
                 if on_step is not None:

@@ -23,8 +23,8 @@ class Chosen:
 def learning_rate(n_features: int, steps: int | None) -> Chosen:
     """Adam's peak rate: ``2e-4 sqrt(2^14 / n_features)`` (Gao et al. 2024), more for a short run.
 
-    A run of fewer than 10,000 steps can't afford the slow rate: the factor ``sqrt(10000 / steps)``,
-    at most 8, was fitted on code-lm (LOG.md).
+    A run of fewer than 10,000 steps can't afford the slow rate: it gets the factor
+    ``sqrt(10000 / steps)``, at most 8. That is a rule of thumb that worked on code-lm, not a fit.
     """
     scaling = 2e-4 * math.sqrt(2**14 / n_features)
     boost = 1.0 if steps is None else min(8.0, max(1.0, math.sqrt(10_000 / steps)))

@@ -195,6 +195,9 @@ def evaluate(
         raise SaekitError("hook_point is not given and the dictionary doesn't name one; give hook_point=")
     config = HarvestConfig((point,), tokens=tokens, context=context, batch_rows=batch_rows, split=split)
     stream = Stream(view, text, config)
+    # the mask is the one of the harvest: its limits on norms, where the dictionary came from a store
+    known = dictionary.card.get("data", {}).get("norm_limits", {})
+    stream.norm_limits = {point: known[point]} if point in known else {}
     dictionary = dictionary.to(view.device)
     runs = {"": _Evaluation(dictionary)}
     runs |= {name: _Evaluation(c) for name, c in (controls_for(dictionary, seed) if controls else {}).items()}
@@ -214,17 +217,19 @@ def evaluate(
         owners = np.array([index[int(d)] for d in owner[batch.mask]])
         hats = {name: run.observe(x, owners, shift) for name, run in runs.items()}
         if logits is not None:
-            baseline = torch.zeros_like(x) if ablation == "zero" else shift.to(x.dtype).expand_as(x)
+            baseline = (
+                torch.zeros_like(x) if ablation == "zero" else dictionary.mean_out.to(x.dtype).expand_as(x)
+            )
             _language(view, stream, batch, given, logits, {**hats, "ablated": baseline}, runs, index)
         done += batch.mask.numel()
         if on_batch:
             on_batch(done, tokens)
     if shift is None:
         raise SaekitError("the text gives no unmasked token to evaluate on; give more text")
-    measures = _report(runs, Resampler(len(index), seed))
+    measures = _report(runs, Resampler(min(len(index), MAX_DOCUMENTS), seed))
     about = {
         "model": view.identity(), "text": stream.text_identity(), "hook_point": point, "documents": len(index),
-        "tokens": done, "ablation": ablation, "context": getattr(stream, "context", None), "seed": seed,
+        "tokens": done, "ablation": ablation, "context": getattr(stream, "context", None), "seed": seed, "split": split,
     }  # fmt: skip
     return Report(measures, about)
 

@@ -17,7 +17,7 @@ from saekit.activations import (
 from saekit.hooks import capture
 from saekit.models import Model
 from saekit.registry import nearest
-from saekit.tokens import Special, check_text, documents, token_rows
+from saekit.tokens import Special, check_text, documents, fingerprint, token_rows
 from saekit.types import ActivationBatch, SaekitError
 
 DEFAULT_CONTEXT = 512
@@ -214,7 +214,7 @@ class Stream:
     def text_identity(self) -> dict[str, Any]:
         """What the text is: its name, or a digest of what was given literally."""
         if not self.literal:
-            return {"name": os.fspath(self.text), "split": self.config.split}
+            return {"name": os.fspath(self.text), "split": self.config.split, "state": fingerprint(self.text)}
         digest = hashlib.sha256()
         for item in self.text:
             parts = item.values() if isinstance(item, Mapping) else [item]

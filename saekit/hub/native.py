@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saekit.activations import write_atomic
+from saekit.activations import file_sha256, write_atomic
 from saekit.dictionaries import Config, Dictionary
 from saekit.registry import nearest
 from saekit.types import SaekitError
@@ -25,7 +25,7 @@ WEIGHTS, CARD = "dictionary.safetensors", "card.json"
 
 
 def save(dictionary: Dictionary, path: "str | Path") -> Path:
-    """Write a dictionary to a folder, atomically: the card, which names the tensors' hash, comes last."""
+    """Write a dictionary to a folder: each file whole or not at all; the card, with the tensors' hash, comes last."""
     from safetensors.torch import save as to_bytes
 
     path = Path(path)
@@ -122,6 +122,10 @@ def load(path: "str | Path", device: "str | torch.device | None" = None) -> Dict
             )
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise SaekitError(f"tensor {name!r} of {str(path)!r} holds NaN or Inf; train or convert it again")
+    if file_sha256(path / WEIGHTS) != card["sha256"]:
+        raise SaekitError(
+            f"file {str(path / WEIGHTS)!r} doesn't match the hash in {CARD}: it was changed after saving, or saving was cut short; save it again"
+        )
     dictionary.load_state_dict(tensors)
     dictionary.reads, dictionary.writes = tuple(card["reads"]), tuple(card["writes"])
     fixed = {"schema", "config", "reads", "writes", "sha256", "torch"}

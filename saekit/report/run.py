@@ -57,13 +57,16 @@ def dashboard(
     card = native.read_card(folder)
     data = card.get("data", {})
     view = load_model(model or data.get("model", {}).get("name", "code-lm"), device=device)
+    # the store it was trained on shows the same data, unless another text or model is asked for
+    own = text is None and view.identity() == data.get("model")
+    split = data.get("text", {}).get("split", "train") if text is None else "train"
     text = text if text is not None else data.get("text", {}).get("name", "stdlib")
     if not dictionary.reads:
         raise SaekitError(
             f"dictionary {str(folder)!r} names no hook point, so there is no model to show it on"
         )
     evaluation = _json(folder / "eval.json")
-    density, source = _density_and_source(dictionary, folder, view, text, tokens, evaluation)
+    density, source = _density_and_source(dictionary, folder if own else None, view, text, tokens, evaluation)
     chosen = _spread(density, n_features)
     collector: ContextCollector | None = None
     done = 0
@@ -78,7 +81,7 @@ def dashboard(
             on_batch(done, tokens)
     if collector is None:
         raise SaekitError("the text gives no tokens to show; give more text")
-    cards = _cards(collector, dictionary, view, text)
+    cards = _cards(collector, dictionary, view, text, split)
     target = Path(out) if out is not None else folder / "report.html"
     write(_page(folder, dictionary, card, evaluation, density, cards), target)
     return target
@@ -95,11 +98,16 @@ def _codes(dictionary: Dictionary, batch: ActivationBatch) -> Any:
 
 
 def _density_and_source(
-    dictionary: Dictionary, folder: Path, view: Model, text: Any, tokens: int, evaluation: dict[str, Any]
+    dictionary: Dictionary,
+    folder: Path | None,
+    view: Model,
+    text: Any,
+    tokens: int,
+    evaluation: dict[str, Any],
 ) -> tuple[Tensor, Callable[[], Iterator[ActivationBatch]]]:
     """How often each feature fires, and where to read contexts from."""
-    acts = _json(folder / "config.json").get("source", {}).get("acts")
-    stored = acts is not None and (Path(acts) / "manifest.json").is_file()
+    acts = Path(_json(folder / "config.json").get("source", {}).get("acts", "")) if folder else Path()
+    stored = acts != Path() and (acts / "manifest.json").is_file()
     stream = harvest(view, text, dictionary.reads, tokens=tokens)
 
     def source() -> Iterator[ActivationBatch]:
@@ -133,10 +141,12 @@ def _spread(density: Tensor, n: int) -> list[int]:
     return sorted(pool[at].tolist())
 
 
-def _cards(collector: ContextCollector, dictionary: Dictionary, view: Model, text: Any) -> list[FeatureCard]:
+def _cards(
+    collector: ContextCollector, dictionary: Dictionary, view: Model, text: Any, split: str
+) -> list[FeatureCard]:
     found = collector.result()
     promoted = _promoted(dictionary, view, [f.index for f in found])
-    names = _document_names(found, text)
+    names = _document_names(found, text, split)
 
     def token_text(token: int) -> str:
         return view.tokenizer.decode([token])
@@ -158,7 +168,7 @@ def _cards(collector: ContextCollector, dictionary: Dictionary, view: Model, tex
     return cards
 
 
-def _document_names(found: Any, text: Any) -> dict[int, str]:
+def _document_names(found: Any, text: Any, split: str) -> dict[int, str]:
     """Names of the documents that the contexts come from, where the text has names."""
     wanted = {
         c.documents[c.peak]
@@ -170,7 +180,7 @@ def _document_names(found: Any, text: Any) -> dict[int, str]:
         return {}
     return {
         i: d.name
-        for i, d in enumerate(islice(documents(text), max(wanted) + 1))
+        for i, d in enumerate(islice(documents(text, split), max(wanted) + 1))
         if i in wanted and hasattr(d, "name")
     }
 
@@ -191,7 +201,8 @@ def _promoted(dictionary: Dictionary, view: Model, features: list[int]) -> Tenso
     ]
     gain = norms[-1].weight if norms and norms[-1].weight.shape == (dictionary.d_out,) else 1.0
     written = dictionary.W_dec[features] / dictionary.scale_out
-    written = written - written.mean(-1, keepdim=True)
+    if norms and isinstance(norms[-1], torch.nn.LayerNorm):  # an RMS norm does not centre
+        written = written - written.mean(-1, keepdim=True)
     logits = (written.to(head.weight.dtype) * gain) @ head.weight.T
     return (logits - logits.mean(-1, keepdim=True)).float().cpu()
 
@@ -245,7 +256,7 @@ def _page(
     if evaluation:
         about = evaluation["about"]
         notes.append(
-            f"Metrics: {about['tokens']:,} tokens of {about['documents']} held-out documents ({about['text']['name']}); "
+            f"Metrics: {about['tokens']:,} tokens of {about['documents']} documents ({about['text']['name']}, split {about['split']}); "
             "intervals are 95 % over resampled documents; the random controls have the same width, k and normalisation."
         )
     return RunReport(
