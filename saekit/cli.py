@@ -1,12 +1,12 @@
 """The command line: a table of verbs, and one way to answer bad input."""
 
-import ctypes
 import importlib
 import sys
 
 import typer
 
 from saekit.types import SaekitError
+from saekit.verbs.memory import one_arena
 
 VERBS = {
     "demo": "saekit.verbs.demo:demo",
@@ -17,8 +17,6 @@ VERBS = {
     "dashboard": "saekit.verbs.dashboard:dashboard",
     "doctor": "saekit.verbs.doctor:doctor",
 }
-
-M_ARENA_MAX = -8  # of malloc.h
 
 app = typer.Typer(
     name="saekit",
@@ -33,17 +31,9 @@ for _name, _place in VERBS.items():
     app.command(_name)(getattr(importlib.import_module(_module), _attr))
 
 
-def _one_arena() -> None:
-    """Keep glibc to one arena: what one per thread holds back grows with time, not with need."""
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        if mallopt is not None:  # musl has none
-            mallopt(M_ARENA_MAX, 1)
-
-
 def main() -> None:
     """Run a verb; a mistake of the user's is one sentence on stderr and exit code 2."""
-    _one_arena()
+    one_arena()
     try:
         app()
     except SaekitError as error:

@@ -21,7 +21,7 @@ RANKS = {
     "saekit.harvest": 4, "saekit.hub": 4,
     "saekit.trainers": 5, "saekit.evaluate": 5, "saekit.circuits": 5, "saekit.autointerp": 5, "saekit.testbed": 5,
     "saekit.papers": 6, "saekit.report": 6,
-    "saekit.verbs": 7, "saekit.cli": 7, "saekit": 7,
+    "saekit.verbs": 7, "saekit": 7, "saekit.cli": 8,
 }  # fmt: skip
 
 
