@@ -10,12 +10,9 @@ was cut short is a store of fewer shards. Schema version 1.
 import hashlib
 import json
 import math
-import mmap
 import os
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -28,12 +25,8 @@ from saekit.registry import nearest
 from saekit.types import ActivationBatch, SaekitError
 
 SCHEMA = 1
-SHARD_BYTES = 32 << 20  # two are held at most: one fills up while the other is written
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
 _NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I8": np.int8, "U8": np.uint8, "I32": np.int32, "I64": np.int64}  # fmt: skip
-_SAFETENSORS = {
-    torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int8: "I8", torch.uint8: "U8", torch.int32: "I32",
-}  # fmt: skip
 
 
 @runtime_checkable
@@ -358,133 +351,3 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file, read in blocks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-class ShardWriter:
-    """Collects batches and writes them as one shard after another, each atomically.
-
-    Batches are copied into buffers of a shard's size, of which there are two: with
-    ``flush(wait=False)`` a thread hashes and writes the one while the model fills the other. The
-    buffers are maps of nameless files beside the store, so that the memory of a harvest that
-    nothing can reclaim does not depend on the size of its shards.
-    """
-
-    def __init__(self, path: Path, manifest: dict[str, Any]):
-        self.path, self.manifest = path, manifest
-        path.mkdir(parents=True, exist_ok=True)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="shard-writer")
-        self._writing: Future[dict[str, Tensor]] | None = None
-        self._ids: list[str] | None = None
-        self._columns: dict[str, Tensor] = {}  # the buffers being filled
-        self._spare: dict[str, Tensor] = {}  # and those that have been written
-        self._begin()
-
-    def _begin(self) -> None:
-        self._filled, self._nonfinite = 0, dict[str, int]()
-
-    def add(self, batch: ActivationBatch) -> None:
-        """Take a batch of sequences; activations are converted to the store's dtype at once."""
-        mask = batch.mask.reshape(-1)
-        self._put("mask", mask, torch.uint8)
-        ids = {f: getattr(batch, f) for f in ("tokens", "documents") if getattr(batch, f) is not None}
-        if self._ids not in (None, list(ids)):
-            raise SaekitError(
-                f"a batch identifies positions by {list(ids)} and those before it by {self._ids}; give inputs of one kind"
-            )
-        self._ids = list(ids)
-        for field, column in ids.items():
-            self._put(field, column.reshape(-1), torch.int32)
-        for name, activations in batch.activations.items():
-            rows = activations.flatten(0, -2)
-            if self.manifest["dtype"] == "int8":
-                rows = rows.float()
-                scale = rows.abs().amax(-1).clamp(min=1e-12) / 127
-                self._put(f"{name}.scale", scale, torch.float32)
-                self._put(name, (rows / scale[:, None]).round().clamp(-127, 127), torch.int8)
-            else:
-                rows = rows.to(DTYPES[self.manifest["dtype"]])  # what only overflows there counts as well
-                self._put(name, rows, rows.dtype)
-            bad = ~torch.isfinite(rows.sum(-1, dtype=torch.float32)).cpu()
-            self._nonfinite[name] = self._nonfinite.get(name, 0) + int((bad & mask.cpu()).sum())
-        self._filled += len(mask)
-
-    def _put(self, name: str, values: Tensor, dtype: torch.dtype) -> None:
-        start, end = self._filled, self._filled + len(values)
-        column = self._columns.get(name)
-        if column is None or len(column) < end:
-            size = max(end, len(values) * self.manifest["batches_per_shard"])
-            self._columns[name] = _file_backed(self.path, (size, *values.shape[1:]), dtype)
-            if column is not None:
-                self._columns[name][:start] = column[:start]
-        self._columns[name][start:end] = values
-
-    def flush(self, wait: bool = True) -> None:
-        """Write the batches taken since the last shard as a shard, then the manifest."""
-        self._settle()
-        if self._filled:
-            buffers, n = self._columns, self._filled
-            kept = buffers["mask"][:n].nonzero()[:, 0].int()
-            entry = {"tokens": n, "kept": len(kept), "nonfinite": self._nonfinite}
-            self._writing = self._thread.submit(self._write, buffers, n, kept, entry)
-            self._columns, self._spare = self._spare, {}
-            self._begin()
-        if wait:
-            self._settle()
-
-    def _settle(self) -> None:
-        """Wait for the shard in writing; what went wrong there is raised here."""
-        if self._writing is not None:
-            writing, self._writing = self._writing, None
-            self._spare = writing.result()
-
-    def _write(
-        self, buffers: dict[str, Tensor], n: int, kept: Tensor, entry: dict[str, Any]
-    ) -> dict[str, Tensor]:
-        columns = {**{name: buffer[:n] for name, buffer in buffers.items()}, "kept": kept}
-        # wide dtypes first, so that every tensor is aligned
-        columns = dict(sorted(columns.items(), key=lambda item: (-item[1].element_size(), item[0])))
-        chunks: list[Any] = [_header(columns)]  # buffers, written without being joined
-        chunks += [column.view(torch.uint8).numpy().data for column in columns.values() if column.numel()]
-        digest = hashlib.sha256()
-        for chunk in chunks:
-            digest.update(chunk)
-        name = f"shard-{len(self.manifest['shards']):05d}.safetensors"
-        write_atomic(self.path / name, *chunks)
-        size = sum(memoryview(chunk).nbytes for chunk in chunks)
-        self.manifest["shards"].append({"file": name, "bytes": size, "sha256": digest.hexdigest(), **entry})
-        self.write_manifest()
-        return buffers
-
-    def write_manifest(self) -> None:
-        """Write the manifest as it stands."""
-        write_atomic(self.path / "manifest.json", json.dumps(self.manifest, indent=1).encode())
-
-
-def _file_backed(folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """An uninitialised tensor in a nameless file; its space is reserved, so a full disk is an error here."""
-    size = math.prod(shape) * dtype.itemsize
-    if not size:
-        return torch.empty(shape, dtype=dtype)
-    with tempfile.TemporaryFile(dir=folder) as file:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, size)
-        else:
-            file.truncate(size)
-        mapped = mmap.mmap(file.fileno(), size)
-    return torch.frombuffer(mapped, dtype=dtype).view(shape)
-
-
-def _header(columns: Mapping[str, Tensor]) -> bytes:
-    """The head of a safetensors file that holds these tensors in this order."""
-    entries, start = {}, 0
-    for name, column in columns.items():
-        offsets = [start, start + column.nbytes]
-        entries[name] = {
-            "dtype": _SAFETENSORS[column.dtype],
-            "shape": list(column.shape),
-            "data_offsets": offsets,
-        }
-        start = offsets[1]
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text

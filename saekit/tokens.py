@@ -193,8 +193,9 @@ def fingerprint(text: "str | os.PathLike") -> str:
     """
     path, parts = Path(text), []
     if os.fspath(text) == "stdlib":
+        base = stdlib.root()
         parts = [platform.python_version()]
-        parts += [f"{name} {(stdlib.root() / name).stat().st_size}" for name in stdlib.files("all")]
+        parts += [f"{name} {(base / name).stat().st_size}" for name in stdlib.files("all")]
     elif path.exists():
         files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
         parts = [f"{p.relative_to(path)} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files]

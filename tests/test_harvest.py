@@ -779,12 +779,12 @@ def test_rows_of_different_lengths_do_not_go_into_one_store(tiny_gpt2: Model, tm
 
 
 TIMER = """
-import json, sys, time
+import json, shutil, statistics, sys, time
 import torch
 from saekit.harvest import harvest
 from saekit.models import load_model
 
-folder, dtype, tokens, point = sys.argv[1], sys.argv[2], 131_072, "blocks.1.hook_resid_post"
+folder, dtype, tokens, point = sys.argv[1], sys.argv[2], 262_144, "blocks.1.hook_resid_post"
 model = load_model("code-lm")
 rows = [batch.tokens for _, batch in harvest(model, "stdlib", point, tokens=tokens).inputs()]
 
@@ -803,18 +803,25 @@ def bare(ids):
             pass
     handle.remove()
 
-seconds = []
-
-def in_turns(done, _total):  # after each batch its bare forward, so that both see the same neighbours on the machine
+def timed(run):
     began = time.perf_counter()
-    bare(rows[len(seconds)])
-    seconds.append(time.perf_counter() - began)
+    run()
+    return time.perf_counter() - began
 
-bare(rows[0])
-began = time.perf_counter()
-harvest(model, "stdlib", point, out=folder, tokens=tokens, dtype=dtype, on_batch=in_turns)
-whole = time.perf_counter() - began - sum(seconds)
-print(json.dumps({"tokens": tokens, "bare": sum(seconds), "harvest": whole}))
+def bare_pass():
+    for ids in rows:
+        bare(ids)
+
+def harvest_once(turn):
+    harvest(model, "stdlib", point, out=f"{folder}-{turn}", tokens=tokens, dtype=dtype)
+
+bare_pass()  # warms up
+bares, harvests = [], []
+for turn in range(5):  # in turns, each alone on the machine
+    bares.append(timed(bare_pass))
+    harvests.append(timed(lambda: harvest_once(turn)))
+    shutil.rmtree(f"{folder}-{turn}")
+print(json.dumps({"tokens": tokens, "bare": statistics.median(bares), "harvest": statistics.median(harvests)}))
 """
 
 

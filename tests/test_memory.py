@@ -36,11 +36,16 @@ def test_peak_anonymous_memory_of_harvest_and_training_stays_from_1x_to_10x_the_
     small, large = "80000", "800000"
     where = {n: str(tmp_path / n) for n in (small, large)}
     point = ("--hook-point", "blocks.0.hook_resid_post", "--context", "128")
-    harvests = [peak("harvest", "code-lm", *point, "--tokens", n, "--out", where[n]) for n in (small, large)]
+
+    def harvested(tokens: str, turn: int) -> int:
+        return peak("harvest", "code-lm", *point, "--tokens", tokens, "--out", f"{where[tokens]}{turn}")
+
+    # glibc gives back what it has freed when it can: the lower of two runs is what was needed
+    harvests = [min(harvested(n, turn) for turn in range(2)) for n in (small, large)]
     assert harvests[1] <= 1.05 * harvests[0], harvests
     options = ("--n-features", "1024", "--k", "8", "--batch-size", "1024")
     trainings = [
-        peak("train", "topk", "--acts", where[n], *options, "--out", where[n] + "-run")
+        peak("train", "topk", "--acts", f"{where[n]}0", *options, "--out", f"{where[n]}-run")
         for n in (small, large)
     ]
     assert trainings[1] <= 1.05 * trainings[0], trainings
@@ -56,25 +61,35 @@ def run(*arguments: str) -> dict:
     return json.loads(done.stdout)
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # times are only as steady as the machine
 def test_plan_is_within_a_quarter_of_what_the_job_takes(tmp_path: Path) -> None:
+    acts, run_ = str(tmp_path / "a"), tmp_path / "r"
+    harvest = ("harvest", "code-lm", "--hook-point", "blocks.1.hook_resid_post", "--dtype", "bf16")
+    harvest += ("--tokens", "400000", "--out", acts)
     plan = run("plan", "harvest", "--tokens", "400000", "--dtype", "bf16")
-    done = run(
-        "harvest",
-        "code-lm",
-        "--hook-point",
-        "blocks.1.hook_resid_post",
-        "--tokens",
-        "400000",
-        "--dtype",
-        "bf16",
-        "--out",
-        str(tmp_path / "a"),
-    )
+    done = run(*harvest)
     assert plan["disk_bytes"] == pytest.approx(done["bytes"], rel=0.25)
     assert plan["seconds"] == pytest.approx(done["seconds"], rel=0.25)
+    assert plan["memory_bytes"] == pytest.approx(peak(*harvest[:-1], acts + "2"), rel=0.25)
     plan = run("plan", "train", "--steps", "90")
-    done = run("train", "topk", "--acts", str(tmp_path / "a"), "--steps", "90", "--out", str(tmp_path / "r"))
+    train = ("train", "topk", "--acts", acts, "--steps", "90", "--out")
+    done = run(*train, str(run_))
     assert plan["seconds"] == pytest.approx(done["seconds"], rel=0.25)
-    size = sum(f.stat().st_size for f in (tmp_path / "r").rglob("*") if f.is_file())
+    size = sum(f.stat().st_size for f in run_.rglob("*") if f.is_file())
     assert plan["disk_bytes"] == pytest.approx(size, rel=0.25)
+    assert plan["memory_bytes"] == pytest.approx(peak(*train, str(tmp_path / "r2")), rel=0.25)
+
+
+def test_plan_reads_no_more_tokens_than_the_text_has(tmp_path: Path) -> None:
+    text = tmp_path / "small.txt"
+    text.write_text("def square(x):\n    return x * x\n" * 200)
+    plans = [
+        run("plan", "harvest", "--text", str(text), "--tokens", n, "--context", "64")
+        for n in ("0", "9000000")
+    ]
+    done = run(
+        "harvest", "code-lm", str(text), "--hook-point", "blocks.1.hook_resid_post", "--split", "train",
+        "--context", "64", "--out", str(tmp_path / "a"),
+    )  # fmt: skip
+    for plan in plans:
+        assert plan["disk_bytes"] == pytest.approx(done["bytes"], rel=0.25)

@@ -12,13 +12,12 @@ import torch
 from saekit.activations import (
     DTYPES,
     SCHEMA,
-    SHARD_BYTES,
-    ShardWriter,
     Store,
     file_sha256,
     read_manifest,
     write_atomic,
 )
+from saekit.harvest.shards import SHARD_BYTES, ShardWriter
 from saekit.harvest.stream import HarvestConfig, Stream
 from saekit.models import load_model
 from saekit.registry import nearest
@@ -129,42 +128,42 @@ def _to_store(stream: Stream, path: Path, on_batch: Callable[[int, int | None], 
     done = sum(entry["tokens"] for entry in manifest["shards"])
     stream.norm_limits = dict(manifest["norm_limits"])
     stream.skip_batches = len(manifest["shards"]) * manifest["batches_per_shard"]
-    writer = ShardWriter(path, manifest)
     in_shard = 0
     try:
-        for batch in stream:
-            if not manifest["hook_points"]:
-                _describe(manifest, stream, batch)
-                wanted = 0 if stream.raw else stream.config.tokens or 0
-                check_writable(
-                    path,
-                    wanted
-                    * bytes_per_token(
-                        (s["width"] for s in manifest["hook_points"].values()), stream.config.dtype
-                    ),
+        with ShardWriter(path, manifest) as writer:
+            for batch in stream:
+                if not manifest["hook_points"]:
+                    _describe(manifest, stream, batch)
+                    wanted = 0 if stream.raw else stream.config.tokens or 0
+                    check_writable(
+                        path,
+                        wanted
+                        * bytes_per_token(
+                            (s["width"] for s in manifest["hook_points"].values()), stream.config.dtype
+                        ),
+                    )
+                if batch.mask.shape[1] != manifest["seq"]:
+                    raise SaekitError(
+                        f"a row has {batch.mask.shape[1]} positions and the rows before it {manifest['seq']}; pad them to one length (with attention_mask)"
+                    )
+                writer.add(batch)
+                in_shard += 1
+                done += batch.mask.numel()
+                if on_batch:
+                    on_batch(done, stream.config.tokens)
+                if in_shard == manifest["batches_per_shard"]:
+                    writer.flush(wait=False)
+                    in_shard = 0
+            writer.flush()
+            if not manifest["shards"]:
+                side = (
+                    ""
+                    if stream.literal or stream.config.split == "all"
+                    else f" on the {stream.config.split!r} side of its split (split='all' takes both)"
                 )
-            if batch.mask.shape[1] != manifest["seq"]:
-                raise SaekitError(
-                    f"a row has {batch.mask.shape[1]} positions and the rows before it {manifest['seq']}; pad them to one length (with attention_mask)"
-                )
-            writer.add(batch)
-            in_shard += 1
-            done += batch.mask.numel()
-            if on_batch:
-                on_batch(done, stream.config.tokens)
-            if in_shard == manifest["batches_per_shard"]:
-                writer.flush(wait=False)
-                in_shard = 0
-        writer.flush()
-        if not manifest["shards"]:
-            side = (
-                ""
-                if stream.literal or stream.config.split == "all"
-                else f" on the {stream.config.split!r} side of its split (split='all' takes both)"
-            )
-            raise SaekitError(f"the text gives no row of tokens{side}; give more text")
-        manifest["complete"] = True
-        writer.write_manifest()
+                raise SaekitError(f"the text gives no row of tokens{side}; give more text")
+            manifest["complete"] = True
+            writer.write_manifest()
     except OSError as error:
         raise SaekitError(
             f"out {str(path)!r} can't be written: {error.strerror}; free some space and run the same command again: it goes on where it stopped"

@@ -14,6 +14,8 @@ import typer
 from saekit.types import SaekitError
 from saekit.verbs.console import Device, Json, Seed, duration, result
 
+COUNT_SECONDS = 10  # for counting the tokens of a text; a longer one is taken to be long enough
+
 
 def plan(
     job: Annotated[str, typer.Argument(help="harvest or train.")],
@@ -22,7 +24,7 @@ def plan(
     hook_point: Annotated[list[str], typer.Option("--hook-point", help="Hook points; repeatable.")] = [  # noqa: B006 (typer reads the default, nobody writes to it)
         "blocks.1.hook_resid_post"
     ],
-    tokens: Annotated[int, typer.Option(help="harvest: tokens to read.")] = 1_000_000,
+    tokens: Annotated[int, typer.Option(help="harvest: tokens to read; 0 for the whole text.")] = 1_000_000,
     context: Annotated[int | None, typer.Option(help="harvest: tokens of a row.")] = None,
     batch_rows: Annotated[int, typer.Option(help="harvest: rows of a forward pass.")] = 16,
     dtype: Annotated[str, typer.Option(help="harvest: stored as fp32, bf16, fp16 or int8.")] = "fp32",
@@ -82,10 +84,11 @@ def predict(job: str, settings: dict[str, Any]) -> dict[str, Any]:
 
 def _trial_harvest(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Harvest two shards: the peak comes with the first, the rate is the second's."""
-    from saekit.activations import SHARD_BYTES
     from saekit.harvest import bytes_per_token, harvest
+    from saekit.harvest.shards import SHARD_BYTES
 
-    wanted = settings.pop("tokens")
+    whole_text = harvest(**{**settings, "tokens": settings.pop("tokens") or None})
+    wanted = _tokens(whole_text)
     times: list[tuple[int, float]] = []
     stream = harvest(**settings, tokens=1)
     widths = [batch.activations[h].shape[-1] for batch in stream for h in stream.hook_points]
@@ -106,12 +109,27 @@ def _trial_harvest(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {"seconds": seconds, "disk_bytes": wanted * per_token, "trial": f"{last:,} tokens"}
 
 
+def _tokens(stream: Any) -> int:
+    """How many tokens a harvest will read: as many as asked for, unless the text ends before."""
+    began, n = time.perf_counter(), 0
+    for _, batch in stream.inputs():
+        n += batch.mask.numel()
+        if time.perf_counter() - began > COUNT_SECONDS:
+            if stream.config.tokens is None:
+                raise SaekitError(
+                    f"tokens = 0: the text is too long to be counted in {COUNT_SECONDS} s; name a number of tokens"
+                )
+            return stream.config.tokens
+    return n
+
+
 def _trial_train(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Twelve steps on a small store of noise, with a checkpoint, then the time of a step."""
     import torch
 
-    from saekit.activations import SCHEMA, ShardWriter
+    from saekit.activations import SCHEMA
     from saekit.dictionaries import create
+    from saekit.harvest.shards import ShardWriter
     from saekit.trainers import train
     from saekit.types import ActivationBatch
 
