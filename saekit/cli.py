@@ -4,6 +4,7 @@ import importlib
 import sys
 
 import typer
+from typer.exceptions import Abort, TyperException
 
 from saekit.types import SaekitError
 from saekit.verbs.memory import one_arena
@@ -35,7 +36,14 @@ def main() -> None:
     """Run a verb; a mistake of the user's is one sentence on stderr and exit code 2."""
     one_arena()
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
+    except TyperException as error:
+        message = error.format_message().strip()  # empty where the help has been printed instead
+        if message:
+            print(f"error: {message.rstrip('.')}; --help lists what there is", file=sys.stderr)
+        sys.exit(2)
+    except (Abort, KeyboardInterrupt):
+        sys.exit(130)
     except SaekitError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

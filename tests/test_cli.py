@@ -26,6 +26,21 @@ def test_help_has_an_example_and_common_options(verb: str) -> None:
     assert verb == "doctor" or "--seed" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("train", "--bogus", "1"), "--bogus"),
+        (("train", "--steps", "ten"), "'--steps'"),
+        (("tarin",), "'tarin'"),
+        (("plan",), "job"),
+    ],
+)
+def test_a_wrong_flag_is_one_sentence(arguments: tuple[str, ...], named: str) -> None:
+    done = saekit(*arguments)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and named in done.stderr and done.stderr.count("\n") == 1
+
+
 def test_every_verb_of_the_readme_exists() -> None:
     named = set(re.findall(r"^    saekit ([a-z]+)", (ROOT / "README.md").read_text(), re.MULTILINE))
     assert named and named <= set(VERBS)

@@ -27,7 +27,8 @@ DEFAULT_CONTEXT = 512
 class HarvestConfig:
     """Everything that decides what a harvest holds.
 
-    ``tokens``: how many to read, masked ones included (None: the whole text); ``context``: tokens
+    ``tokens``: how many to read, masked ones included (None: the whole text; inputs given as tensors
+    are read to their end); ``context``: tokens
     of a row (default: the model's own, at most 512); ``batch_rows``: rows of a forward pass;
     ``dtype``: fp32, bf16, fp16 or int8 (with a scale per row); ``split``: side of the text's
     split; ``isolate``: one document per row; ``roles``: roles of chats whose tokens count;

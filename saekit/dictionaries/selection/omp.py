@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from saekit.types import Codes, SaekitError
+from saekit.dictionaries.selection.topk import check_k
+from saekit.types import Codes
 
 BLOCK = 512  # rows pursued at a time: the [block, n_features] correlations should stay in cache
 TINY = 1e-6  # an atom this close to the span of the chosen ones adds nothing
@@ -24,10 +25,7 @@ class OMPConfig:
 
     def check(self, n_features: int) -> None:
         """Raise unless the choice is possible for a dictionary of this width."""
-        if not 1 <= self.k <= n_features:
-            raise SaekitError(
-                f"k = {self.k} must lie in 1..n_features = {n_features}; choose a smaller k or a wider dictionary"
-            )
+        check_k(self.k, n_features)
 
 
 class OMP(nn.Module):

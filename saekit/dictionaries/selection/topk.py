@@ -9,6 +9,14 @@ from saekit.kernels import topk_encode
 from saekit.types import Codes, SaekitError
 
 
+def check_k(k: int, n_features: int) -> None:
+    """Raise unless so many features can be active."""
+    if not 1 <= k <= n_features:
+        raise SaekitError(
+            f"k = {k} must lie in 1..n_features = {n_features}; choose a smaller k or a wider dictionary"
+        )
+
+
 @dataclass(frozen=True)
 class TopKConfig:
     """``k`` entries per row are kept; ``relu`` sets the negative ones among them to zero."""
@@ -18,10 +26,7 @@ class TopKConfig:
 
     def check(self, n_features: int) -> None:
         """Raise unless the choice is possible for a dictionary of this width."""
-        if not 1 <= self.k <= n_features:
-            raise SaekitError(
-                f"k = {self.k} must lie in 1..n_features = {n_features}; choose a smaller k or a wider dictionary"
-            )
+        check_k(self.k, n_features)
 
 
 class TopK(nn.Module):
