@@ -1,114 +1,486 @@
-"""Every kernel equals its reference, forward and through every gradient."""
+"""Every kernel equals its reference, forward and through every gradient, and says no to what it can't do."""
 
+import subprocess
+import sys
+
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from saekit.kernels import sparse_decode, topk_encode
-from saekit.kernels.sparse_decode import reference as decode_reference
-from saekit.kernels.topk_encode import cpu, eager, reference
+from saekit import kernels
+from saekit.kernels import threads
+from saekit.kernels.adam import reference as adam_reference
+from saekit.kernels.encode import cpu, eager, scan
+from saekit.kernels.encode import reference as encode_reference
+from saekit.kernels.error import reference as error_reference
+from saekit.kernels.product import reference as product_reference
 
-SHAPES = [(1, 1, 1, 1), (5, 3, 7, 2), (63, 5, 100, 7), (100, 17, 63, 63), (0, 4, 9, 3), (3, 64, 1000, 1)]
+SHAPES = [(1, 1, 1, 1), (5, 3, 7, 2), (63, 5, 100, 7), (100, 17, 63, 63), (0, 4, 9, 3), (3, 64, 1000, 1), (65, 100, 1000, 40)]  # fmt: skip
+DTYPES = [torch.float32, torch.float64]  # numba, and plain torch
 
 
-def inputs(rows: int, d: int, n: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+def inputs(rows: int, d: int, n: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     g = torch.Generator().manual_seed(rows * 1000 + n)
-    shapes = ((rows, d), (n, d), (n,))
-    return [torch.randn(s, generator=g, dtype=dtype).requires_grad_() for s in shapes]
+    return [torch.randn(s, generator=g, dtype=dtype).requires_grad_() for s in ((rows, d), (n, d), (n,))]
 
 
+def gradients(outputs: list[Tensor], of: list[Tensor]) -> tuple[Tensor, ...]:
+    """Through all outputs at once, with random cotangents."""
+    g = torch.Generator().manual_seed(7)
+    total = sum((o * torch.randn(o.shape, generator=g, dtype=o.dtype)).sum() for o in outputs)
+    return torch.autograd.grad(total, of)
+
+
+def same(mine: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> None:
+    for a, b in zip(mine, theirs, strict=True):
+        tolerance = {"rtol": 2e-4, "atol": 2e-4} if a.dtype == torch.float32 else {}
+        torch.testing.assert_close(a, b, **tolerance)
+
+
+# encode
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("absolute", [False, True])
 @pytest.mark.parametrize(("rows", "d", "n", "k"), SHAPES)
-def test_topk_encode_equals_its_reference(rows: int, d: int, n: int, k: int) -> None:
-    ours, theirs = inputs(rows, d, n), inputs(rows, d, n)
-    values, indices = topk_encode(*ours, k)
-    expected, at = reference.topk_encode(*theirs, k)
+def test_topk_equals_its_reference(
+    rows: int, d: int, n: int, k: int, absolute: bool, dtype: torch.dtype
+) -> None:
+    of = inputs(rows, d, n, dtype)
+    values, indices = kernels.topk_encode(*of, k, absolute=absolute)
+    expected, at = encode_reference.topk(*of, k, n, absolute)
     assert torch.equal(indices, at)
-    torch.testing.assert_close(values, expected)
-    cotangent = torch.randn_like(values)
-    values.backward(cotangent)
-    expected.backward(cotangent)
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a.grad, b.grad)
+    same((values, *gradients([values], of)), (expected, *gradients([expected], of)))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("rows", "n", "k"), [(1, 1, 1), (5, 7, 7), (63, 100, 1), (100, 1000, 32), (0, 9, 3), (33, 4096, 65)]
+    ("n", "groups", "k"), [(12, 12, 1), (100, 4, 3), (1000, 8, 5), (640, 5, 128), (630, 7, 1)]
 )
-@pytest.mark.parametrize("levels", [None, 3, 1])
-def test_selections_agree_bit_for_bit_with_a_stable_sort(rows, n, k, levels, dtype) -> None:
-    g = torch.Generator().manual_seed(n + k)
-    pre = torch.randn(rows, n, generator=g, dtype=dtype)
-    if levels is not None:  # ties everywhere
-        pre = torch.randint(-levels, levels, (rows, n), generator=g).to(dtype)
-    expected = torch.sort(pre, dim=-1, descending=True, stable=True)
-    for select in (cpu.select_topk, eager.sorted_topk):
-        values, indices = select(pre, k)
-        assert torch.equal(values, expected.values[:, :k]) and torch.equal(indices, expected.indices[:, :k])
+def test_groups_equal_their_reference(n: int, groups: int, k: int, dtype: torch.dtype) -> None:
+    of = inputs(33, 20, n, dtype)
+    values, indices = kernels.topk_encode(*of, k, groups=groups)
+    expected, at = encode_reference.topk(*of, k, n // groups, False)
+    assert torch.equal(indices, at)
+    same((values, *gradients([values], of)), (expected, *gradients([expected], of)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 1.0])
+@pytest.mark.parametrize("k_aux", [1, 32, 200])
+def test_picks_among_the_dead_equal_their_reference(share: float, k_aux: int, dtype: torch.dtype) -> None:
+    of = inputs(40, 20, 200, dtype)
+    dead = torch.rand(200, generator=torch.Generator().manual_seed(3)) < share
+    mine = kernels.topk_encode_aux(*of, 9, dead, k_aux)
+    theirs = encode_reference.topk(*of, 9, 200, False, dead, k_aux)
+    assert torch.equal(mine[1], theirs[1]) and torch.equal(mine[3], theirs[3])
+    same(
+        (mine[0], mine[2].relu(), *gradients([mine[0], mine[2].relu()], of)),
+        (theirs[0], theirs[2].relu(), *gradients([theirs[0], theirs[2].relu()], of)),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "d", "n", "k"), SHAPES)
+def test_batchtopk_equals_its_reference(rows: int, d: int, n: int, k: int, dtype: torch.dtype) -> None:
+    of = inputs(rows, d, n, dtype)
+    offsets, indices, values = kernels.batchtopk_encode(*of, k)
+    expected = encode_reference.batchtopk(*of, k)
+    assert torch.equal(offsets, expected[0]) and torch.equal(indices, expected[1])
+    same((values, *gradients([values], of)), (expected[2], *gradients([expected[2]], of)))
+
+
+def test_batchtopk_when_one_row_owns_the_batch() -> None:
+    x, weight, bias = (t.detach() for t in inputs(64, 20, 500, torch.float32))
+    x[5] *= 100  # its entries alone are more than its block's share
+    offsets, indices, _ = kernels.batchtopk_encode(x, weight, bias, 4)
+    expected = encode_reference.batchtopk(x, weight, bias, 4)
+    assert torch.equal(offsets, expected[0]) and torch.equal(indices, expected[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("level", [-100.0, 0.0, 1.5, 100.0])
+def test_threshold_equals_its_reference(level: float, dtype: torch.dtype) -> None:
+    of = inputs(63, 12, 200, dtype)
+    lower = level + torch.rand(200, dtype=dtype, generator=torch.Generator().manual_seed(1))
+    offsets, indices, values = kernels.threshold_encode(*of, lower)
+    expected = encode_reference.threshold(*of, lower)
+    assert torch.equal(offsets, expected[0]) and torch.equal(indices, expected[1])
+    same((values, *gradients([values], of)), (expected[2], *gradients([expected[2]], of)))
+
+
+def exact(kind: str, x: Tensor, weight: Tensor, bias: Tensor, shortlist: str) -> tuple[Tensor, ...]:
+    if kind == "topk":
+        return kernels.topk_encode(x, weight, bias, 16, shortlist=shortlist)
+    if kind == "absolute":
+        return kernels.topk_encode(x, weight, bias, 16, absolute=True, shortlist=shortlist)
+    if kind == "groups":
+        return kernels.topk_encode(x, weight, bias, 1, groups=16, shortlist=shortlist)
+    if kind == "aux":
+        return kernels.topk_encode_aux(
+            x, weight, bias, 16, torch.arange(len(weight)) % 3 == 0, 8, shortlist=shortlist
+        )
+    if kind == "batchtopk":
+        return kernels.batchtopk_encode(x, weight, bias, 16, shortlist=shortlist)
+    return kernels.threshold_encode(x, weight, bias, torch.full_like(bias, 5.0), shortlist=shortlist)
+
+
+KINDS = ["topk", "absolute", "groups", "aux", "batchtopk", "threshold"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("data", ["normal", "near ties", "scales", "offset"])
+def test_a_bf16_shortlist_changes_no_bit(kind: str, data: str) -> None:
+    x, weight, bias = (t.detach() for t in inputs(130, 96, 2048, torch.float32))
+    if data == "near ties":  # hundreds of features that bf16 can't tell apart
+        weight[:] = weight[:8].repeat(256, 1) * (
+            1 + 1e-6 * torch.randn(2048, 1, generator=torch.Generator().manual_seed(0))
+        )
+        bias.zero_()
+    elif data == "scales":
+        weight *= torch.logspace(-3, 3, 2048)[:, None]
+        x *= torch.logspace(-4, 4, 130)[:, None]
+    elif data == "offset":
+        bias -= 40  # everything is negative
+    for mine, theirs in zip(
+        exact(kind, x, weight, bias, "bf16"), exact(kind, x, weight, bias, "fp32"), strict=True
+    ):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tiles_and_threads_change_no_bit(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    of = [t.detach() for t in inputs(130, 96, 2048, torch.float32)]
+    whole = exact(kind, *of, "fp32")
+    for tile, rows, n_threads in ((1 << 12, 7, 2), (1 << 15, 64, 1), (1 << 17, 1024, 2)):
+        monkeypatch.setattr(cpu, "TILE", tile)
+        monkeypatch.setattr(cpu, "ROWS", rows)
+        monkeypatch.setattr(threads, "count", lambda n=n_threads: n)
+        monkeypatch.setattr(cpu, "count", lambda n=n_threads: n)
+        for mine, theirs in zip(exact(kind, *of, "fp32"), whole, strict=True):
+            assert torch.equal(mine, theirs)
 
 
 @pytest.mark.parametrize("k", [1, 3, 8])
-def test_ties_go_to_the_lowest_index(k: int) -> None:
-    pre = torch.tensor([[1.0, 2, 2, 0, 2, 1, 1, 0], [0, 0, 0, 0, 0, 0, 0, 0], [8, 7, 6, 5, 4, 3, 2, 1]])
-    x, eye = pre.clone(), torch.eye(8)
-    values, indices = topk_encode(x, eye, torch.zeros(8), k)
-    expected, at = reference.topk_encode(x, eye, torch.zeros(8), k)
+@pytest.mark.parametrize("shortlist", ["fp32", "bf16"])
+def test_exact_ties_go_to_the_lowest_index(k: int, shortlist: str) -> None:
+    x = torch.tensor([[1.0, 2, 2, 0, 2, 1, 1, 0], [0, 0, 0, 0, 0, 0, 0, 0], [8, 7, 6, 5, 4, 3, 2, 1]])
+    values, indices = kernels.topk_encode(x, torch.eye(8), torch.zeros(8), k, shortlist=shortlist)
+    expected, at = encode_reference.topk(x, torch.eye(8), torch.zeros(8), k, 8, False)
     assert torch.equal(indices, at) and torch.equal(values, expected)
-    assert indices[0].tolist() == [1, 2, 4, 0, 5, 6, 3, 7][:k]
+    mine = kernels.batchtopk_encode(x, torch.eye(8), torch.zeros(8), k, shortlist=shortlist)
+    for a, b in zip(mine, encode_reference.batchtopk(x, torch.eye(8), torch.zeros(8), k), strict=True):
+        assert torch.equal(a, b)
 
 
-def test_row_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, w, b = inputs(101, 6, 50)
-    whole = topk_encode(x, w, b, 5)
-    monkeypatch.setattr(eager, "BLOCK_ENTRIES", 50 * 7)
-    for a, c in zip(whole, topk_encode(x, w, b, 5), strict=True):
-        torch.testing.assert_close(a, c, rtol=1e-12, atol=1e-12)
+@pytest.mark.parametrize("levels", [1, 3])
+def test_ties_everywhere(levels: int) -> None:
+    g = torch.Generator().manual_seed(levels)
+    x = torch.randint(-levels, levels + 1, (50, 1000), generator=g).float()
+    for k in (1, 32, 700, 1000):
+        for shortlist in ("fp32", "bf16"):
+            mine = kernels.topk_encode(x, torch.eye(1000), torch.zeros(1000), k, shortlist=shortlist)
+            theirs = encode_reference.topk(x, torch.eye(1000), torch.zeros(1000), k, 1000, False)
+            assert torch.equal(mine[1], theirs[1]) and torch.equal(mine[0], theirs[0])
 
 
-def test_gradcheck() -> None:
-    assert torch.autograd.gradcheck(lambda *a: topk_encode(*a, 3)[0], inputs(7, 5, 11))
-    offsets, indices = torch.tensor([0, 2, 2, 5]), torch.tensor([3, 1, 0, 3, 10], dtype=torch.int32)
-    g = torch.Generator().manual_seed(0)
-    values = torch.randn(5, generator=g, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(11, 4, generator=g, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda v, w: sparse_decode(offsets, indices, v, w), (values, weight))
+def test_the_row_by_row_fallback_is_reached_and_right() -> None:
+    """A thousand copies of one feature are all within the error of bf16, more than a row has room for."""
+    x, weight, bias = (t.detach() for t in inputs(9, 96, 2048, torch.float32))
+    weight[:] = weight[0] + 1e-5 * torch.randn(2048, 96, generator=torch.Generator().manual_seed(0))
+    products = cpu.Products(x, weight, bias * 0, "bf16")
+    selection = cpu.LargestOfRow(products, 16, 2048)
+    settled = []
+    selection._settle_whole = lambda row, of=selection._settle_whole: (settled.append(row), of(row))
+    products.sweep(selection)
+    assert settled
+    values, indices = selection.result()
+    expected, at = kernels.topk_encode(x, weight, bias * 0, 16, shortlist="fp32")
+    assert torch.equal(values, expected) and torch.equal(indices, at)
 
 
-@pytest.mark.parametrize("counts", [[], [0], [3], [0, 4, 0, 1], [1] * 63, [0, 100, 5]])
-def test_sparse_decode_equals_its_reference(counts: list[int]) -> None:
-    g = torch.Generator().manual_seed(len(counts))
-    offsets = torch.tensor([0, *counts]).cumsum(0)
-    indices = torch.randint(
-        13, (int(offsets[-1]),), generator=g, dtype=torch.int32
-    )  # repeats within a row too
-    ours = [
-        torch.randn(s, generator=g, dtype=torch.float64).requires_grad_()
-        for s in ((int(offsets[-1]),), (13, 6))
-    ]
-    theirs = [t.detach().clone().requires_grad_() for t in ours]
-    got, expected = (
-        sparse_decode(offsets, indices, *ours),
-        decode_reference.sparse_decode(offsets, indices, *theirs),
+def test_what_lies_in_scratch_changes_nothing() -> None:
+    of = [t.detach() for t in inputs(130, 96, 2048, torch.float32)]
+    before = [exact(kind, *of, "bf16") for kind in KINDS]
+
+    def poison(*_: int) -> None:
+        for kept in threads._scratch.__dict__.get("kept", {}).values():
+            kept.view(torch.uint8).fill_(0xFF)  # NaN in every float
+
+    poison()
+    threads.parallel(poison, 2, 1)
+    for kind, expected in zip(KINDS, before, strict=True):
+        for mine, theirs in zip(exact(kind, *of, "bf16"), expected, strict=True):
+            assert torch.equal(mine, theirs)
+
+
+def test_inputs_need_not_be_contiguous() -> None:
+    x, weight, bias = (t.detach() for t in inputs(30, 20, 100, torch.float32))
+    mine = kernels.topk_encode(
+        x.T.contiguous().T, weight.T.contiguous().T, torch.stack([bias, bias], 1)[:, 0], 5
     )
-    torch.testing.assert_close(got, expected)
-    cotangent = torch.randn_like(got)
-    got.backward(cotangent)
-    expected.backward(cotangent)
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a.grad, b.grad)
+    for a, b in zip(mine, kernels.topk_encode(x, weight, bias, 5), strict=True):
+        assert torch.equal(a, b)
 
 
-def test_non_contiguous_input() -> None:
-    x, w, b = inputs(8, 6, 20)
-    values, indices = topk_encode(x.detach().T.contiguous().T, w.detach().T.contiguous().T, b.detach(), 4)
-    expected, at = reference.topk_encode(x, w, b, 4)
-    assert torch.equal(indices, at)
-    torch.testing.assert_close(values, expected.detach())
+def test_the_first_limit_and_the_partition_bound_what_they_say() -> None:
+    g = np.random.default_rng(0)
+    for n, k in ((5, 2), (64, 1), (64, 64), (200, 31)):
+        keys = g.standard_normal(n).astype(np.float32)
+        moved, at = keys.copy(), np.arange(n, dtype=np.int32)
+        scan.largest_first(moved, keys.copy(), at, n, k)
+        assert set(moved[:k]) == set(np.sort(keys)[::-1][:k]) and np.array_equal(keys[at], moved)
 
 
-@pytest.mark.parametrize(
-    ("x", "k", "words"),
-    [((4, 3), 2, "expected"), ((4, 5), 0, "k = 0"), ((4, 5), 12, "k = 12"), ((5,), 2, "shape")],
-)
-def test_bad_input_is_refused(x: tuple[int, ...], k: int, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        topk_encode(torch.zeros(x), torch.zeros(11, 5), torch.zeros(11), k)
+# decode and error
+
+
+def codes(rows: int, n: int, dtype: torch.dtype, k: int = 6) -> tuple[Tensor, Tensor, Tensor]:
+    """Ragged codes, empty rows among them, features repeated within a row."""
+    g = torch.Generator().manual_seed(rows + n)
+    counts = torch.randint(0, k, (rows,), generator=g)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+    nnz = int(offsets[-1])
+    values = torch.randn(nnz, generator=g, dtype=dtype)
+    values[::4] = 0  # what ReLU silenced has a gradient all the same
+    return offsets, torch.randint(0, n, (nnz,), generator=g).int(), values.requires_grad_()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "n", "d"), [(0, 5, 3), (1, 1, 1), (63, 20, 100), (100, 1000, 33)])
+def test_decode_equals_its_reference(rows: int, n: int, d: int, dtype: torch.dtype) -> None:
+    offsets, indices, values = codes(rows, n, dtype)
+    weight = torch.randn(n, d, dtype=dtype, requires_grad=True)
+    mine = kernels.sparse_decode(offsets, indices, values, weight)
+    theirs = product_reference.decode(offsets, indices, values, weight)
+    same((mine, *gradients([mine], [values, weight])), (theirs, *gradients([theirs], [values, weight])))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("prefixes", [[100], [1, 100], [7, 20, 50, 99, 100]])
+@pytest.mark.parametrize(("rows", "d"), [(0, 3), (1, 1), (63, 100), (65, 33)])
+def test_nested_error_equals_its_reference(
+    rows: int, d: int, prefixes: list[int], dtype: torch.dtype
+) -> None:
+    offsets, indices, values = codes(rows, 100, dtype)
+    g = torch.Generator().manual_seed(rows)
+    weight, bias, target = (
+        torch.randn(s, generator=g, dtype=dtype).requires_grad_() for s in ((100, d), (d,), (rows, d))
+    )
+    shares = [0.5 + p for p in range(len(prefixes))]
+    mine = kernels.nested_error(offsets, indices, values, weight, bias, target, prefixes, shares)
+    theirs = error_reference.nested_error(offsets, indices, values, weight, bias, target, prefixes, shares)
+    same(mine, theirs)
+    of = [values, weight, bias, target]
+    same(gradients([mine[0]], of), gradients([theirs[0]], of))
+
+
+def test_gradients_that_are_collected_are_the_dense_ones() -> None:
+    x, weight, bias = inputs(40, 20, 200, torch.float32)
+    atoms = torch.randn(200, 20, requires_grad=True)
+
+    def loss() -> Tensor:
+        dead = torch.arange(200) % 2 == 0
+        values, indices, aux_values, aux_indices = kernels.topk_encode_aux(x, weight, bias, 9, dead, 4)
+        offsets = torch.arange(41)
+        squared, error = kernels.squared_error(
+            offsets * 9, indices.flatten(), values.flatten(), atoms, bias[:20], x
+        )
+        aux, _ = kernels.squared_error(
+            offsets * 4, aux_indices.flatten(), aux_values.flatten(), atoms, bias[:20], error
+        )
+        return squared.sum() + 0.3 * aux.sum()
+
+    dense = torch.autograd.grad(loss(), [weight, atoms])
+    with kernels.collect([weight, atoms]) as found:
+        loss().backward()
+    assert weight.grad is None and atoms.grad is None
+    same((found[weight].dense(200), found[atoms].dense(200)), dense)
+    loss().backward()
+    same((weight.grad, atoms.grad), dense)  # outside, they arrive as ever
+
+
+# autograd, compile, opcheck
+
+
+def operations(dtype: torch.dtype) -> dict:
+    x, weight, bias = inputs(6, 5, 12, dtype)
+    offsets, indices, values = codes(6, 12, dtype)
+    atoms, target = (
+        torch.randn(12, 5, dtype=dtype).requires_grad_(),
+        torch.randn(6, 5, dtype=dtype).requires_grad_(),
+    )
+    out = torch.randn(5, dtype=dtype).requires_grad_()
+    dead = torch.arange(12) % 2 == 0
+    return {
+        "topk_encode": (x, weight, bias, 3, 12, False, dead, 2, "fp32"),
+        "batchtopk_encode": (x, weight, bias, 3, "fp32"),
+        "threshold_encode": (x, weight, bias, torch.zeros(12, dtype=dtype), "fp32"),
+        "decode": (offsets, indices, values, atoms),
+        "sample": (offsets, indices, atoms.detach(), target.detach()),
+        "sum_outer": (torch.zeros_like(indices).long(), indices, values.detach(), target.detach(), 12),
+        "nested_error": (offsets, indices, values, atoms, out, target, [5, 12], [0.5, 1.0]),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", list(operations(torch.float32)))
+def test_opcheck(name: str, dtype: torch.dtype) -> None:
+    torch.library.opcheck(getattr(torch.ops.saekit, name).default, operations(dtype)[name])
+
+
+def test_gradcheck_in_fp64() -> None:
+    x, weight, bias = inputs(6, 5, 12)
+    dead = torch.arange(12) % 2 == 0
+    check = torch.autograd.gradcheck
+    assert check(lambda *a: kernels.topk_encode(*a, 3)[0], (x, weight, bias))
+    assert check(lambda *a: kernels.topk_encode_aux(*a, 3, dead, 2)[::2], (x, weight, bias))
+    assert check(lambda *a: kernels.batchtopk_encode(*a, 3)[2], (x, weight, bias))
+    assert check(lambda *a: kernels.threshold_encode(*a, torch.zeros(12).double())[2], (x, weight, bias))
+    offsets, indices, values = codes(6, 12, torch.float64)
+    atoms, out, target = (
+        torch.randn(s, dtype=torch.float64).requires_grad_() for s in ((12, 5), (5,), (6, 5))
+    )
+    assert check(lambda v, w: kernels.sparse_decode(offsets, indices, v, w), (values, atoms))
+    assert check(
+        lambda v, w, b, t: kernels.nested_error(offsets, indices, v, w, b, t, [4, 12])[0],
+        (values, atoms, out, target),
+    )
+
+
+def test_a_compiled_step_is_the_eager_one() -> None:
+    code = """
+import torch
+from saekit import kernels
+x, w, b, a = torch.randn(30, 8), torch.randn(40, 8).requires_grad_(), torch.zeros(40), torch.randn(40, 8).requires_grad_()
+def loss(x):
+    v, i = kernels.topk_encode(x, w, b, 4)
+    return kernels.squared_error(torch.arange(31) * 4, i.flatten(), v.relu().flatten(), a, torch.zeros(8), x)[0].sum()
+eager = loss(x); eager.backward(); g = w.grad.clone(), a.grad.clone(); w.grad = a.grad = None
+compiled = torch.compile(loss, backend="aot_eager")(x); compiled.backward()
+assert torch.allclose(eager, compiled) and torch.allclose(w.grad, g[0]) and torch.allclose(a.grad, g[1])
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# adam
+
+
+@pytest.mark.parametrize("unit", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("factored", [False, True])
+def test_adam_equals_its_reference(unit: bool, dtype: torch.dtype, factored: bool) -> None:
+    g = torch.Generator().manual_seed(0)
+    weight = torch.nn.functional.normalize(torch.randn(70, 33, generator=g, dtype=dtype), dim=-1)
+    mine = [weight.clone(), torch.zeros_like(weight), torch.zeros_like(weight)]
+    theirs = [t.clone() for t in mine]
+    for step in range(1, 6):
+        f = kernels.Factors()
+        for _ in range(2):
+            rows, features = (
+                torch.randint(0, 50, (300,), generator=g),
+                torch.randint(0, 60, (300,), generator=g),
+            )
+            f.add(
+                rows,
+                features,
+                torch.randn(300, generator=g, dtype=dtype),
+                torch.randn(50, 33, generator=g, dtype=dtype),
+            )
+        dense = f.dense(70)
+        options = {"rate": 0.01, "step": step, "betas": (0.9, 0.99), "eps": 1e-8, "scale": 0.7, "unit": unit}
+        norm = kernels.gradient_norm([mine[0]], [f if factored else dense], [unit])
+        along = (dense * mine[0]).sum(-1, keepdim=True) * mine[0] if unit else 0
+        torch.testing.assert_close(norm, (dense - along).norm(), rtol=1e-4, atol=1e-4)
+        kernels.adam_step(*mine[:1], f if factored else dense, *mine[1:], **options)
+        adam_reference.adam_step(*theirs[:1], dense, *theirs[1:], **options)
+        same(tuple(mine), tuple(theirs))
+
+
+def test_adam_is_torchs() -> None:
+    weight = torch.randn(30, 7)
+    p = weight.clone().requires_grad_()
+    torchs, m, v = torch.optim.Adam([p], lr=0.02), torch.zeros_like(weight), torch.zeros_like(weight)
+    for step in range(1, 8):
+        p.grad = torch.randn(30, 7)
+        kernels.adam_step(weight, p.grad, m, v, rate=0.02, step=step)
+        torchs.step()
+    torch.testing.assert_close(weight, p.detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_moments_in_bf16_follow_those_in_full(dtype: torch.dtype) -> None:
+    """The second moment must be able to fall: rounding to the nearest would freeze it."""
+    g = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 64, generator=g, dtype=dtype)
+    full = [weight.clone(), torch.zeros_like(weight), torch.zeros_like(weight)]
+    short = [weight.clone(), *(torch.zeros(64, 64, dtype=torch.bfloat16) for _ in range(2))]
+    for step in range(1, 401):
+        gradient = torch.randn(64, 64, generator=g, dtype=dtype) * (1.0 if step < 100 else 0.01)
+        for w, m, v in (full, short):
+            kernels.adam_step(w, gradient, m, v, rate=1e-3, step=step, betas=(0.9, 0.99))
+    assert 0.9 < short[2].double().mean() / full[2].double().mean() < 1.1
+    moved = (full[0] - weight).norm()
+    assert (short[0] - full[0]).norm() < 0.05 * moved
+
+
+# bad input
+
+
+def test_bad_arguments_are_one_sentence() -> None:
+    x, weight, bias = (t.detach() for t in inputs(4, 5, 12, torch.float32))
+    offsets, indices, values = (t.detach() for t in codes(4, 12, torch.float32))
+    target, out = torch.zeros(4, 5), torch.zeros(5)
+
+    def nan(t: Tensor) -> Tensor:
+        bad = t.clone()
+        bad[2] = torch.nan
+        return bad
+
+    encode, error = kernels.topk_encode, kernels.nested_error
+    for call, words in (
+        (lambda: encode(x[:, :4], weight, bias, 2), "x has shape (4, 4)"),
+        (lambda: encode(x[0], weight, bias, 2), "x has shape (5,)"),
+        (lambda: encode(x, weight, bias[:3], 2), "bias has shape (3,)"),
+        (lambda: encode(x.double(), weight, bias, 2), "weight has dtype torch.float32 and x torch.float64"),
+        (lambda: encode(x.to("meta"), weight, bias, 2), "weight is on cpu and x on meta"),
+        (lambda: encode(x.int(), weight, bias, 2), "x has dtype torch.int32"),
+        (lambda: encode(x, weight, bias, 0), "k = 0 is outside 1..n_features = 12"),
+        (lambda: encode(x, weight, bias, 13), "k = 13 is outside"),
+        (lambda: encode(x, weight, bias, 2, groups=5), "groups = 5 doesn't divide"),
+        (lambda: encode(x, weight, bias, 2, shortlist="fp8"), "shortlist = 'fp8'"),
+        (lambda: encode(nan(x), weight, bias, 2), "x holds NaN"),
+        (lambda: encode(x, nan(weight), bias, 2), "weight holds NaN"),
+        (lambda: encode(x, weight, nan(bias), 2), "bias holds NaN"),
+        (lambda: encode(x * torch.inf, weight, bias, 2, shortlist="bf16"), "x holds NaN, Inf"),
+        (lambda: encode(nan(x).double(), weight.double(), bias.double(), 2), "x holds NaN"),
+        (lambda: kernels.batchtopk_encode(nan(x), weight, bias, 2), "x holds NaN"),
+        (lambda: kernels.threshold_encode(x, weight, bias, bias[:2]), "lower has shape (2,)"),
+        (lambda: kernels.topk_encode_aux(x, weight, bias, 2, bias[:2] > 0, 1), "dead has shape (2,)"),
+        (
+            lambda: kernels.sparse_decode(offsets, indices + 9, values, weight),
+            "expected 0..n_features - 1 = 11",
+        ),
+        (lambda: kernels.sparse_decode(offsets[:-1], indices, values, weight), "offsets must rise"),
+        (lambda: kernels.sparse_decode(offsets, indices[:1], values, weight), "indices has shape (1,)"),
+        (lambda: error(offsets, indices, values, weight, out, target[:2], [12]), "target has shape (2, 5)"),
+        (lambda: error(offsets, indices, values, weight, out, target, [5, 3, 12]), "prefixes = [5, 3, 12]"),
+        (lambda: error(offsets, indices, values, weight, out, target, [5]), "prefixes = [5]"),
+        (lambda: error(offsets, indices, values, weight, out, target, [12], [1, 2]), "shares has 2"),
+        (lambda: kernels.adam_step(weight, x, weight, weight, rate=1, step=1), "gradient has shape"),
+        (lambda: kernels.adam_step(weight, weight, x, weight, rate=1, step=1), "m has shape"),
+        (lambda: kernels.adam_step(weight, weight, weight, weight, rate=1, step=0), "step = 0"),
+    ):
+        with pytest.raises(ValueError) as caught:
+            call()
+        assert words in str(caught.value) and "\n" not in str(caught.value), str(caught.value)
+
+
+def test_plain_torch_is_exact_on_ties() -> None:
+    keys = torch.randint(-3, 3, (30, 100), generator=torch.Generator().manual_seed(0)).double()
+    for k in (1, 10, 100):
+        assert torch.equal(
+            eager.largest(keys, k), torch.sort(keys, dim=-1, descending=True, stable=True).indices[:, :k]
+        )

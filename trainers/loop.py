@@ -4,7 +4,7 @@ import json
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from itertools import islice
 from pathlib import Path
@@ -18,6 +18,7 @@ from saekit.activations import Source, Store, TensorSource, write_atomic
 from saekit.dictionaries import Dictionary, TrainState
 from saekit.harvest import Stream, StreamSource, check_writable
 from saekit.hub import native
+from saekit.kernels import serial
 from saekit.registry import nearest
 from saekit.trainers import checkpoint, dead, optim
 from saekit.trainers.log import Log
@@ -25,6 +26,7 @@ from saekit.trainers.log import read as read_log
 from saekit.types import ActivationBatch, SaekitError
 
 NORMALISATION_ROWS = 1 << 15
+OVERFLOWS = 1e15  # of a weight; a thousand of them make a row that kernels refuse
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class Trainer:
         self.dead_after = dead_after if dead_after is not None else dead.DEAD_AFTER
         self.step_number = 0
         self.silent = torch.zeros(dictionary.n_features, dtype=torch.int64, device=dictionary.device)
-        self.optimizer = optim.adam(self.dictionary.parameters())
+        self.optimizer = optim.Adam(self.dictionary.parameters(), self.dictionary.unit_weights())
 
     def step(self, x: "Float[Tensor, 'batch d_in'] | ActivationBatch") -> dict[str, Tensor]:
         """One optimisation step on a batch of rows."""
@@ -99,18 +101,19 @@ class Trainer:
         x = x.to(self.silent.device, d.mean_in.dtype)
         if not d.normalised:
             d.set_normalisation(x)
-        is_dead = dead.dead(self.silent, self.dead_after)
-        loss = d.loss(x, TrainState(self.step_number, is_dead))
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.total.backward()
-        d.before_step()
-        if self.clip is not None:
-            optim.clip_scale(d.parameters(), self.clip)
         rate = self.lr * optim.rate_factor(self.step_number, self.steps, self.warmup, self.decay)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        d.after_step()
+        # torch's threads would spin beside the kernels' own
+        with serial() if x.device.type == "cpu" else nullcontext():
+            return self._step(x, rate)
+
+    def _step(self, x: Tensor, rate: float) -> dict[str, Tensor]:
+        d, is_dead = self.dictionary, dead.dead(self.silent, self.dead_after)
+        with self.optimizer.collect() as factors:
+            loss = d.loss(x, TrainState(self.step_number, is_dead))
+            loss.total.backward()
+        self.optimizer.step(factors, rate, self.step_number + 1, self.clip)
+        if not d.unit_weights():  # those the optimizer has kept on the sphere
+            d.after_step()
         dead.update(self.silent, loss.codes.firing_counts(), len(x))
         self.step_number += 1
         active = (loss.codes.values != 0).sum() / loss.codes.rows
@@ -123,9 +126,8 @@ class Trainer:
         """Every tensor that the next step depends on."""
         out = {f"dictionary.{k}": v for k, v in self.dictionary.state_dict().items()}
         out["silent"] = self.silent
-        for i, p in enumerate(self.optimizer.param_groups[0]["params"]):
-            for key, value in self.optimizer.state.get(p, {}).items():
-                out[f"optimizer.{i}.{key}"] = value
+        for i, (m, v) in enumerate(self.optimizer.moments):
+            out[f"optimizer.{i}.m"], out[f"optimizer.{i}.v"] = m, v
         return out
 
     def restore(self, tensors: dict[str, Tensor], step: int) -> None:
@@ -133,10 +135,9 @@ class Trainer:
         own = {k.removeprefix("dictionary."): v for k, v in tensors.items() if k.startswith("dictionary.")}
         self.dictionary.load_state_dict(own)
         self.silent.copy_(tensors["silent"])
-        for i, p in enumerate(self.optimizer.param_groups[0]["params"]):
-            prefix = f"optimizer.{i}."
-            found = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-            self.optimizer.state[p] = {k: v.to(p.device) for k, v in found.items()}
+        for i, (m, v) in enumerate(self.optimizer.moments):
+            m.copy_(tensors[f"optimizer.{i}.m"])
+            v.copy_(tensors[f"optimizer.{i}.v"])
         self.step_number = step
 
 
@@ -328,6 +329,11 @@ def _prepare(path: Path, settings: dict[str, Any], trainer: Trainer) -> None:
         trainer.restore(tensors, state["step"])
 
 
+def _diverged(dictionary: Dictionary) -> bool:
+    """Whether a weight is NaN or so large that its products overflow."""
+    return any(not p.detach().abs().max() < OVERFLOWS for p in dictionary.parameters())
+
+
 def _loop(
     trainer: Trainer, source: Source, points: Sequence[str], config: TrainConfig,
     path: Path | None, log: Log | None, on_step: Callable[[int, dict[str, float]], None] | None,
@@ -346,7 +352,15 @@ def _loop(
 
     with _interruptible() as stopped:
         while trainer.step_number < config.steps:
-            metrics = trainer.step(next(batches))
+            batch = next(batches)
+            try:
+                metrics = trainer.step(batch)
+            except ValueError as error:  # kernels refuse weights that have run away
+                if isinstance(error, SaekitError) or not _diverged(trainer.dictionary):
+                    raise
+                raise SaekitError(
+                    f"the loss is no number any more after step {trainer.step_number}: the weights have run away; choose a smaller lr than {config.lr:.2e}"
+                ) from error
             step = trainer.step_number
             last = step == config.steps
             if step % config.log_every == 0 or last or step == 1:

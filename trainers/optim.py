@@ -1,11 +1,14 @@
 """Optimizer and schedule as plain functions; the ones that choose a value say why."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from saekit.kernels import Factors, adam_step, collect, gradient_norm
 
 ADAM_BETAS = (0.9, 0.999)
 # no gradient of a feature that fires is this small; larger values slow rare features down
@@ -50,13 +53,46 @@ def rate_factor(step: int, steps: int | None, warmup: int, decay: float) -> floa
     return min(up, 1.0, left)
 
 
-def adam(parameters: Iterable[nn.Parameter]) -> torch.optim.Adam:
-    """Fused Adam over the parameters that are trained."""
-    trained = [p for p in parameters if p.requires_grad]
-    return torch.optim.Adam(trained, lr=0.0, betas=ADAM_BETAS, eps=ADAM_EPS, fused=True)
+class Adam:
+    """Adam over the trained parameters, each in one fused pass; see :func:`saekit.kernels.adam_step`.
 
+    Rows of ``unit`` weights stay on the sphere. Gradients are those of ``collect`` (for weights,
+    as sums of outer products) and of ``.grad``.
+    """
 
-@torch.no_grad()
-def clip_scale(parameters: Iterable[nn.Parameter], limit: float) -> None:
-    """Scale all gradients down together so that their norm is at most ``limit``."""
-    torch.nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], limit, foreach=True)
+    def __init__(self, parameters: Iterable[nn.Parameter], unit: Iterable[Tensor] = ()):
+        self.parameters = [p for p in parameters if p.requires_grad]
+        self.unit = [any(p is u for u in unit) for p in self.parameters]
+        self.moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in self.parameters]
+
+    def collect(self) -> AbstractContextManager[dict[Tensor, Factors]]:
+        """Context of a forward and backward pass, in which weights gather their sparse gradients."""
+        return collect([p for p in self.parameters if p.ndim == 2])
+
+    def step(
+        self, factors: Mapping[Tensor, Factors], rate: float, step: int, clip: float | None = None
+    ) -> None:
+        """One step (from 1) with the gradients of a backward pass, which are used up."""
+        gradients = [self._gradient(p, factors.get(p)) for p in self.parameters]
+        found = [
+            (p, g, *moments, unit)
+            for p, g, moments, unit in zip(self.parameters, gradients, self.moments, self.unit, strict=True)
+            if g is not None
+        ]
+        scale = 1.0
+        if clip is not None:
+            weights, grads, _, _, units = zip(*found, strict=True)
+            scale = min(1.0, clip / (gradient_norm(weights, grads, units).item() + 1e-6))
+        for p, g, m, v, unit in found:
+            adam_step(
+                p, g, m, v, rate=rate, step=step, betas=ADAM_BETAS, eps=ADAM_EPS, scale=scale, unit=unit
+            )
+            p.grad = None
+
+    @staticmethod
+    def _gradient(parameter: Tensor, factors: Factors | None) -> "Tensor | Factors | None":
+        if not factors:
+            return parameter.grad
+        if parameter.grad is None:
+            return factors
+        return parameter.grad + factors.dense(len(parameter))  # some of it came another way

@@ -227,20 +227,24 @@ class Dictionary(nn.Module):
             batch = batch.rows(self.reads[0]) if self.reads else batch.rows(next(iter(batch.activations)))
         x = self._read(batch)
         y = (self.wiring.target(batch).to(x.dtype) - self.mean_out) * self.scale_out
-        codes = self.selection(x, self._encoder_rows(), self.b_enc)
-        forward = Forward(
-            x=x, y=y, codes=codes, y_hat=self._write(codes), W_enc=self._encoder_rows(), b_enc=self.b_enc,
-            atoms=self.atoms.rows(), state=state or TrainState(),
-        )  # fmt: skip
+        state = state or TrainState()
+        k_aux = max(
+            (term.picks(self.d_out) for term in self.terms.values() if hasattr(term, "picks")), default=0
+        )
+        dead = state.dead if k_aux and state.dead is not None and state.dead.any() else None
+        codes, aux = self.selection.train_codes(
+            x, self._encoder_rows(), self.b_enc, dead, min(k_aux, self.n_features)
+        )
+        forward = Forward(x, y, codes, aux, self.atoms.rows(), self.b_dec, state)
         terms = {name: term(forward) for name, term in self.terms.items()}
         return Loss(torch.stack(list(terms.values())).sum(), terms, codes.detach())
 
-    def before_step(self) -> None:
-        """To be called between backward and the optimizer's step: projects constrained gradients."""
-        self.atoms.before_step()
+    def unit_weights(self) -> list[Tensor]:
+        """The weights whose rows an optimizer has to keep on the sphere."""
+        return [self.atoms.weight] if self.atoms.unit else []
 
     def after_step(self) -> None:
-        """To be called after the optimizer's step: restores the constraints."""
+        """Restores the constraints of the atoms, after the step of an optimizer that doesn't keep them."""
         self.atoms.after_step()
 
     @torch.no_grad()

@@ -16,6 +16,7 @@ class Free(nn.Module):
     """A decoder row per feature, of any norm."""
 
     Config = FreeConfig
+    unit = False  # whether the optimizer keeps the rows on the sphere
     tied = False
 
     def __init__(self, config: FreeConfig, directions: Float[Tensor, "feature d_out"]):
@@ -25,10 +26,6 @@ class Free(nn.Module):
     def rows(self) -> Float[Tensor, "feature d_out"]:
         """The decoder, one row per feature."""
         return self.weight
-
-    @torch.no_grad()
-    def before_step(self) -> None:
-        """Nothing to project."""
 
     @torch.no_grad()
     def after_step(self) -> None:

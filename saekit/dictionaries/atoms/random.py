@@ -16,6 +16,7 @@ class Random(nn.Module):
     """Frozen directions; the encoder reads what the decoder writes."""
 
     Config = RandomConfig
+    unit = False  # whether the optimizer keeps the rows on the sphere
     tied = True
     weight: Tensor
 
@@ -26,9 +27,6 @@ class Random(nn.Module):
     def rows(self) -> Float[Tensor, "feature d_out"]:
         """The decoder, one row per feature."""
         return self.weight
-
-    def before_step(self) -> None:
-        """Nothing is trained."""
 
     def after_step(self) -> None:
         """Nothing is trained."""

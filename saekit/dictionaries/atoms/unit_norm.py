@@ -20,6 +20,7 @@ class UnitNorm(nn.Module):
     """A decoder row of norm 1 per feature."""
 
     Config = UnitNormConfig
+    unit = True  # whether the optimizer keeps the rows on the sphere
     tied = False
 
     def __init__(self, config: UnitNormConfig, directions: Float[Tensor, "feature d_out"]):
@@ -30,13 +31,6 @@ class UnitNorm(nn.Module):
     def rows(self) -> Float[Tensor, "feature d_out"]:
         """The decoder, one row per feature."""
         return self.weight
-
-    @torch.no_grad()
-    def before_step(self) -> None:
-        """Remove from the gradient its component along each row."""
-        if self.weight.grad is not None:
-            radial = torch.linalg.vecdot(self.weight.grad, self.weight)
-            self.weight.grad.addcmul_(radial[:, None], self.weight, value=-1)
 
     @torch.no_grad()
     def after_step(self) -> None:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saekit.dictionaries.objective.forward import Forward
-from saekit.kernels import sparse_decode, topk_encode
+from saekit.kernels import squared_error
 from saekit.types import SaekitError
 
 
@@ -36,20 +36,19 @@ class AuxK:
     def __init__(self, config: AuxKConfig):
         self.config = config
 
+    def picks(self, d_out: int) -> int:
+        """How many dead features of a row the term asks for."""
+        return self.config.k_aux or max(1, d_out // 2)
+
     def __call__(self, forward: Forward) -> Float[Tensor, ""]:
         """The weighted term, in the unit of the reconstruction's."""
-        dead = forward.state.dead
-        if dead is None or not dead.any():
-            return forward.y_hat.new_zeros(())
-        chosen = dead.nonzero()[:, 0]
-        d_out = forward.y.shape[1]
-        k_aux = min(self.config.k_aux or max(1, d_out // 2), len(chosen))
-        values, indices = topk_encode(forward.x, forward.W_enc[chosen], forward.b_enc[chosen], k_aux)
-        offsets = torch.arange(len(forward.x) + 1, device=values.device) * k_aux
-        atoms = forward.atoms[chosen]
-        e_hat = sparse_decode(offsets, indices.reshape(-1), values.relu().reshape(-1), atoms)
-        residual = (forward.y - forward.y_hat).detach()
+        aux, (_, error) = forward.aux, forward.reconstruction
+        if aux is None:
+            return error.new_zeros(())
+        residual, d_out = -error, error.shape[1]
         variance = (residual - residual.mean(0)).square().sum()
-        term = (residual - e_hat).square().sum() / variance
+        zero = torch.zeros_like(forward.b_dec)
+        squared, _ = squared_error(aux.offsets, aux.indices, aux.values, forward.atoms, zero, residual)
+        term = squared.sum() / variance
         # a residual of zero has nothing to teach
         return self.config.coefficient * d_out * torch.nan_to_num(term, nan=0.0, posinf=0.0)

@@ -7,7 +7,7 @@ Gram-Schmidt, and the coefficients come from one triangular solve at the end.
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from saekit.dictionaries.selection.topk import check_k
@@ -50,6 +50,17 @@ class OMP(nn.Module):
         indices = torch.cat([p[0] for p in parts]) if parts else x.new_zeros(0, self.config.k).long()
         values = torch.cat([p[1] for p in parts]) if parts else x.new_zeros(0, self.config.k)
         return Codes.from_rectangular(indices, values, W_enc.shape[0])
+
+    def train_codes(
+        self,
+        x: Float[Tensor, "rows d_in"],
+        W_enc: Float[Tensor, "feature d_in"],
+        b_enc: Float[Tensor, " feature"],
+        dead: Bool[Tensor, " feature"] | None = None,
+        k_aux: int = 0,
+    ) -> tuple[Codes, Codes | None]:
+        """The same codes; a pursuit has no pre-activations of dead features to offer."""
+        return self(x, W_enc, b_enc), None
 
     def _pursue(self, x: Tensor, atoms: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         rows, k = x.shape[0], self.config.k

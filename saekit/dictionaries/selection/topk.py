@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from saekit.kernels import topk_encode
+from saekit.kernels import topk_encode, topk_encode_aux
 from saekit.types import Codes, SaekitError
 
 
@@ -47,4 +47,23 @@ class TopK(nn.Module):
     ) -> Codes:
         """Codes of the rows: k entries each, by falling value, ties to the lowest index."""
         values, indices = topk_encode(x, W_enc, b_enc, self.config.k)
-        return Codes.from_rectangular(indices, values.relu() if self.config.relu else values, W_enc.shape[0])
+        return self._codes(values, indices, len(W_enc))
+
+    def train_codes(
+        self,
+        x: Float[Tensor, "rows d_in"],
+        W_enc: Float[Tensor, "feature d_in"],
+        b_enc: Float[Tensor, " feature"],
+        dead: Bool[Tensor, " feature"] | None = None,
+        k_aux: int = 0,
+    ) -> tuple[Codes, Codes | None]:
+        """Codes of the rows, and those of the k_aux largest dead features of each row (None without any)."""
+        if dead is None or not k_aux:
+            return self(x, W_enc, b_enc), None
+        k = self.config.k
+        values, indices, aux_values, aux_indices = topk_encode_aux(x, W_enc, b_enc, k, dead, k_aux)
+        aux = Codes.from_rectangular(aux_indices, aux_values.relu(), len(W_enc))
+        return self._codes(values, indices, len(W_enc)), aux
+
+    def _codes(self, values: Tensor, indices: Tensor, n_features: int) -> Codes:
+        return Codes.from_rectangular(indices, values.relu() if self.config.relu else values, n_features)

@@ -1,0 +1,105 @@
+"""Adam on the CPU in one pass over the rows: sum the gradient's terms, project, scale, update, renormalise."""
+
+import numpy as np
+import torch
+
+from saekit.kernels.factors import Factors
+from saekit.kernels.jit import dot, jit, number, prefetch, stored
+from saekit.kernels.product.cpu import by_feature
+from saekit.kernels.threads import parallel
+
+FEATURES = 128  # rows of a range that a thread takes
+
+
+@jit
+def _gather(g, i, starts, rows, values, matrix):
+    """Row i of a gradient given as a sum of outer products."""
+    g[:] = 0
+    for e in range(starts[i], starts[i + 1]):
+        if e + 2 < len(rows):
+            prefetch(matrix[rows[e + 2]])
+        c, x = values[e], matrix[rows[e]]
+        for j in range(len(g)):
+            g[j] += c * x[j]
+
+
+@jit
+def _update(w, g, m, v, along, noise, numbers):
+    """One row; ``along`` is its gradient's component along w, which is taken off."""
+    rate, scale, beta1, rest1, beta2, rest2, eps, correct1, correct2 = numbers
+    for j in range(len(w)):
+        gradient = (g[j] - along * w[j]) * scale
+        mean = beta1 * number(m[j]) + rest1 * gradient
+        square = beta2 * number(v[j]) + rest2 * (gradient * gradient)
+        m[j], v[j] = stored(m, mean, noise + np.uint32(j)), stored(v, square, noise - np.uint32(j))
+        w[j] -= rate * (mean * correct1) / (np.sqrt(square * correct2) + eps)
+
+
+@jit
+def _row(w, g, m, v, unit, noise, numbers):
+    _update(w, g, m, v, dot(g, w) if unit else np.float32(0), noise, numbers)
+    if unit:
+        length = np.float32(1) / max(np.sqrt(dot(w, w)), np.float32(1e-12))
+        for j in range(len(w)):
+            w[j] *= length
+
+
+@jit
+def _factored(first, last, starts, rows, values, matrix, unit, weight, m, v, noise, numbers):
+    g = np.empty(weight.shape[1], np.float32)
+    for i in range(first, last):
+        _gather(g, i, starts, rows, values, matrix)
+        _row(weight[i], g, m[i], v[i], unit, noise + np.uint32(i) * np.uint32(0x9E3779B9), numbers)
+
+
+@jit
+def _dense(first, last, gradient, unit, weight, m, v, noise, numbers):
+    for i in range(first, last):
+        at = noise + np.uint32(i) * np.uint32(0x9E3779B9)
+        _row(weight[i], gradient[i], m[i], v[i], unit, at, numbers)
+
+
+@jit
+def _squares(first, last, starts, rows, values, matrix, unit, weight, out):
+    g = np.empty(weight.shape[1], np.float32)
+    for i in range(first, last):
+        _gather(g, i, starts, rows, values, matrix)
+        along = dot(g, weight[i]) if unit else np.float32(0)
+        out[i] = dot(g, g) - along * along
+
+
+def _array(state):
+    return (state.view(torch.int16) if state.dtype == torch.bfloat16 else state).numpy()
+
+
+def _numbers(rate, scale, betas, eps, step):
+    beta1, beta2 = betas
+    exact = (
+        rate, scale, beta1, 1 - beta1, beta2, 1 - beta2, eps, 1 / (1 - beta1**step), 1 / (1 - beta2**step)
+    )  # fmt: skip
+    return tuple(np.float32(a) for a in exact)
+
+
+def adam_step(weight, gradient, m, v, rate, step, betas, eps, scale, unit):
+    """In place; the gradient is dense or Factors. See the package."""
+    numbers = _numbers(rate, scale, betas, eps, step)
+    noise = np.uint32(step * 0x85EBCA6B & 0xFFFFFFFF)
+    shape = (1, -1) if weight.ndim == 1 else weight.shape
+    w, m, v = weight.view(shape).numpy(), _array(m.view(shape)), _array(v.view(shape))
+    if isinstance(gradient, Factors):
+        rows, features, values, matrix = gradient.joined()
+        entries = (*by_feature(rows, features, values, len(w)), matrix.numpy())
+        parallel(lambda a, b: _factored(a, b, *entries, unit, w, m, v, noise, numbers), len(w), FEATURES)
+    else:
+        g = gradient.contiguous().view(shape).numpy()
+        parallel(lambda a, b: _dense(a, b, g, unit, w, m, v, noise, numbers), len(w), FEATURES)
+
+
+def squares(weight, gradient, unit):
+    """Squared length of every row of a gradient given as Factors, after the projection."""
+    rows, features, values, matrix = gradient.joined()
+    entries = (*by_feature(rows, features, values, len(weight)), matrix.numpy())
+    out, w = torch.empty(len(weight)), weight.numpy()
+    o = out.numpy()
+    parallel(lambda a, b: _squares(a, b, *entries, unit, w, o), len(weight), FEATURES)
+    return out

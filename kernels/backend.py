@@ -1,0 +1,51 @@
+"""Which implementation runs: one table, one rule, and a reason that can be asked for."""
+
+import functools
+import importlib
+import warnings
+
+import torch
+
+PLACE = "saekit.kernels.{operation}.{backend}"
+
+
+@functools.cache
+def _missing(package):
+    """Why a package can't be used here, or None."""
+    try:
+        importlib.import_module(package)
+    except Exception as error:  # a broken install raises anything
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+@functools.cache
+def explain(device, dtype):
+    """``(backend, reason)`` for tensors of a device type and dtype."""
+    if device == "cpu" and dtype == torch.float32:
+        why = _missing("numba")
+        return (
+            ("cpu", "numba, tiles and threads of our own") if why is None else ("eager", f"no numba ({why})")
+        )
+    if device == "cuda" and dtype in (torch.float32, torch.bfloat16):
+        why = _missing("triton")
+        if why is None:
+            return "triton", "Triton"
+        warnings.warn(
+            f"kernels run in plain torch on this GPU, exact but slower: no Triton ({why})", stacklevel=2
+        )
+        return "eager", f"no Triton ({why})"
+    return "eager", f"plain torch: no kernel is written for {dtype} on {device}"
+
+
+@functools.cache
+def matrix_unit():
+    """Whether the CPU multiplies bf16 matrices in hardware (AMX), so that a bf16 shortlist pays."""
+    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return bool(supported and supported())
+
+
+def implementation(operation, tensor):
+    """The module that computes an operation for such a tensor."""
+    backend, _ = explain(tensor.device.type, tensor.dtype)
+    return importlib.import_module(PLACE.format(operation=operation, backend=backend))

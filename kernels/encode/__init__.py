@@ -1,0 +1,191 @@
+"""Encode and select in one operation: ``u = x W^T + b``, of which only the selected entries are ever kept.
+
+Gradients flow through the selected entries only, so all of them are sparse. Selections follow the
+fp32 dot products exactly, with exact ties to the lowest index. ``shortlist="bf16"`` makes the CPU's
+matrix unit find the candidates, which changes the time and not the result; ``"auto"`` does so where
+the CPU has one.
+"""
+
+import torch
+from torch import Tensor
+
+from saekit.kernels import checks
+from saekit.kernels.backend import implementation
+from saekit.kernels.factors import collector
+from saekit.kernels.product import _decode, weight_gradient
+
+SHORTLISTS = ("auto", "fp32", "bf16")
+
+
+@torch.library.custom_op("saekit::topk_encode", mutates_args=())
+def _topk(
+    x: Tensor, weight: Tensor, bias: Tensor, k: int, group: int, absolute: bool,
+    dead: Tensor | None, k_aux: int, shortlist: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    out = implementation("encode", x).topk(x, weight, bias, k, group, absolute, dead, k_aux, shortlist)
+    if dead is None:
+        out = (*out, x.new_empty(len(x), 0), torch.empty(len(x), 0, dtype=torch.int32, device=x.device))
+    return out
+
+
+@torch.library.custom_op("saekit::batchtopk_encode", mutates_args=())
+def _batchtopk(
+    x: Tensor, weight: Tensor, bias: Tensor, k: int, shortlist: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    offsets, indices, values = implementation("encode", x).batchtopk(x, weight, bias, k, shortlist)
+    return values, offsets, indices
+
+
+@torch.library.custom_op("saekit::threshold_encode", mutates_args=())
+def _threshold(
+    x: Tensor, weight: Tensor, bias: Tensor, lower: Tensor, shortlist: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    offsets, indices, values = implementation("encode", x).threshold(x, weight, bias, lower, shortlist)
+    return values, offsets, indices
+
+
+@_topk.register_fake
+def _(x, weight, bias, k, group, absolute, dead, k_aux, shortlist):
+    rows, width = x.shape[0], k * (weight.shape[0] // group)
+    aux = k_aux if dead is not None else 0
+    int32 = torch.int32
+    return (
+        x.new_empty(rows, width), x.new_empty(rows, width, dtype=int32),
+        x.new_empty(rows, aux), x.new_empty(rows, aux, dtype=int32),
+    )  # fmt: skip
+
+
+def _fake_csr(x, nnz):
+    offsets = x.new_empty(x.shape[0] + 1, dtype=torch.int64)
+    return x.new_empty(nnz), offsets, x.new_empty(nnz, dtype=torch.int32)
+
+
+@_batchtopk.register_fake
+def _(x, weight, bias, k, shortlist):
+    return _fake_csr(x, k * x.shape[0])
+
+
+@_threshold.register_fake
+def _(x, weight, bias, lower, shortlist):
+    return _fake_csr(x, torch.library.get_ctx().new_dynamic_size())
+
+
+def _gradients(ctx, x, weight, entries):
+    """Gradients of x, weight and bias from entries ``(offsets, indices, gradients)`` of u."""
+    grad_x = grad_weight = grad_bias = None
+    n = weight.shape[0]
+    for offsets, indices, grads in entries:
+        if ctx.needs_input_grad[0]:
+            part = _decode(offsets, indices, grads, weight)
+            grad_x = part if grad_x is None else grad_x + part
+        if ctx.needs_input_grad[1]:
+            part = weight_gradient(ctx.into, offsets, indices, grads, x, n)
+            grad_weight = part if grad_weight is None else grad_weight + part
+        if ctx.needs_input_grad[2]:
+            part = grads.new_zeros(n).index_add_(0, indices.long(), grads)
+            grad_bias = part if grad_bias is None else grad_bias + part
+    return grad_x, grad_weight, grad_bias
+
+
+def _setup_topk(ctx, inputs, output):
+    x, weight = inputs[:2]
+    _, indices, _, aux_indices = output
+    ctx.save_for_backward(x, weight, indices, aux_indices)
+    ctx.into = collector(weight)
+    ctx.mark_non_differentiable(indices, aux_indices)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_topk(ctx, grad, _, grad_aux, __):
+    x, weight, indices, aux_indices = ctx.saved_tensors
+    entries = [
+        (torch.arange(x.shape[0] + 1, device=x.device) * i.shape[1], i.reshape(-1), g.reshape(-1))
+        for i, g in ((indices, grad), (aux_indices, grad_aux))
+        if g is not None and i.shape[1]
+    ]
+    return *_gradients(ctx, x, weight, entries), None, None, None, None, None, None
+
+
+def _setup_rows(ctx, inputs, output):
+    x, weight = inputs[:2]
+    _, offsets, indices = output
+    ctx.save_for_backward(x, weight, offsets, indices)
+    ctx.into = collector(weight)
+    ctx.mark_non_differentiable(offsets, indices)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_rows(ctx, grad, *_):
+    x, weight, offsets, indices = ctx.saved_tensors
+    entries = [] if grad is None else [(offsets, indices, grad.contiguous())]
+    return *_gradients(ctx, x, weight, entries), None, None
+
+
+_topk.register_autograd(_backward_topk, setup_context=_setup_topk)
+_batchtopk.register_autograd(_backward_rows, setup_context=_setup_rows)
+_threshold.register_autograd(_backward_rows, setup_context=_setup_rows)
+
+
+def _check(x, weight, bias, shortlist):
+    checks.matrix("weight", weight)
+    checks.matrix("x", x, weight.shape[1])
+    checks.vector("bias", bias, weight.shape[0])
+    checks.alike(x=x, weight=weight, bias=bias)
+    if shortlist not in SHORTLISTS:
+        raise ValueError(f"shortlist = {shortlist!r} is not one of 'auto', 'fp32', 'bf16'")
+    return x.contiguous(), weight.contiguous(), bias.contiguous()
+
+
+def topk_encode(x, weight, bias, k, *, groups=1, absolute=False, shortlist="auto"):
+    """``(values [rows, k], indices int32 [rows, k])`` of the k largest entries of each row of u.
+
+    x [rows, d_in], weight [n_features, d_in], bias [n_features]. By falling value. ``absolute``
+    ranks by |u| and returns u. With ``groups`` the features are cut into as many equal runs, k is
+    taken from each, and the results stand side by side. Gao et al. 2024 (2406.04093), eq. 3.
+    """
+    values, indices, _, _ = _topk_call(x, weight, bias, k, groups, absolute, None, 0, shortlist)
+    return values, indices
+
+
+def topk_encode_aux(x, weight, bias, k, dead, k_aux, *, groups=1, absolute=False, shortlist="auto"):
+    """As :func:`topk_encode`, and beside it the k_aux largest entries among the dead features of each row.
+
+    dead bool [n_features]. Returns ``(values, indices, aux_values, aux_indices)``; where fewer than
+    k_aux features are dead the rest is -inf at index 0, which a ReLU turns into nothing.
+    """
+    checks.vector("dead", dead, weight.shape[0])
+    checks.count("k_aux", k_aux, weight.shape[0], "n_features")
+    return _topk_call(x, weight, bias, k, groups, absolute, dead, k_aux, shortlist)
+
+
+def _topk_call(x, weight, bias, k, groups, absolute, dead, k_aux, shortlist):
+    x, weight, bias = _check(x, weight, bias, shortlist)
+    n = weight.shape[0]
+    if groups < 1 or n % groups:
+        raise ValueError(f"groups = {groups} doesn't divide n_features = {n}")
+    checks.count("k", k, n // groups, "n_features" if groups == 1 else "n_features / groups")
+    return _topk(x, weight, bias, k, n // groups, absolute, dead, k_aux, shortlist)
+
+
+def batchtopk_encode(x, weight, bias, k, *, shortlist="auto"):
+    """``(offsets, indices, values)`` of the k * rows largest entries of u in the whole batch.
+
+    Compressed sparse rows, by rising index. Exact ties at the cut go to the first row, then to the
+    lowest index. Bussmann et al. 2024 (2412.06410).
+    """
+    x, weight, bias = _check(x, weight, bias, shortlist)
+    checks.count("k", k, weight.shape[0], "n_features")
+    values, offsets, indices = _batchtopk(x, weight, bias, k, shortlist)
+    return offsets, indices, values
+
+
+def threshold_encode(x, weight, bias, lower, *, shortlist="auto"):
+    """``(offsets, indices, values)`` of the entries of u above their feature's ``lower`` [n_features].
+
+    Compressed sparse rows, by rising index. For JumpReLU, lower is the threshold less half its
+    bandwidth: what lies between is silent, and trains the threshold.
+    """
+    x, weight, bias = _check(x, weight, bias, shortlist)
+    checks.vector("lower", lower, weight.shape[0])
+    values, offsets, indices = _threshold(x, weight, bias, lower, shortlist)
+    return offsets, indices, values

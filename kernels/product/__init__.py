@@ -1,0 +1,93 @@
+"""Products of sparse codes with weights: what decoding and every sparse gradient is made of.
+
+For codes S [rows, n_features] in compressed sparse rows: ``decode`` is ``S W``, ``sample`` the
+entries of ``G W^T`` where S has one, ``sum_outer`` ``S^T M``.
+"""
+
+import torch
+from torch import Tensor
+
+from saekit.kernels import checks
+from saekit.kernels.backend import implementation
+from saekit.kernels.factors import collector
+
+
+@torch.library.custom_op("saekit::decode", mutates_args=())
+def _decode(offsets: Tensor, indices: Tensor, values: Tensor, weight: Tensor) -> Tensor:
+    return implementation("product", weight).decode(offsets, indices, values, weight)
+
+
+@torch.library.custom_op("saekit::sample", mutates_args=())
+def _sample(offsets: Tensor, indices: Tensor, weight: Tensor, grad: Tensor) -> Tensor:
+    return implementation("product", weight).sample(offsets, indices, weight, grad)
+
+
+@torch.library.custom_op("saekit::sum_outer", mutates_args=())
+def _sum_outer(rows: Tensor, features: Tensor, values: Tensor, matrix: Tensor, n_features: int) -> Tensor:
+    return implementation("product", matrix).sum_outer(rows, features, values, matrix, n_features)
+
+
+@_decode.register_fake
+def _(offsets, indices, values, weight):
+    return weight.new_empty(offsets.shape[0] - 1, weight.shape[1])
+
+
+@_sample.register_fake
+def _(offsets, indices, weight, grad):
+    return weight.new_empty(indices.shape[0])
+
+
+@_sum_outer.register_fake
+def _(rows, features, values, matrix, n_features):
+    return matrix.new_empty(n_features, matrix.shape[1])
+
+
+def row_ids(offsets, nnz):
+    """Row of every entry, int64 [nnz]."""
+    rows = torch.arange(offsets.shape[0] - 1, device=offsets.device)
+    return torch.repeat_interleave(rows, offsets.diff(), output_size=nnz)
+
+
+def sum_outer(rows, features, values, matrix, n_features):
+    """``out[i] = sum of values[e] matrix[rows[e]]`` over the entries e of feature i: [n_features, d]."""
+    return _sum_outer(rows, features, values.contiguous(), matrix.contiguous(), n_features)
+
+
+def weight_gradient(into, offsets, indices, values, matrix, n_features):
+    """The gradient ``S^T M`` of a weight: dense, or None where it went to a collector."""
+    rows = row_ids(offsets, indices.shape[0])
+    if into is None:
+        return sum_outer(rows, indices, values, matrix, n_features)
+    into.add(rows, indices, values, matrix)
+    return None
+
+
+def _setup(ctx, inputs, output):
+    offsets, indices, values, weight = inputs
+    ctx.save_for_backward(offsets, indices, values, weight)
+    ctx.into = collector(weight)
+
+
+def _backward(ctx, grad):
+    offsets, indices, values, weight = ctx.saved_tensors
+    grad = grad.contiguous()
+    grad_values = _sample(offsets, indices, weight, grad) if ctx.needs_input_grad[2] else None
+    grad_weight = None
+    if ctx.needs_input_grad[3]:
+        grad_weight = weight_gradient(ctx.into, offsets, indices, values, grad, weight.shape[0])
+    return None, None, grad_values, grad_weight
+
+
+_decode.register_autograd(_backward, setup_context=_setup)
+
+
+def sparse_decode(offsets, indices, values, weight):
+    """``[rows, d]``: every row the weighted sum of the atoms it holds.
+
+    offsets int64 [rows + 1], indices int [nnz], values [nnz], weight [n_features, d].
+    Differentiable in values and weight. Raises ValueError for shapes or indices that don't fit.
+    """
+    checks.matrix("weight", weight)
+    checks.alike(weight=weight, values=values)
+    checks.entries(offsets, indices, values, weight.shape[0])
+    return _decode(offsets, indices, values.contiguous(), weight.contiguous())

@@ -1,0 +1,87 @@
+"""Sparse products on the CPU: rows by threads of their own, a counting sort where features own the sums."""
+
+import numpy as np
+import torch
+
+from saekit.kernels.jit import dot, jit
+from saekit.kernels.threads import parallel
+
+ROWS, FEATURES = 64, 256  # of a range that a thread takes
+
+
+@jit
+def _decode(offsets, indices, values, weight, out):
+    for r in range(out.shape[0]):
+        y = out[r]
+        y[:] = 0
+        for e in range(offsets[r], offsets[r + 1]):
+            v, w = values[e], weight[indices[e]]
+            if v != 0:
+                for j in range(len(y)):
+                    y[j] += v * w[j]
+
+
+@jit
+def _sample(offsets, indices, weight, grad, out):
+    for r in range(grad.shape[0]):
+        for e in range(offsets[r], offsets[r + 1]):
+            out[e] = dot(weight[indices[e]], grad[r])
+
+
+@jit
+def _sort(rows, features, values, starts, sorted_rows, sorted_values):
+    for f in features:
+        starts[f + 1] += 1
+    for i in range(1, len(starts)):
+        starts[i] += starts[i - 1]
+    place = starts[:-1].copy()
+    for e in range(len(features)):
+        at = place[features[e]]
+        sorted_rows[at], sorted_values[at] = rows[e], values[e]
+        place[features[e]] = at + 1
+
+
+@jit
+def _sum_outer(starts, rows, values, matrix, out):
+    for i in range(out.shape[0]):
+        y = out[i]
+        y[:] = 0
+        for e in range(starts[i], starts[i + 1]):
+            v, x = values[e], matrix[rows[e]]
+            for j in range(len(y)):
+                y[j] += v * x[j]
+
+
+def decode(offsets, indices, values, weight):
+    """``out[r] = sum_e values[e] weight[indices[e]]`` over the entries of row r."""
+    out = torch.empty(len(offsets) - 1, weight.shape[1])
+    o, i, v, w, y = (t.numpy() for t in (offsets, indices, values, weight, out))
+    parallel(lambda a, b: _decode(o[a : b + 1], i, v, w, y[a:b]), len(out), ROWS)
+    return out
+
+
+def sample(offsets, indices, weight, grad):
+    """``out[e] = <weight[indices[e]], grad[row of e]>``."""
+    out = torch.empty(len(indices))
+    o, i, w, g, y = (t.numpy() for t in (offsets, indices, weight, grad, out))
+    parallel(lambda a, b: _sample(o[a : b + 1], i, w, g[a:b], y), len(grad), ROWS)
+    return out
+
+
+def by_feature(rows, features, values, n_features):
+    """The entries sorted by feature, stably: starts int64 [n + 1], rows int32, values (numpy arrays)."""
+    starts = np.zeros(n_features + 1, np.int64)
+    sorted_rows, out = np.empty(len(rows), np.int32), np.empty(len(rows), np.float32)
+    _sort(rows.int().numpy(), features.int().numpy(), values.numpy(), starts, sorted_rows, out)
+    return starts, sorted_rows, out
+
+
+def sum_outer(rows, features, values, matrix, n_features):
+    """``out[i] = sum of values[e] matrix[rows[e]]`` over the entries e of feature i, in their order."""
+    out = torch.empty(n_features, matrix.shape[1])
+    starts, sorted_rows, coefficients = by_feature(rows, features, values, n_features)
+    m, y = matrix.numpy(), out.numpy()
+    parallel(
+        lambda a, b: _sum_outer(starts[a : b + 1], sorted_rows, coefficients, m, y[a:b]), n_features, FEATURES
+    )
+    return out
