@@ -48,7 +48,8 @@ class Factors:
         """The gradient itself."""
         from saekit.kernels.product import sum_outer
 
-        return sum_outer(*self.joined(), n_features)
+        rows, features, values, matrix = self.joined()
+        return sum_outer(rows, features, values, matrix, n_features)
 
 
 @contextmanager

@@ -13,7 +13,9 @@ from contextlib import contextmanager
 
 import torch
 
-_pools = {}  # (process, threads) -> pool: a forked child makes its own
+_pools: dict[
+    tuple[int, int], ThreadPoolExecutor
+] = {}  # (process, threads) -> pool: a forked child makes its own
 _serial = threading.local()
 _scratch = threading.local()
 

@@ -82,6 +82,7 @@ def test_kernels_import_nothing_else_of_ours_nor_anything_but_torch_numba_triton
                     known = top == "saekit.kernels" or name.split(".")[0] in {
                         "torch",
                         "numba",
+                        "llvmlite",  # numba's own compiler
                         "triton",
                         "numpy",
                     }

@@ -63,7 +63,7 @@ def _backward(ctx, grad, *_):
             grad_weight = sum_outer(at, indices, scaled, matrix, weight.shape[0])
         else:
             ctx.into.add(at, indices, scaled, matrix)
-    outer = twice[:, None] * later[0] if needs[4] or needs[5] else None
+    outer = twice[:, None] * later[0]
     return (
         None, None, slopes * per_entry if needs[2] else None, grad_weight,
         outer.sum(0) if needs[4] else None, -outer if needs[5] else None, None, None,
