@@ -11,6 +11,7 @@ if __name__ != "saekit.kernels":
 
 from saekit.kernels.adam import adam_step as adam_step
 from saekit.kernels.adam import gradient_norm as gradient_norm
+from saekit.kernels.budgets import budget_error as budget_error
 from saekit.kernels.encode import batchtopk_encode as batchtopk_encode
 from saekit.kernels.encode import threshold_encode as threshold_encode
 from saekit.kernels.encode import topk_encode as topk_encode
@@ -20,4 +21,5 @@ from saekit.kernels.error import squared_error as squared_error
 from saekit.kernels.factors import Factors as Factors
 from saekit.kernels.factors import collect as collect
 from saekit.kernels.product import sparse_decode as sparse_decode
+from saekit.kernels.pursuit import pursuit_encode as pursuit_encode
 from saekit.kernels.threads import serial as serial

@@ -11,10 +11,12 @@ from torch import Tensor
 from saekit import kernels
 from saekit.kernels import threads
 from saekit.kernels.adam import reference as adam_reference
+from saekit.kernels.budgets import reference as budgets_reference
 from saekit.kernels.encode import cpu, eager, scan
 from saekit.kernels.encode import reference as encode_reference
 from saekit.kernels.error import reference as error_reference
 from saekit.kernels.product import reference as product_reference
+from saekit.kernels.pursuit import reference as pursuit_reference
 
 SHAPES = [(1, 1, 1, 1), (5, 3, 7, 2), (63, 5, 100, 7), (100, 17, 63, 63), (0, 4, 9, 3), (3, 64, 1000, 1), (65, 100, 1000, 40)]  # fmt: skip
 DTYPES = [torch.float32, torch.float64]  # numba, and plain torch
@@ -276,6 +278,47 @@ def test_nested_error_equals_its_reference(
     same(gradients([mine[0]], of), gradients([theirs[0]], of))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("rows", "n", "d", "k"), [(0, 5, 3, 2), (1, 1, 1, 1), (63, 20, 100, 20), (65, 1000, 33, 7)]
+)
+def test_budget_error_equals_its_reference(rows: int, n: int, d: int, k: int, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(rows)
+    weight, bias, target, values = (
+        torch.randn(s, generator=g, dtype=dtype).requires_grad_()
+        for s in ((n, d), (d,), (rows, d), (rows, k))
+    )
+    indices = torch.randint(0, n, (rows, k), generator=g).int()
+    for shares in ([1 / k] * k, [float(j % 3) for j in range(k)]):
+        mine = kernels.budget_error(indices, values, weight, bias, target, shares)
+        theirs = budgets_reference.budget_error(indices, values, weight, bias, target, shares)
+        same(mine, theirs)
+        of = [values, weight, bias, target]
+        same(gradients([mine[0]], of), gradients([theirs[0]], of))
+
+
+@pytest.mark.parametrize("shortlist", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("rows", "n", "d", "k"), [(0, 5, 3, 2), (1, 1, 1, 1), (63, 200, 40, 9), (65, 30, 33, 50)]
+)
+def test_pursuit_equals_its_reference(
+    rows: int, n: int, d: int, k: int, dtype: torch.dtype, shortlist: str
+) -> None:
+    g = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, d, generator=g, dtype=dtype).requires_grad_()
+    weight = torch.nn.functional.normalize(
+        torch.randn(n, d, generator=g, dtype=dtype), dim=-1
+    ).requires_grad_()
+    values, indices, residual = kernels.pursuit_encode(x, weight, k, shortlist=shortlist)
+    theirs = pursuit_reference.pursue(x, weight, k)
+    assert torch.equal(indices[values > 1e-4], theirs[1][values > 1e-4])
+    same((values, residual), (theirs[0], theirs[2]))
+    same(gradients([values, residual], [x, weight]), gradients([theirs[0], theirs[2]], [x, weight]))
+    offsets = torch.arange(rows + 1) * k
+    same((kernels.sparse_decode(offsets, indices.flatten(), values.flatten(), weight) + residual,), (x,))
+
+
 def test_gradients_that_are_collected_are_the_dense_ones() -> None:
     x, weight, bias = inputs(40, 20, 200, torch.float32)
     atoms = torch.randn(200, 20, requires_grad=True)
@@ -321,6 +364,10 @@ def operations(dtype: torch.dtype) -> dict:
         "sample": (offsets, indices, atoms.detach(), target.detach()),
         "sum_outer": (torch.zeros_like(indices).long(), indices, values.detach(), target.detach(), 12),
         "nested_error": (offsets, indices, values, atoms, out, target, [5, 12], [0.5, 1.0]),
+        "budget_error": (torch.arange(12).view(6, 2).int(), x[:, :2].detach().requires_grad_(), atoms, out, target, [0.5, 1.0]),
+        "budget_outer": (torch.arange(12).view(6, 2).int(), x[:, :2].detach().contiguous(), atoms.detach(), out.detach(), target.detach(), [0.5, 1.0], bias[:6].detach()),
+        "pursue": (x, weight, 3, "fp32"),
+        "pursue_backward": (torch.arange(12).view(6, 2).int(), x[:, :2].detach().contiguous(), weight.detach(), x.detach(), x[:, :2].detach().contiguous(), x.detach()),
     }  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from saekit.kernels.jit import WORD as CHUNK
 from saekit.kernels.jit import bf16_bits, dot, inline, jit, jit_loose, lowest_bit, number, prefetch, reaching
 
 AHEAD = 2  # rows asked for before they are needed
-SLOTS = 32  # candidates beyond k at which a row's limit is raised
+SLOTS = 32  # candidates beyond k, or k if that is more, at which a row's limit is raised
 GROUPS = 64  # of the first limit
 LEAST = np.float32(-3.4e38)  # below every finite key
 MASKED = np.float32(-np.inf)  # the bias of a feature that is left out; its key is below LEAST
@@ -35,14 +35,14 @@ def _key(v, b, absolute):
 
 
 @jit
-def _find(line, most_bias, most_norm, spread, slack, absolute, limit, places):
+def _find(line, most_bias, most_norm, alive, spread, slack, absolute, limit, places):
     """Places in a line whose upper bound may reach the limit, by the largest bias and norm of their chunk."""
     width, found = len(line), 0
     for c in range(len(most_bias)):
         start = c * CHUNK
         least = _reach(limit, most_bias[c], most_norm[c], spread, slack)
         if least > 0 and start + CHUNK <= width:
-            word = reaching(line, start, least, absolute)
+            word = reaching(line, start, least, absolute) & alive[c]
             while word:
                 places[found] = start + lowest_bit(word)
                 found += 1
@@ -64,14 +64,15 @@ def _reach(limit, most_bias, most_norm, spread, slack):
 
 
 @jit
-def chunk_maxima(bias, norm, absolute, most_bias, most_norm):
-    """The largest bias and norm of every CHUNK features; of masked ones only, MASKED."""
+def chunk_maxima(bias, norm, absolute, most_bias, most_norm, alive):
+    """The largest bias and norm of every CHUNK features, and which of them aren't masked, as bits."""
     for c in range(len(most_bias)):
-        b, length = MASKED, np.float32(0)
+        b, length, word = MASKED, np.float32(0), np.uint64(0)
         for i in range(c * CHUNK, min(len(bias), (c + 1) * CHUNK)):
             if bias[i] > MASKED:
                 b, length = max(b, abs(bias[i]) if absolute else bias[i]), max(length, norm[i])
-        most_bias[c], most_norm[c] = b, length
+                word |= np.uint64(1) << np.uint64(i - c * CHUNK)
+        most_bias[c], most_norm[c], alive[c] = b, length, word
 
 
 @jit
@@ -159,7 +160,7 @@ def _scan_line(line, places, found, first, bias, norm, spread, slack, absolute, 
 
 @jit
 def scan(
-    tile, first, bias, norm, most_bias, most_norm, spread, slack, absolute, group, k,
+    tile, first, bias, norm, most_bias, most_norm, alive, spread, slack, absolute, group, k,
     limits, counts, full, low, high, at,
 ):  # fmt: skip
     """Keep what may be among the k largest of its row, or of its group of features.
@@ -167,7 +168,7 @@ def scan(
     tile [rows, width] of the features ``first``, ...; ``group`` features make a group, and a tile
     holds whole groups. State per row and group: limits, counts, the count at which
     the limit is raised (full), candidates low, high, at [room].
-    most_bias, most_norm are those of every CHUNK features of a line.
+    most_bias, most_norm and alive are those of every CHUNK features of a line.
     """
     rows, width = tile.shape
     peaks, spare = np.empty(GROUPS, dtype=np.float32), np.empty(GROUPS, dtype=np.float32)
@@ -184,14 +185,14 @@ def scan(
             line, b, length = tile[r, start:end], bias[start:end], norm[start:end]
             if limit == LEAST and k <= GROUPS // 2 and len(line) >= 4 * GROUPS:
                 limit = _first_limit(line, b, length, e, slack, absolute, k, peaks, spare, order)
-            found = _find(line, most_bias, most_norm, e, slack, absolute, limit, places)
+            found = _find(line, most_bias, most_norm, alive, e, slack, absolute, limit, places)
             limit, n = _scan_line(
                 line, places, found, first + start, b, length, e, slack, absolute, k, limit, n,
                 low[r, g], high[r, g], at[r, g],
             )  # fmt: skip
             if n >= full[r, g]:
                 limit, n = drop(low[r, g], high[r, g], at[r, g], n, k)
-                full[r, g] = n + SLOTS
+                full[r, g] = n + max(k, SLOTS)
             limits[r, g], counts[r, g] = limit, n
 
 
@@ -287,7 +288,7 @@ def round_rows(weight, rounded, norm, lost):
 
 @jit
 def scan_above(
-    tile, row, first, base, bias, norm, most_bias, most_norm, spread, slack, limit, n, low, high, at
+    tile, row, first, base, bias, norm, most_bias, most_norm, alive, spread, slack, limit, n, low, high, at
 ):
     """Append entries of a tile, from ``row`` on, whose upper bound reaches ``limit``.
 
@@ -300,7 +301,7 @@ def scan_above(
         if n + width > len(at):
             return n, r
         line, e = tile[r], spread[r]
-        found = _find(line, most_bias, most_norm, e, slack, False, limit, places)
+        found = _find(line, most_bias, most_norm, alive, e, slack, False, limit, places)
         for i in range(found):
             j = places[i]
             v = number(line[j])

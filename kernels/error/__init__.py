@@ -18,12 +18,12 @@ from saekit.kernels.product import row_ids, sum_outer
 def _nested(
     offsets: Tensor, indices: Tensor, values: Tensor, weight: Tensor, bias: Tensor, target: Tensor,
     prefixes: list[int], shares: list[float],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    squared, error, later, slopes = implementation("error", weight).nested_error(
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    squared, later, slopes = implementation("error", weight).nested_error(
         offsets, indices, values, weight, bias, target, prefixes, shares
     )
     total = torch.tensor(shares, dtype=squared.dtype, device=squared.device) @ squared
-    return total, squared, error, later, slopes
+    return total, squared, later, slopes
 
 
 @_nested.register_fake
@@ -31,17 +31,17 @@ def _(offsets, indices, values, weight, bias, target, prefixes, shares):
     rows, d = target.shape
     levels = len(prefixes)
     return (
-        target.new_empty(rows), target.new_empty(levels, rows), target.new_empty(rows, d),
-        target.new_empty(levels, rows, d), torch.empty_like(values),
+        target.new_empty(rows), target.new_empty(levels, rows), target.new_empty(levels, rows, d),
+        torch.empty_like(values),
     )  # fmt: skip
 
 
 def _setup(ctx, inputs, output):
     offsets, indices, values, weight, _, _, prefixes, _ = inputs
-    _, squared, error, later, slopes = output
+    _, squared, later, slopes = output
     ctx.save_for_backward(offsets, indices, values, weight, later, slopes)
     ctx.prefixes, ctx.into = prefixes, collector(weight)
-    ctx.mark_non_differentiable(squared, error, later, slopes)
+    ctx.mark_non_differentiable(squared, later, slopes)
     ctx.set_materialize_grads(False)
 
 
@@ -63,10 +63,9 @@ def _backward(ctx, grad, *_):
             grad_weight = sum_outer(at, indices, scaled, matrix, weight.shape[0])
         else:
             ctx.into.add(at, indices, scaled, matrix)
-    outer = twice[:, None] * later[0]
     return (
         None, None, slopes * per_entry if needs[2] else None, grad_weight,
-        outer.sum(0) if needs[4] else None, -outer if needs[5] else None, None, None,
+        twice @ later[0] if needs[4] else None, twice[:, None] * -later[0] if needs[5] else None, None, None,
     )  # fmt: skip
 
 
@@ -95,15 +94,16 @@ def nested_error(offsets, indices, values, weight, bias, target, prefixes, share
     ):
         raise ValueError(f"prefixes = {prefixes} must rise from at least 1 to n_features = {weight.shape[0]}")
     shares = [1 / len(prefixes)] * len(prefixes) if shares is None else [float(s) for s in shares]
-    if len(shares) != len(prefixes):
+    if len(shares) != len(prefixes) or not shares[-1] > 0:
         raise ValueError(
             f"shares has {len(shares)} entries and prefixes {len(prefixes)}; give one per prefix"
         )
-    total, squared, error, _, _ = _nested(
+    total, squared, later, _ = _nested(
         offsets, indices, values.contiguous(), weight.contiguous(), bias.contiguous(), target.contiguous(),
         prefixes, shares,
     )  # fmt: skip
-    return total, squared, error
+    last = later[-1].detach()
+    return total, squared.detach(), last if shares[-1] == 1 else last / shares[-1]
 
 
 def squared_error(offsets, indices, values, weight, bias, target):

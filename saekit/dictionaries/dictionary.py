@@ -198,7 +198,8 @@ class Dictionary(nn.Module):
     def _read(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.d_in:
             raise SaekitError(f"the input's width {x.shape[-1]} is not the dictionary's d_in = {self.d_in}")
-        return (x.reshape(-1, self.d_in).to(self.mean_in.dtype) - self.mean_in) * self.scale_in
+        rows = x.reshape(-1, self.d_in).to(self.mean_in.dtype)
+        return (rows - self.mean_in).mul_(self.scale_in)
 
     def encode(self, x: Float[Tensor, "*shape d_in"]) -> Codes:
         """Codes by the inference rule: each row (or sequence) by itself."""
@@ -226,7 +227,8 @@ class Dictionary(nn.Module):
         if isinstance(batch, ActivationBatch):
             batch = batch.rows(self.reads[0]) if self.reads else batch.rows(next(iter(batch.activations)))
         x = self._read(batch)
-        y = (self.wiring.target(batch).to(x.dtype) - self.mean_out) * self.scale_out
+        target = self.wiring.target(batch)
+        y = x if target is batch else (target.to(x.dtype) - self.mean_out) * self.scale_out
         state = state or TrainState()
         k_aux = max(
             (term.picks(self.d_out) for term in self.terms.values() if hasattr(term, "picks")), default=0
