@@ -72,24 +72,25 @@ class Products:
 
     def sweep(self, *selections):
         """Show every tile to every selection, block of rows by block of rows."""
-        rows, n = len(self.x), len(self.weight)
-        multiple = max(s.multiple for s in selections)  # features that a tile can't part
-        most = max(1, min(ROWS, CANDIDATES // max(s.room for s in selections)))
+        rows, most = len(self.x), max(1, CANDIDATES // max(s.room for s in selections))
+        parallel(
+            lambda a, b: self.block(a, b, selections), rows, min(ROWS, most, max(1, -(-rows // count())))
+        )
 
-        def work(start, end):
-            left = self._rows(start, end)
-            begun = [s.begin(start, end, str(i)) for i, s in enumerate(selections)]
-            width = max(1, TILE // (end - start) // multiple) * multiple
-            for first in range(0, n, width):
-                last = min(n, first + width)
-                tile = scratch("tile", (end - start, last - first), left.dtype)
-                torch.mm(left, self.right[first:last].T, out=tile)
-                for visit, _ in begun:
-                    visit(tile, first, last)
-            for _, finish in begun:
-                finish()
-
-        parallel(work, rows, min(most, max(1, -(-rows // count()))))
+    def block(self, start, end, selections):
+        """The tiles of one block of rows; each is made and searched before the next."""
+        n, multiple = len(self.weight), max(s.multiple for s in selections)  # features that a tile can't part
+        left = self._rows(start, end)
+        begun = [s.begin(start, end, str(i)) for i, s in enumerate(selections)]
+        width = max(1, TILE // (end - start) // multiple) * multiple
+        for first in range(0, n, width):
+            last = min(n, first + width)
+            tile = scratch("tile", (end - start, last - first), left.dtype)
+            torch.mm(left, self.right[first:last].T, out=tile)
+            for visit, _ in begun:
+                visit(tile, first, last)
+        for _, finish in begun:
+            finish()
 
 
 def _check_finite(name, sizes, first):

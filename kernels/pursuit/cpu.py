@@ -5,9 +5,10 @@ import torch
 
 from saekit.kernels.encode.cpu import LargestOfRow, Products
 from saekit.kernels.jit import dot, jit
-from saekit.kernels.threads import parallel
+from saekit.kernels.threads import count, parallel
 
-ROWS, COLUMNS = 64, 64  # of a range that a thread takes
+BLOCK = 512  # rows pursued together: the product is faster with many
+ROWS, COLUMNS = 64, 64  # of a range that a thread takes backwards
 
 
 @jit
@@ -59,11 +60,15 @@ def pursue(x, weight, k, shortlist):
     values, indices = torch.empty(len(x), k), torch.empty(len(x), k, dtype=torch.int32)
     products = Products(residual, weight, torch.zeros(len(weight)), shortlist)
     w, r, v, i = (t.numpy() for t in (weight, residual, values, indices))
-    for step in range(k):
-        selection = LargestOfRow(products, 1, len(weight))
-        products.sweep(selection)
-        found = [t.numpy() for t in selection.result()]
-        parallel(lambda a, b, f=found, s=step: _take(a, b, *f, w, r, v, i, s), len(x), ROWS)
+    selection = LargestOfRow(products, 1, len(weight))
+    found = [t.numpy() for t in selection.result()]  # views of what each block overwrites
+
+    def work(start, end):  # rows have nothing to do with each other: a thread takes its own through all steps
+        for step in range(k):
+            products.block(start, end, [selection])
+            _take(start, end, *found, w, r, v, i, step)
+
+    parallel(work, len(x), max(1, min(BLOCK, -(-len(x) // count()))))
     return values, residual, indices
 
 

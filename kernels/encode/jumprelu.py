@@ -1,0 +1,32 @@
+"""JumpReLU on selected entries: silent below the threshold, with pseudo-gradients inside a window around it."""
+
+import torch
+
+
+class _JumpReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, u, features, threshold, bandwidth):
+        at = threshold[features.long()]
+        on = u > at
+        ctx.save_for_backward(u, features, at, on, threshold)
+        ctx.bandwidth = bandwidth
+        return torch.where(on, u, 0), on.to(u.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_z, grad_on):
+        u, features, at, on, threshold = ctx.saved_tensors
+        window = ((u - at).abs() < ctx.bandwidth / 2).to(u.dtype) / ctx.bandwidth
+        per_entry = -window * (at * grad_z + grad_on)
+        grad_threshold = torch.zeros_like(threshold).index_add_(0, features.long(), per_entry)
+        return torch.where(on, grad_z, 0), None, grad_threshold, None
+
+
+def jumprelu(u, features, threshold, bandwidth):
+    """``(z, on)`` of entries: ``z = u 1[u > threshold]`` and ``on = 1[u > threshold]``, both [nnz].
+
+    u and features are those of ``threshold_encode(x, W, b, threshold - bandwidth / 2)``: entries
+    inside the window are silent and train the threshold. Rajamanoharan et al. 2024 (2407.14435),
+    eq. 11 and 12, with a rectangular kernel: ``dz/dthreshold = -(threshold / bandwidth) K`` and
+    ``d on/dthreshold = -(1 / bandwidth) K``, ``dz/du = on``.
+    """
+    return _JumpReLU.apply(u, features, threshold, bandwidth)
