@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -57,10 +58,12 @@ class State:
         self.threshold = torch.zeros(n, device=device, dtype=dtype)
         self.dead = (torch.rand(n, generator=g) < DEAD).to(device)
         self.step = 0
+        self.codes: Any = None
 
     def trained(self, names):
         """The named weights, with gradients, and their moments."""
         self.names = names
+        self.moments: dict[str, tuple[torch.Tensor, torch.Tensor]]
         for name in names:
             getattr(self, name).requires_grad_()
         self.moments = {
@@ -81,7 +84,7 @@ def planted(shape, generator):
     return x * (shape.d_in / x.square().sum(-1).mean()).sqrt()
 
 
-def _rectangular(s, indices, values):
+def _rectangular(s, indices, values) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     offsets = torch.arange(len(s.x) + 1, device=s.x.device) * indices.shape[1]
     return offsets, indices.reshape(-1), values.reshape(-1)
 
@@ -241,7 +244,8 @@ def step(s, loss, shortlist):
     s.step += 1
     for name, weight in zip(s.names, weights, strict=True):
         gradient = factors.get(weight) or weight.grad
-        kernels.adam_step(weight, gradient, *s.moments[name], rate=RATE, step=s.step, unit=name == "W_dec")
+        m, v = s.moments[name]
+        kernels.adam_step(weight, gradient, m, v, rate=RATE, step=s.step, unit=name == "W_dec")
         weight.grad = None
 
 
@@ -266,9 +270,9 @@ def step_parity(s, loss, dense, shortlist):
         before = [w.detach().clone() for w in weights]
         expected = [w.clone() for w in before]
         for name, weight, gradient in zip(s.names, expected, mine, strict=True):
-            moments = [m.clone() for m in s.moments[name]]
+            m, v = (moment.clone() for moment in s.moments[name])
             adam_reference.adam_step(
-                weight, gradient, *moments, RATE, s.step + 1, (0.9, 0.999), 1e-8, 1.0, name == "W_dec"
+                weight, gradient, m, v, RATE, s.step + 1, (0.9, 0.999), 1e-8, 1.0, name == "W_dec"
             )
         step(s, loss, shortlist)
         for weight, start, end in zip(weights, before, expected, strict=True):
@@ -287,7 +291,8 @@ def encode_only(s, shortlist):
 
 def decode_only(s, _):
     """A reconstruction from given codes."""
-    return kernels.sparse_decode(*s.codes, s.W_dec)
+    offsets, indices, values = s.codes
+    return kernels.sparse_decode(offsets, indices, values, s.W_dec)
 
 
 OPERATIONS = {"encode": encode_only, "decode": decode_only}
@@ -304,7 +309,9 @@ def parity(name, shortlist):
             worst = max(worst, float((indices != at).any()), _difference(values, expected))
             codes = _rectangular(s, indices, values)
             dense = torch.zeros(shape.batch, shape.n_features).scatter_(1, indices.long(), values) @ s.W_dec
-            worst = max(worst, _difference(kernels.sparse_decode(*codes, s.W_dec), dense))
+            worst = max(
+                worst, _difference(kernels.sparse_decode(codes[0], codes[1], codes[2], s.W_dec), dense)
+            )
             continue
         loss, dense, names = STEPS[name]
         s = State(shape)

@@ -16,6 +16,7 @@ VERBS = {
     "train": "saekit.verbs.train:train",
     "eval": "saekit.verbs.evaluate:evaluate",
     "dashboard": "saekit.verbs.dashboard:dashboard",
+    "bench": "saekit.verbs.bench:bench",
     "doctor": "saekit.verbs.doctor:doctor",
 }
 

@@ -9,18 +9,21 @@ from saekit.kernels.product.cpu import by_feature
 from saekit.kernels.threads import parallel
 
 FEATURES = 128  # rows of a range that a thread takes
+AHEAD = 2  # rows asked for before they are needed
 
 
 @jit
-def _gather(g, i, starts, rows, values, matrix):
-    """Row i of a gradient given as a sum of outer products."""
+def _gather(g, i, terms):
+    """Row i of a gradient given as sums of outer products."""
     g[:] = 0
-    for e in range(starts[i], starts[i + 1]):
-        if e + 2 < len(rows):
-            prefetch(matrix[rows[e + 2]])
-        c, x = values[e], matrix[rows[e]]
-        for j in range(len(g)):
-            g[j] += c * x[j]
+    for t in range(len(terms)):
+        starts, rows, values, matrix = terms[t]
+        for e in range(starts[i], starts[i + 1]):
+            if e + AHEAD < len(rows):
+                prefetch(matrix[rows[e + AHEAD]])
+            c, x = values[e], matrix[rows[e]]
+            for j in range(len(g)):
+                g[j] += c * x[j]
 
 
 @jit
@@ -45,10 +48,10 @@ def _row(w, g, m, v, unit, noise, numbers):
 
 
 @jit
-def _factored(first, last, starts, rows, values, matrix, unit, weight, m, v, noise, numbers):
+def _factored(first, last, terms, unit, weight, m, v, noise, numbers):
     g = np.empty(weight.shape[1], np.float32)
     for i in range(first, last):
-        _gather(g, i, starts, rows, values, matrix)
+        _gather(g, i, terms)
         _row(weight[i], g, m[i], v[i], unit, noise + np.uint32(i) * np.uint32(0x9E3779B9), numbers)
 
 
@@ -60,10 +63,10 @@ def _dense(first, last, gradient, unit, weight, m, v, noise, numbers):
 
 
 @jit
-def _squares(first, last, starts, rows, values, matrix, unit, weight, out):
+def _squares(first, last, terms, unit, weight, out):
     g = np.empty(weight.shape[1], np.float32)
     for i in range(first, last):
-        _gather(g, i, starts, rows, values, matrix)
+        _gather(g, i, terms)
         along = dot(g, weight[i]) if unit else np.float32(0)
         out[i] = dot(g, g) - along * along
 
@@ -80,6 +83,14 @@ def _numbers(rate, scale, betas, eps, step):
     return tuple(np.float32(a) for a in exact)
 
 
+def _terms(gradient, n_features):
+    """The terms of Factors, each with its entries sorted by feature."""
+    return tuple(
+        (*by_feature(rows, features, values, n_features), matrix.contiguous().numpy())
+        for rows, features, values, matrix in gradient.terms
+    )
+
+
 def adam_step(weight, gradient, m, v, rate, step, betas, eps, scale, unit):
     """In place; the gradient is dense or Factors. See the package."""
     numbers = _numbers(rate, scale, betas, eps, step)
@@ -87,9 +98,8 @@ def adam_step(weight, gradient, m, v, rate, step, betas, eps, scale, unit):
     shape = (1, -1) if weight.ndim == 1 else weight.shape
     w, m, v = weight.view(shape).numpy(), _array(m.view(shape)), _array(v.view(shape))
     if isinstance(gradient, Factors):
-        rows, features, values, matrix = gradient.joined()
-        entries = (*by_feature(rows, features, values, len(w)), matrix.numpy())
-        parallel(lambda a, b: _factored(a, b, *entries, unit, w, m, v, noise, numbers), len(w), FEATURES)
+        terms = _terms(gradient, len(w))
+        parallel(lambda a, b: _factored(a, b, terms, unit, w, m, v, noise, numbers), len(w), FEATURES)
     else:
         g = gradient.contiguous().view(shape).numpy()
         parallel(lambda a, b: _dense(a, b, g, unit, w, m, v, noise, numbers), len(w), FEATURES)
@@ -97,9 +107,8 @@ def adam_step(weight, gradient, m, v, rate, step, betas, eps, scale, unit):
 
 def squares(weight, gradient, unit):
     """Squared length of every row of a gradient given as Factors, after the projection."""
-    rows, features, values, matrix = gradient.joined()
-    entries = (*by_feature(rows, features, values, len(weight)), matrix.numpy())
+    terms = _terms(gradient, len(weight))
     out, w = torch.empty(len(weight)), weight.numpy()
     o = out.numpy()
-    parallel(lambda a, b: _squares(a, b, *entries, unit, w, o), len(weight), FEATURES)
+    parallel(lambda a, b: _squares(a, b, terms, unit, w, o), len(weight), FEATURES)
     return out

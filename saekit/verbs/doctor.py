@@ -42,15 +42,18 @@ def environment() -> dict[str, Any]:
     """Versions, devices, memory, disk, and which kernel backend runs and why."""
     import torch
 
+    from saekit.kernels.backend import explain, matrix_unit
+
     versions = {}
     for name in PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = "absent"
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
     cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    pairs = [("cpu", torch.float32), ("cpu", torch.float64)]
+    pairs += [("cuda", torch.float32)] if cuda else []
     return {
         "python": f"{platform.python_version()} at {sys.executable}",
         "system": platform.platform(),
@@ -59,8 +62,11 @@ def environment() -> dict[str, Any]:
         "memory": f"{memory / 1e9:.1f} GB",
         "disk": f"{shutil.disk_usage('.').free / 1e9:.1f} GB free here",
         "gpu": cuda or "none",
-        "bf16 matrix unit": "yes (amx_bf16)" if "amx_bf16" in flags else "no",
-        "kernels": "CPU: selection in numba, the rest in torch; elsewhere: all in torch (no device kernel in this version)",
+        "bf16 matrix unit": "yes: products shortlist in bf16" if matrix_unit() else "no: products in fp32",
+        "kernels": [
+            f"{device} {str(dtype).removeprefix('torch.')}: {' - '.join(explain(device, dtype))}"
+            for device, dtype in pairs
+        ],
         "network": "off (HF_HUB_OFFLINE)"
         if os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "")
         else "allowed",
