@@ -17,8 +17,9 @@ _open = threading.local()
 class Factors:
     """A gradient [n, d] in parts: entries (row of a matrix, feature, value) for each of some matrices."""
 
-    def __init__(self):
+    def __init__(self, orders=None):
         self.terms = []
+        self.orders = {} if orders is None else orders  # found while sorting; shared by one collect
 
     def __bool__(self):
         return bool(self.terms)
@@ -59,7 +60,8 @@ def collect(weights):
     Yields ``{weight: Factors}``. Both the forward and the backward pass belong inside. What reaches
     a weight through other operations still arrives in ``.grad``.
     """
-    found = {weight: Factors() for weight in weights}
+    orders: dict = {}
+    found = {weight: Factors(orders) for weight in weights}
     before = getattr(_open, "by_address", {})
     _open.by_address = {**before, **{(w.data_ptr(), w.shape): f for w, f in found.items()}}
     try:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from saekit.cli import VERBS
+from saekit.kernels import bench
 
 ROOT = Path(__file__).parent.parent
 
@@ -111,6 +112,47 @@ def test_the_readmes_example_runs(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "ce_recovered" in done.stdout and (tmp_path / "report.html").exists()
+
+
+def test_bench_proves_before_it_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = (
+        "--d-in",
+        "32",
+        "--n-features",
+        "256",
+        "--k",
+        "4",
+        "--batch",
+        "64",
+        "--steps",
+        "2",
+        "--no-record",
+    )
+    done = saekit("bench", "--case", "auxk32", "--case", "encode", *small, "--json")
+    rows = json.loads(done.stdout)
+    assert done.returncode == 0 and {row["case"] for row in rows} == {"auxk32", "encode"}
+    for row in rows:
+        assert row["parity_holds"] and row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
+        assert row["ratio"] == pytest.approx(row["p50_ms"] / row["floor_ms"])
+        assert row["case"] == "encode" or row["extra"] > 0
+    monkeypatch.setattr(bench, "TOLERANCE", 0.0)  # nothing is exactly its dense definition
+    row = bench.measure("topk", bench.Shape(32, 256, 4, 64), steps=2)
+    assert not row["parity_holds"] and "p50_ms" not in row and "ratio" not in row
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--case", "topc"), "case 'topc' is unknown"),
+        (("--k", "0"), "k = 0 must lie in 1..n_features = 16384"),
+        (("--steps", "1"), "steps = 1 is too small"),
+        (("--shortlist", "fp8"), "shortlist 'fp8'"),
+        (("--peers", "/nowhere/python"), "peers '/nowhere/python' is no file"),
+    ],
+)
+def test_bench_refuses_in_one_sentence(arguments: tuple[str, ...], words: str) -> None:
+    done = saekit("bench", *arguments)
+    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
 
 
 @pytest.mark.slow

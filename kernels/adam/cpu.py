@@ -86,7 +86,7 @@ def _numbers(rate, scale, betas, eps, step):
 def _terms(gradient, n_features):
     """The terms of Factors, each with its entries sorted by feature."""
     return tuple(
-        (*by_feature(rows, features, values, n_features), matrix.contiguous().numpy())
+        (*by_feature(rows, features, values, n_features, gradient.orders), matrix.contiguous().numpy())
         for rows, features, values, matrix in gradient.terms
     )
 

@@ -6,7 +6,7 @@ import torch
 from saekit.kernels.jit import dot, jit
 from saekit.kernels.threads import parallel
 
-ROWS, FEATURES = 64, 256  # of a range that a thread takes
+ROWS, FEATURES, ENTRIES = 64, 256, 1 << 15  # of a range that a thread takes
 
 
 @jit
@@ -29,16 +29,21 @@ def _sample(offsets, indices, weight, grad, out):
 
 
 @jit
-def _sort(rows, features, values, starts, sorted_rows, sorted_values):
+def _order(features, starts, order):
     for f in features:
         starts[f + 1] += 1
     for i in range(1, len(starts)):
         starts[i] += starts[i - 1]
     place = starts[:-1].copy()
     for e in range(len(features)):
-        at = place[features[e]]
-        sorted_rows[at], sorted_values[at] = rows[e], values[e]
-        place[features[e]] = at + 1
+        order[place[features[e]]] = e
+        place[features[e]] += 1
+
+
+@jit
+def _permute(first, last, order, rows, values, sorted_rows, sorted_values):
+    for i in range(first, last):
+        sorted_rows[i], sorted_values[i] = rows[order[i]], values[order[i]]
 
 
 @jit
@@ -68,12 +73,21 @@ def sample(offsets, indices, weight, grad):
     return out
 
 
-def by_feature(rows, features, values, n_features):
-    """The entries sorted by feature, stably: starts int64 [n + 1], rows int32, values (numpy arrays)."""
-    starts = np.zeros(n_features + 1, np.int64)
-    sorted_rows, out = np.empty(len(rows), np.int32), np.empty(len(rows), np.float32)
-    _sort(rows.int().numpy(), features.int().numpy(), values.numpy(), starts, sorted_rows, out)
-    return starts, sorted_rows, out
+def by_feature(rows, features, values, n_features, orders=None):
+    """The entries sorted by feature, stably: starts int64 [n + 1], rows int32, values (numpy arrays).
+
+    ``orders`` keeps the order found for these features, which encoder and decoder share.
+    """
+    orders = {} if orders is None else orders
+    key = (features.data_ptr(), len(features), n_features)
+    if key not in orders:
+        orders[key] = np.zeros(n_features + 1, np.int64), np.empty(len(features), np.int32)
+        _order(features.numpy(), *orders[key])
+    starts, order = orders[key]
+    sorted_rows, sorted_values = np.empty(len(rows), np.int32), np.empty(len(rows), np.float32)
+    given = order, rows.numpy(), values.numpy()
+    parallel(lambda a, b: _permute(a, b, *given, sorted_rows, sorted_values), len(rows), ENTRIES)
+    return starts, sorted_rows, sorted_values
 
 
 def sum_outer(rows, features, values, matrix, n_features):
