@@ -45,7 +45,36 @@ def matrix_unit():
     return bool(supported and supported())
 
 
+TRITON = (
+    "adam",
+    "encode",
+    "error",
+    "product",
+)  # operations written in it; the others run in plain torch there
+_broken: dict[str, str] = {}  # operation -> why its Triton kernels don't run on this machine
+
+
 def implementation(operation, tensor):
     """The module that computes an operation for such a tensor."""
     backend, _ = explain(tensor.device.type, tensor.dtype)
+    if backend == "triton" and (operation not in TRITON or operation in _broken):
+        backend = "eager"
     return importlib.import_module(PLACE.format(operation=operation, backend=backend))
+
+
+def run(operation, function, tensor, *arguments):
+    """Call a function of an operation; where Triton fails to compile, in plain torch from then on, saying so once."""
+    module = implementation(operation, tensor)
+    try:
+        return getattr(module, function)(*arguments)
+    except Exception as error:
+        if not module.__name__.endswith(".triton") or isinstance(
+            error, ValueError | torch.cuda.OutOfMemoryError
+        ):
+            raise
+        _broken[operation] = f"{type(error).__name__}: {error}"
+        warnings.warn(
+            f"{operation} runs in plain torch on this GPU, exact but slower: Triton fails ({_broken[operation]})",
+            stacklevel=2,
+        )
+        return run(operation, function, tensor, *arguments)

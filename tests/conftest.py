@@ -9,6 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, by whomever
+
 import saekit
 from saekit.harvest import harvest
 from saekit.models import Model, load_model

@@ -8,7 +8,7 @@ behind the encode product. Here each row's gradient is summed from its terms whe
 import torch
 
 from saekit.kernels import checks
-from saekit.kernels.backend import implementation
+from saekit.kernels.backend import run
 from saekit.kernels.factors import Factors
 
 
@@ -40,9 +40,7 @@ def adam_step(
         if gradient.shape != weight.shape:
             raise ValueError(f"gradient has shape {tuple(gradient.shape)}; expected {tuple(weight.shape)}")
         checks.alike(weight=weight, gradient=gradient)
-    implementation("adam", weight).adam_step(
-        weight.detach(), gradient, m, v, rate, step, betas, eps, scale, unit
-    )
+    run("adam", "adam_step", weight, weight.detach(), gradient, m, v, rate, step, betas, eps, scale, unit)
 
 
 @torch.no_grad()
@@ -51,7 +49,7 @@ def gradient_norm(weights, gradients, units):
     total = 0.0
     for weight, gradient, unit in zip(weights, gradients, units, strict=True):
         if isinstance(gradient, Factors):
-            total = total + implementation("adam", weight).squares(weight.detach(), gradient, unit).sum()
+            total = total + run("adam", "squares", weight, weight.detach(), gradient, unit).sum()
         else:
             flat = gradient if not unit else gradient - (gradient * weight).sum(-1, keepdim=True) * weight
             total = total + flat.square().sum()

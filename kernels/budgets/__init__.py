@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from saekit.kernels import checks
-from saekit.kernels.backend import implementation
+from saekit.kernels.backend import run
 
 
 @torch.library.custom_op("saekit::budget_error", mutates_args=())
 def _budgets(
     indices: Tensor, values: Tensor, weight: Tensor, bias: Tensor, target: Tensor, shares: list[float]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    squared, slopes, all_later = implementation("budgets", weight).budget_error(
-        indices, values, weight, bias, target, shares
+    squared, slopes, all_later = run(
+        "budgets", "budget_error", weight, indices, values, weight, bias, target, shares
     )
     total = squared @ torch.tensor(shares, dtype=squared.dtype, device=squared.device)
     return total, squared, slopes, all_later
@@ -33,9 +33,7 @@ def _outer(
     shares: list[float],
     scale: Tensor,
 ) -> Tensor:
-    return implementation("budgets", weight).budget_outer(
-        indices, values, weight, bias, target, shares, scale
-    )
+    return run("budgets", "budget_outer", weight, indices, values, weight, bias, target, shares, scale)
 
 
 @_budgets.register_fake

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from saekit.kernels import checks
-from saekit.kernels.backend import implementation
+from saekit.kernels.backend import run
 from saekit.kernels.factors import collector
 from saekit.kernels.product import _decode, weight_gradient
 
@@ -22,7 +22,7 @@ def _topk(
     x: Tensor, weight: Tensor, bias: Tensor, k: int, group: int, absolute: bool,
     dead: Tensor | None, k_aux: int, shortlist: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    out = implementation("encode", x).topk(x, weight, bias, k, group, absolute, dead, k_aux, shortlist)
+    out = run("encode", "topk", x, x, weight, bias, k, group, absolute, dead, k_aux, shortlist)
     if dead is None:
         out = (*out, x.new_empty(len(x), 0), torch.empty(len(x), 0, dtype=torch.int32, device=x.device))
     return out
@@ -32,7 +32,7 @@ def _topk(
 def _batchtopk(
     x: Tensor, weight: Tensor, bias: Tensor, k: int, shortlist: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    offsets, indices, values = implementation("encode", x).batchtopk(x, weight, bias, k, shortlist)
+    offsets, indices, values = run("encode", "batchtopk", x, x, weight, bias, k, shortlist)
     return values, offsets, indices
 
 
@@ -40,7 +40,7 @@ def _batchtopk(
 def _threshold(
     x: Tensor, weight: Tensor, bias: Tensor, lower: Tensor, shortlist: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    offsets, indices, values = implementation("encode", x).threshold(x, weight, bias, lower, shortlist)
+    offsets, indices, values = run("encode", "threshold", x, x, weight, bias, lower, shortlist)
     return values, offsets, indices
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from saekit.kernels import checks
-from saekit.kernels.backend import implementation
+from saekit.kernels.backend import run
 from saekit.kernels.factors import collector
 from saekit.kernels.product import row_ids, sum_outer
 
@@ -19,8 +19,8 @@ def _nested(
     offsets: Tensor, indices: Tensor, values: Tensor, weight: Tensor, bias: Tensor, target: Tensor,
     prefixes: list[int], shares: list[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    squared, later, slopes = implementation("error", weight).nested_error(
-        offsets, indices, values, weight, bias, target, prefixes, shares
+    squared, later, slopes = run(
+        "error", "nested_error", weight, offsets, indices, values, weight, bias, target, prefixes, shares
     )
     total = torch.tensor(shares, dtype=squared.dtype, device=squared.device) @ squared
     return total, squared, later, slopes

@@ -2,11 +2,11 @@
 
 import torch
 
-from saekit.kernels.product import eager as product
+from saekit.kernels.product import eager
 
 
-def nested_error(offsets, indices, values, weight, bias, target, prefixes, shares):
-    """See ``cpu.py``."""
+def nested_error(offsets, indices, values, weight, bias, target, prefixes, shares, product=eager):
+    """See ``cpu.py``; ``product`` computes the sparse products."""
     ends = torch.tensor(prefixes, device=values.device)
     levels = torch.searchsorted(ends, indices.long(), right=True)
     errors = torch.empty(len(prefixes), *target.shape, dtype=target.dtype, device=target.device)

@@ -8,23 +8,23 @@ import torch
 from torch import Tensor
 
 from saekit.kernels import checks
-from saekit.kernels.backend import implementation
+from saekit.kernels.backend import run
 from saekit.kernels.factors import collector
 
 
 @torch.library.custom_op("saekit::decode", mutates_args=())
 def _decode(offsets: Tensor, indices: Tensor, values: Tensor, weight: Tensor) -> Tensor:
-    return implementation("product", weight).decode(offsets, indices, values, weight)
+    return run("product", "decode", weight, offsets, indices, values, weight)
 
 
 @torch.library.custom_op("saekit::sample", mutates_args=())
 def _sample(offsets: Tensor, indices: Tensor, weight: Tensor, grad: Tensor) -> Tensor:
-    return implementation("product", weight).sample(offsets, indices, weight, grad)
+    return run("product", "sample", weight, offsets, indices, weight, grad)
 
 
 @torch.library.custom_op("saekit::sum_outer", mutates_args=())
 def _sum_outer(rows: Tensor, features: Tensor, values: Tensor, matrix: Tensor, n_features: int) -> Tensor:
-    return implementation("product", matrix).sum_outer(rows, features, values, matrix, n_features)
+    return run("product", "sum_outer", matrix, rows, features, values, matrix, n_features)
 
 
 @_decode.register_fake

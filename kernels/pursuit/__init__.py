@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from saekit.kernels import checks
-from saekit.kernels.backend import implementation
+from saekit.kernels.backend import run
 
 SHORTLISTS = ("auto", "fp32", "bf16")
 
 
 @torch.library.custom_op("saekit::pursue", mutates_args=())
 def _pursue(x: Tensor, weight: Tensor, k: int, shortlist: str) -> tuple[Tensor, Tensor, Tensor]:
-    return implementation("pursuit", x).pursue(x, weight, k, shortlist)
+    return run("pursuit", "pursue", x, x, weight, k, shortlist)
 
 
 @torch.library.custom_op("saekit::pursue_backward", mutates_args=())
@@ -28,8 +28,8 @@ def _pursue_backward(
     grad_values: Tensor,
     grad_residual: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    return implementation("pursuit", weight).pursue_backward(
-        indices, values, weight, residual, grad_values, grad_residual
+    return run(
+        "pursuit", "pursue_backward", weight, indices, values, weight, residual, grad_values, grad_residual
     )
 
 

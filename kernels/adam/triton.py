@@ -1,0 +1,76 @@
+"""Adam on a GPU in one pass: a program sums one row's gradient from its terms and takes the row's step."""
+
+import triton
+import triton.language as tl
+
+from saekit.kernels.adam import eager
+from saekit.kernels.factors import Factors
+from saekit.kernels.product.triton import by_feature
+
+ENTRIES = 8  # gathered at once
+WIDEST = 8192  # a row is held in registers; wider ones take the eager path
+
+
+@triton.jit
+def _row(
+    starts, rows, values, matrix, weight, m, v, width, numbers, seed,
+    UNIT: tl.constexpr, ROUND: tl.constexpr, ENTRIES: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    i, columns = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
+    inside = columns < width
+    g = tl.zeros([WIDTH], dtype=tl.float32)
+    start, end = tl.load(starts + i), tl.load(starts + i + 1)
+    for first in range(start, end, ENTRIES):
+        e = first + tl.arange(0, ENTRIES)
+        live = e < end
+        row = tl.load(rows + e, mask=live, other=0).to(tl.int64)
+        value = tl.load(values + e, mask=live, other=0.0).to(tl.float32)
+        part = tl.load(
+            matrix + row[:, None] * width + columns[None, :], mask=live[:, None] & inside[None, :], other=0.0
+        )
+        g += tl.sum(value[:, None] * part.to(tl.float32), axis=0)
+    at = i * width + columns
+    w = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+    if UNIT:
+        g -= tl.sum(g * w, axis=0) * w
+    rate, scale = tl.load(numbers), tl.load(numbers + 1)
+    beta1, beta2, eps = tl.load(numbers + 2), tl.load(numbers + 3), tl.load(numbers + 4)
+    correct1, correct2 = tl.load(numbers + 5), tl.load(numbers + 6)
+    g *= scale
+    mean = beta1 * tl.load(m + at, mask=inside, other=0.0).to(tl.float32) + (1 - beta1) * g
+    square = beta2 * tl.load(v + at, mask=inside, other=0.0).to(tl.float32) + (1 - beta2) * g * g
+    w -= rate * (mean * correct1) / (tl.sqrt(square * correct2) + eps)
+    if UNIT:
+        w /= tl.maximum(tl.sqrt(tl.sum(w * w, axis=0)), 1e-12)
+    tl.store(weight + at, w.to(weight.dtype.element_ty), mask=inside)
+    if ROUND:  # into bf16 up or down at random: the nearest would lose small changes
+        mean = _dithered(mean, tl.randint(seed, at))
+        square = _dithered(square, tl.randint(seed + 1, at))
+    tl.store(m + at, mean.to(m.dtype.element_ty), mask=inside)
+    tl.store(v + at, square.to(v.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _dithered(value, noise):
+    bits = value.to(tl.int32, bitcast=True) + (noise & 0xFFFF).to(tl.int32)
+    return (bits & -65536).to(tl.float32, bitcast=True)
+
+
+def adam_step(weight, gradient, m, v, rate, step, betas, eps, scale, unit):
+    """In place; the gradient is dense or Factors. See the package."""
+    if not isinstance(gradient, Factors) or weight.shape[1] > WIDEST:
+        return eager.adam_step(weight, gradient, m, v, rate, step, betas, eps, scale, unit)
+    rows, features, values, matrix = gradient.joined()
+    entries = by_feature(rows, features, values, len(weight))
+    numbers = weight.new_tensor(
+        [rate, scale, *betas, eps, 1 / (1 - betas[0] ** step), 1 / (1 - betas[1] ** step)],
+        dtype=eager.torch.float32,
+    )
+    _row[(len(weight),)](
+        *entries, matrix.contiguous(), weight, m, v, weight.shape[1], numbers, 2 * step,
+        UNIT=unit, ROUND=m.dtype == eager.torch.bfloat16, ENTRIES=ENTRIES, WIDTH=triton.next_power_of_2(weight.shape[1]),
+    )  # fmt: skip
+    return None
+
+
+squares = eager.squares
