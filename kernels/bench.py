@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from saekit import kernels
+import saekit.kernels as kernels
 from saekit.kernels.adam import reference as adam_reference
 from saekit.kernels.backend import explain
 from saekit.kernels.budgets.reference import budget_error as dense_budgets

@@ -25,6 +25,38 @@ def _ordered(key):
 
 
 @triton.jit
+def _keep_largest(found, places, base, slots, count, limit, k, ABSOLUTE: tl.constexpr, ROWS: tl.constexpr):
+    """Reduce every row's candidates to the k largest, in their order; returns the new limits and counts."""
+    tl.debug_barrier()  # what other threads have just written
+    have = slots[None, :] < count[:, None]
+    v = tl.load(found + base[:, None] + slots[None, :], mask=have, other=0.0)
+    p = tl.load(places + base[:, None] + slots[None, :], mask=have, other=0)
+    order = tl.where(have, _ordered(tl.abs(v) if ABSOLUTE else v), -2147483648)
+    low, high = (
+        tl.full([ROWS], -2147483648, dtype=tl.int64),
+        tl.full([ROWS], 2147483647, dtype=tl.int64),
+    )
+    for _ in range(32):  # the largest number that k candidates reach
+        middle = (low + high + 1) >> 1
+        enough = tl.sum((order.to(tl.int64) >= middle[:, None]).to(tl.int32), axis=1) >= k
+        low, high = tl.where(enough, middle, low), tl.where(enough, high, middle - 1)
+    above, equal = order.to(tl.int64) > low[:, None], (order.to(tl.int64) == low[:, None]) & have
+    spare = k - tl.sum(above.to(tl.int32), axis=1)
+    keep = (above | (equal & (tl.cumsum(equal.to(tl.int32), axis=1) <= spare[:, None]))) & have
+    full = count >= k
+    keep = tl.where(full[:, None], keep, have)
+    slot = tl.cumsum(keep.to(tl.int32), axis=1) - 1
+    tl.debug_barrier()  # all have read
+    tl.store(found + base[:, None] + slot, v, mask=keep)
+    tl.store(places + base[:, None] + slot, p, mask=keep)
+    tl.debug_barrier()
+    smallest = tl.min(tl.where(keep, tl.abs(v) if ABSOLUTE else v, float("inf")), axis=1)
+    limit = tl.where(full, smallest, limit)
+    count = tl.sum(keep.to(tl.int32), axis=1)
+    return limit, count
+
+
+@triton.jit
 def _candidates(
     x, weight, bias, found, places, counts, rows, n, d_in, run, k,
     ABSOLUTE: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr, DEPTH: tl.constexpr, ROOM: tl.constexpr,
@@ -63,32 +95,7 @@ def _candidates(
         tl.store(places + base[:, None] + slot, tl.broadcast_to(f[None, :], [ROWS, FEATURES]), mask=take)
         count += tl.sum(take.to(tl.int32), axis=1)
         if tl.max(count, axis=0) + FEATURES > ROOM:
-            tl.debug_barrier()  # what other threads have just written
-            have = slots[None, :] < count[:, None]
-            v = tl.load(found + base[:, None] + slots[None, :], mask=have, other=0.0)
-            p = tl.load(places + base[:, None] + slots[None, :], mask=have, other=0)
-            order = tl.where(have, _ordered(tl.abs(v) if ABSOLUTE else v), -2147483648)
-            low, high = (
-                tl.full([ROWS], -2147483648, dtype=tl.int64),
-                tl.full([ROWS], 2147483647, dtype=tl.int64),
-            )
-            for _ in range(32):  # the largest number that k candidates reach
-                middle = (low + high + 1) >> 1
-                enough = tl.sum((order.to(tl.int64) >= middle[:, None]).to(tl.int32), axis=1) >= k
-                low, high = tl.where(enough, middle, low), tl.where(enough, high, middle - 1)
-            above, equal = order.to(tl.int64) > low[:, None], (order.to(tl.int64) == low[:, None]) & have
-            spare = k - tl.sum(above.to(tl.int32), axis=1)
-            keep = (above | (equal & (tl.cumsum(equal.to(tl.int32), axis=1) <= spare[:, None]))) & have
-            full = count >= k
-            keep = tl.where(full[:, None], keep, have)
-            slot = tl.cumsum(keep.to(tl.int32), axis=1) - 1
-            tl.debug_barrier()  # all have read
-            tl.store(found + base[:, None] + slot, v, mask=keep)
-            tl.store(places + base[:, None] + slot, p, mask=keep)
-            tl.debug_barrier()
-            smallest = tl.min(tl.where(keep, tl.abs(v) if ABSOLUTE else v, float("inf")), axis=1)
-            limit = tl.where(full, smallest, limit)
-            count = tl.sum(keep.to(tl.int32), axis=1)
+            limit, count = _keep_largest(found, places, base, slots, count, limit, k, ABSOLUTE, ROWS)
     tl.store(counts + r.to(tl.int64) * runs + tl.program_id(1), count, mask=here)
 
 
