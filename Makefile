@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PYTHONSAFEPATH := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench bench-gpu clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -24,6 +24,13 @@ lint: .venv/installed
 
 test: lint  ## lint, types, and every test that needs no network and no GPU
 	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(BIN)/pytest
+
+bench: .venv/installed  ## parity, then times against one dense product; PEERS=python of an environment with other toolkits
+	$(BIN)/saekit bench --scaling $(if $(PEERS),--peers $(PEERS))
+
+bench-gpu:  ## the same on a GPU; needs only torch with CUDA and Triton under PYTHON
+	mkdir -p build/gpu/saekit && ln -sfn $(CURDIR)/kernels build/gpu/saekit/kernels && touch build/gpu/saekit/__init__.py
+	PYTHONPATH=build/gpu $(PYTHON) -m saekit.kernels.bench_gpu $(PEERS)
 
 clean:
 	rm -rf .venv demo build dist *.egg-info

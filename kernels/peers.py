@@ -1,6 +1,6 @@
 """Time other toolkits' own training steps on the same data: run by the interpreter of an environment they are in.
 
-    PYTHON peers.py '["saelens_topk", 512, 16384, 32, 2048, 6]'
+    PYTHON peers.py '["saelens", "topk", 512, 16384, 32, 2048, 6]'
 
 prints one line of JSON. It imports torch and the peer, and nothing of saekit: their requirements
 exclude ours. Known to run: sae-lens 6.54.12, dictionary-learning 0.1.0, eai-sparsify 1.3.3.
@@ -78,12 +78,13 @@ def dictionary_learning(kind, d_in, n, k):
     return lambda x: trainer.update(next(steps), x)
 
 
-def sparsify(kind, d_in, n, k):
-    """sparsify's coder, Adam and its renormalisation of the decoder."""
-    os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
+def sparsify(kind, d_in, n, k, device="cpu", dtype=torch.float32):
+    """sparsify's coder, Adam and its renormalisation of the decoder; also on a GPU."""
+    if device == "cpu":
+        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
     from sparsify import SparseCoder, SparseCoderConfig
 
-    coder = SparseCoder(d_in, SparseCoderConfig(num_latents=n, k=k))
+    coder = SparseCoder(d_in, SparseCoderConfig(num_latents=n, k=k), device=device, dtype=dtype)
     adam = torch.optim.Adam(coder.parameters(), lr=RATE)
 
     def step(x):
@@ -106,13 +107,18 @@ PEERS = {
 def main():
     """Median milliseconds of a step, after two that warm up."""
     warnings.filterwarnings("ignore")
-    peer, kind, d_in, n, k, batch, steps = json.loads(sys.argv[1])
+    peer, kind, d_in, n, k, batch, steps, *place = json.loads(sys.argv[1])  # place: device and dtype
     torch.manual_seed(0)
     x = data(d_in, batch, torch.Generator().manual_seed(0))
-    step, times = PEERS[peer][0](kind, d_in, n, k), []
+    if place:
+        place = [place[0], getattr(torch, place[1])]
+        x = x.to(*place)
+    step, times = PEERS[peer][0](kind, d_in, n, k, *place), []
     for _ in range(steps + 2):
         began = time.perf_counter()
         step(x)
+        if x.is_cuda:
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
     print(json.dumps({"peer": peer, "case": kind, "p50_ms": 1e3 * statistics.median(times[2:])}))
 

@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from saekit.cli import VERBS
-from saekit.kernels import bench
+from saekit.kernels import bench, bench_gpu
 
 ROOT = Path(__file__).parent.parent
 
@@ -138,6 +139,21 @@ def test_bench_proves_before_it_times(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(bench, "TOLERANCE", 0.0)  # nothing is exactly its dense definition
     row = bench.measure("topk", bench.Shape(32, 256, 4, 64), steps=2)
     assert not row["parity_holds"] and "p50_ms" not in row and "ratio" not in row
+
+
+def test_the_gpus_bench_runs_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its whole path, on the CPU in fp32: proof, floors, our step, the dense one."""
+    monkeypatch.setattr(bench_gpu, "PARITY", {torch.float32: 1e-3})
+    row = bench_gpu.main("cpu", bench.Shape(32, 256, 4, 64), torch.float32, steps=2)
+    assert row["parity_holds"] and row["ratio"] > 0 and row["over_dense"] > 0
+    monkeypatch.setattr(bench_gpu, "PARITY", {torch.float32: 0.0})
+    assert "p50_ms" not in bench_gpu.main("cpu", bench.Shape(32, 256, 4, 64), torch.float32, steps=2)
+
+
+@pytest.mark.gpu
+def test_the_gpus_step_is_as_fast_as_promised() -> None:
+    row = bench_gpu.main()
+    assert row["parity_holds"] and row["ratio"] <= 1.5 and row["over_dense"] >= 8 and row["no_dense_codes"]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """Every kernel equals its reference, forward and through every gradient, and says no to what it can't do."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -409,6 +411,32 @@ compiled = torch.compile(loss, backend="aot_eager")(x); compiled.backward()
 assert torch.allclose(eager, compiled) and torch.allclose(w.grad, g[0]) and torch.allclose(a.grad, g[1])
 """
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_kernels_run_where_only_torch_is(tmp_path: Path) -> None:
+    """Without numba, Triton or the rest of saekit, in plain torch."""
+    (tmp_path / "saekit").mkdir()
+    (tmp_path / "saekit" / "__init__.py").touch()
+    (tmp_path / "saekit" / "kernels").symlink_to(Path(kernels.__file__).parent)
+    code = """
+import sys
+sys.modules.update(dict.fromkeys(("numba", "llvmlite", "triton", "jaxtyping", "transformers")))
+import torch
+from saekit import kernels
+from saekit.kernels.backend import explain
+assert explain("cpu", torch.float32)[0] == "eager", explain("cpu", torch.float32)
+x, w = torch.randn(9, 5), torch.randn(20, 5).requires_grad_()
+values, indices = kernels.topk_encode(x, w, torch.zeros(20), 3)
+kernels.squared_error(torch.arange(10) * 3, indices.flatten(), values.flatten(), w, torch.zeros(5), x)[0].sum().backward()
+kernels.adam_step(w, w.grad, torch.zeros(20, 5), torch.zeros(20, 5), rate=0.1, step=1, unit=True)
+"""
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
     assert done.returncode == 0, done.stderr
 
 
