@@ -211,3 +211,29 @@ def _dot(context, a, b):
 def dot(a, b):
     """The sum of the products of two contiguous fp32 rows, in one order whatever the machine."""
     return _dot(a, b)
+
+
+AHEAD = 4  # rows asked for before they are needed
+
+
+@jit
+def add_rows(y, rows, values, begin, end, table):
+    """``y += sum of values[e] table[rows[e]]`` for the entries begin..end, in their order.
+
+    Four rows at a time: y is loaded and stored once for them. Every element is summed one entry
+    after another, so the bits are those of the plain loop.
+    """
+    e = begin
+    while e + 4 <= end:
+        for i in range(e + AHEAD, min(e + 4 + AHEAD, len(rows))):
+            prefetch(table[rows[i]])
+        a, b, c, d = table[rows[e]], table[rows[e + 1]], table[rows[e + 2]], table[rows[e + 3]]
+        u, v, w, x = values[e], values[e + 1], values[e + 2], values[e + 3]
+        for j in range(len(y)):
+            y[j] = (((y[j] + u * a[j]) + v * b[j]) + w * c[j]) + x * d[j]
+        e += 4
+    while e < end:
+        a, u = table[rows[e]], values[e]
+        for j in range(len(y)):
+            y[j] += u * a[j]
+        e += 1

@@ -321,6 +321,23 @@ def test_pursuit_equals_its_reference(
     same((kernels.sparse_decode(offsets, indices.flatten(), values.flatten(), weight) + residual,), (x,))
 
 
+def test_rows_of_many_entries_equal_their_reference() -> None:
+    """The encode kernel settles them together, feature by feature."""
+    x, weight, bias = inputs(150, 40, 300, torch.float32)
+    values, indices = kernels.topk_encode(x, weight, bias, 100)
+    expected, at = encode_reference.topk(x, weight, bias, 100, 300, False)
+    assert torch.equal(indices, at)
+    same((values,), (expected,))
+    atoms, out = torch.randn(300, 40, requires_grad=True), torch.zeros(40, requires_grad=True)
+    entries = (values.detach().flatten() * 0.01).requires_grad_()
+    given = torch.arange(151) * 100, indices.flatten(), entries, atoms, out, x
+    mine = kernels.nested_error(*given, [300], [1.0])
+    theirs = error_reference.nested_error(*given, [300], [1.0])
+    same(mine, theirs)
+    of = [entries, atoms, out, x]
+    same(gradients([mine[0]], of), gradients([theirs[0]], of))
+
+
 def test_gradients_that_are_collected_are_the_dense_ones() -> None:
     x, weight, bias = inputs(40, 20, 200, torch.float32)
     atoms = torch.randn(200, 20, requires_grad=True)

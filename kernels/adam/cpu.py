@@ -4,12 +4,11 @@ import numpy as np
 import torch
 
 from saekit.kernels.factors import Factors
-from saekit.kernels.jit import dot, jit, number, prefetch, stored
+from saekit.kernels.jit import add_rows, dot, jit, number, stored
 from saekit.kernels.product.cpu import by_feature
 from saekit.kernels.threads import parallel
 
 FEATURES = 128  # rows of a range that a thread takes
-AHEAD = 2  # rows asked for before they are needed
 
 
 @jit
@@ -18,12 +17,7 @@ def _gather(g, i, terms):
     g[:] = 0
     for t in range(len(terms)):
         starts, rows, values, matrix = terms[t]
-        for e in range(starts[i], starts[i + 1]):
-            if e + AHEAD < len(rows):
-                prefetch(matrix[rows[e + AHEAD]])
-            c, x = values[e], matrix[rows[e]]
-            for j in range(len(g)):
-                g[j] += c * x[j]
+        add_rows(g, rows, values, starts[i], starts[i + 1], matrix)
 
 
 @jit

@@ -18,6 +18,7 @@ import numpy as np
 from saekit.kernels.jit import WORD as CHUNK
 from saekit.kernels.jit import bf16_bits, dot, inline, jit, jit_loose, lowest_bit, number, prefetch, reaching
 
+MANY, TOGETHER = 64, 128  # k from which rows are settled together, and how many
 AHEAD = 2  # rows asked for before they are needed
 SLOTS = 32  # candidates beyond k, or k if that is more, at which a row's limit is raised
 GROUPS = 64  # of the first limit
@@ -234,6 +235,49 @@ def sort_first(keys, at, n, k):
 
 
 @jit
+def _exact_by_row(x, weight, bias, counts, high, low, at, k):
+    """Write every candidate's dot product over its lower bound, after a last drop."""
+    for r in range(counts.shape[0]):
+        for g in range(counts.shape[1]):
+            if counts[r, g] != TOO_MANY:
+                place = at[r, g]
+                n = drop(low[r, g], high[r, g], place, counts[r, g], k)[1]
+                counts[r, g] = n
+                for i in range(n):
+                    if i + AHEAD < n:
+                        prefetch(weight[place[i + AHEAD]])
+                    low[r, g, i] = dot(x[r], weight[place[i]]) + bias[place[i]]
+
+
+@jit
+def _exact_by_feature(x, weight, bias, counts, high, low, at, k):
+    """The same, some rows at a time and in the order of the features: a weight's row is read once for them."""
+    n_features = len(bias)
+    for first in range(0, counts.shape[0], TOGETHER):
+        last = min(counts.shape[0], first + TOGETHER)
+        starts, total = np.zeros(n_features + 1, np.int32), 0
+        for r in range(first, last):
+            if counts[r, 0] != TOO_MANY:
+                counts[r, 0] = drop(low[r, 0], high[r, 0], at[r, 0], counts[r, 0], k)[1]
+                total += counts[r, 0]
+                for i in range(counts[r, 0]):
+                    starts[at[r, 0, i] + 1] += 1
+        for f in range(1, n_features + 1):
+            starts[f] += starts[f - 1]
+        rows, slots = np.empty(total, np.int32), np.empty(total, np.int32)
+        for r in range(first, last):
+            for i in range(max(0, counts[r, 0])):
+                f = at[r, 0, i]
+                rows[starts[f]], slots[starts[f]] = r, i
+                starts[f] += 1
+        begin = 0
+        for f in range(n_features):
+            for e in range(begin, starts[f]):
+                low[rows[e], 0, slots[e]] = dot(x[rows[e]], weight[f]) + bias[f]
+            begin = starts[f]
+
+
+@jit
 def settle(x, weight, bias, absolute, k, counts, low, high, at, values, indices):
     """The k largest of each row (and group) by exact key, in order, exact ties to the lowest index.
 
@@ -241,19 +285,19 @@ def settle(x, weight, bias, absolute, k, counts, low, high, at, values, indices)
     is filled up with value -inf at index 0.
     """
     rows, groups = counts.shape
+    if groups == 1 and k >= MANY:
+        _exact_by_feature(x, weight, bias, counts, high, low, at, k)
+    else:
+        _exact_by_row(x, weight, bias, counts, high, low, at, k)
     for r in range(rows):
         for g in range(groups):
-            if counts[r, g] == TOO_MANY:
+            n = counts[r, g]
+            if n == TOO_MANY:
                 continue
             key, place = low[r, g], at[r, g]
-            n = drop(key, high[r, g], place, counts[r, g], k)[1]
-            for i in range(min(n, AHEAD)):
-                prefetch(weight[place[i]])
-            for i in range(n):
-                if i + AHEAD < n:
-                    prefetch(weight[place[i + AHEAD]])
-                s = dot(x[r], weight[place[i]]) + bias[place[i]]
-                key[i] = abs(s) if absolute and s > MASKED else s
+            if absolute:
+                for i in range(n):
+                    key[i] = abs(key[i]) if key[i] > MASKED else key[i]
             found = min(n, k)
             sort_first(key, place, n, found)
             for i in range(k):

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from saekit.kernels.jit import dot, jit, prefetch
+from saekit.kernels.jit import add_rows, dot, jit, prefetch
 from saekit.kernels.product.cpu import ROWS
 from saekit.kernels.threads import parallel
 
@@ -38,7 +38,10 @@ def _errors(
             else:
                 begin = prefixes[p - 1]
                 e[:] = later[p - 1, r]
-            _decode(begin, prefixes[p], entries, weight, e)
+            if levels == 1:
+                add_rows(e, indices, values, offsets[r], offsets[r + 1], weight)
+            else:
+                _decode(begin, prefixes[p], entries, weight, e)
             squared[p, r] = dot(e, e)
         for p in range(levels - 1, -1, -1):
             e = later[p, r]

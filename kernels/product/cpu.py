@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from saekit.kernels.jit import dot, jit
+from saekit.kernels.jit import add_rows, dot, jit
 from saekit.kernels.threads import parallel
 
 ROWS, FEATURES, ENTRIES = 64, 256, 1 << 15  # of a range that a thread takes
@@ -14,11 +14,7 @@ def _decode(offsets, indices, values, weight, out):
     for r in range(out.shape[0]):
         y = out[r]
         y[:] = 0
-        for e in range(offsets[r], offsets[r + 1]):
-            v, w = values[e], weight[indices[e]]
-            if v != 0:
-                for j in range(len(y)):
-                    y[j] += v * w[j]
+        add_rows(y, indices, values, offsets[r], offsets[r + 1], weight)
 
 
 @jit
@@ -51,10 +47,7 @@ def _sum_outer(starts, rows, values, matrix, out):
     for i in range(out.shape[0]):
         y = out[i]
         y[:] = 0
-        for e in range(starts[i], starts[i + 1]):
-            v, x = values[e], matrix[rows[e]]
-            for j in range(len(y)):
-                y[j] += v * x[j]
+        add_rows(y, rows, values, starts[i], starts[i + 1], matrix)
 
 
 def decode(offsets, indices, values, weight):
