@@ -134,7 +134,7 @@ KINDS = ["topk", "absolute", "groups", "aux", "batchtopk", "threshold"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("data", ["normal", "near ties", "scales", "offset"])
+@pytest.mark.parametrize("data", ["normal", "near ties", "scales", "offset", "bias rules", "tiny"])
 def test_a_bf16_shortlist_changes_no_bit(kind: str, data: str) -> None:
     x, weight, bias = (t.detach() for t in inputs(130, 96, 2048, torch.float32))
     if data == "near ties":  # hundreds of features that bf16 can't tell apart
@@ -147,6 +147,12 @@ def test_a_bf16_shortlist_changes_no_bit(kind: str, data: str) -> None:
         x *= torch.logspace(-4, 4, 130)[:, None]
     elif data == "offset":
         bias -= 40  # everything is negative
+    elif data == "bias rules":  # the product changes only the last bits of the sum
+        weight *= 1e-6
+        bias.fill_(100.0)
+    elif data == "tiny":  # squares vanish
+        weight *= 1e-20
+        bias.zero_()
     for mine, theirs in zip(
         exact(kind, x, weight, bias, "bf16"), exact(kind, x, weight, bias, "fp32"), strict=True
     ):
@@ -154,8 +160,24 @@ def test_a_bf16_shortlist_changes_no_bit(kind: str, data: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_tiles_and_threads_change_no_bit(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_product_of_reduced_precision_changes_no_bit(kind: str) -> None:
     of = [t.detach() for t in inputs(130, 96, 2048, torch.float32)]
+    whole = exact(kind, *of, "fp32")
+    torch.set_float32_matmul_precision("medium")
+    try:
+        for mine, theirs in zip(exact(kind, *of, "fp32"), whole, strict=True):
+            assert torch.equal(mine, theirs)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rule", [False, True])
+def test_tiles_and_threads_change_no_bit(kind: str, rule: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    of = [t.detach() for t in inputs(130, 96, 2048, torch.float32)]
+    if rule:  # the bias rules, and the product changes the last bits of the sum only
+        of[1] *= 1e-6
+        of[2].fill_(100.0)
     whole = exact(kind, *of, "fp32")
     for tile, rows, n_threads in ((1 << 12, 7, 2), (1 << 15, 64, 1), (1 << 17, 1024, 2)):
         monkeypatch.setattr(cpu, "TILE", tile)

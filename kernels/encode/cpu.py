@@ -18,7 +18,7 @@ CANDIDATES = 1 << 18  # of all rows of a block: bounds their memory to a few MB
 UNIT = 2.0**-24  # relative error of one fp32 operation
 BF16_TILE = 2.0**-9 * 1.01  # relative error of rounding an entry of a tile to bf16
 HUGE = 1e18  # of lengths, so that products and their squares stay finite
-TINY = 1e-30
+REDUCED = 2.0**-7
 SAFETY = np.float32(1.001)  # for the rounding of the bounds themselves
 
 
@@ -33,6 +33,8 @@ class Products:
         self.x, self.weight, self.bias = x.numpy(), weight.numpy(), bias.numpy()
         self.norm, self.spread = np.empty(n, np.float32), np.empty(len(x), np.float32)
         self.rounding = 2 * (d_in + 8) * UNIT  # of the product, and of the dot product it is compared with
+        if torch.get_float32_matmul_precision() != "highest":
+            self.rounding += REDUCED  # torch may then round the operands of an fp32 product to bf16 as well
         self.slack = np.float32(BF16_TILE if shortlist == "bf16" else 0)
         if shortlist == "bf16":
             self.right = scratch("weight", (n, d_in), torch.bfloat16)
@@ -45,7 +47,7 @@ class Products:
         _check_finite("weight", self.norm, 0)
         _check_finite("bias", np.abs(self.bias), 0)
         if shortlist == "bf16":
-            self.lost = float((lost / np.maximum(self.norm, TINY)).max(initial=0))
+            self.lost = float((lost / self.norm).max(initial=0))
 
     def _rows(self, start, end):
         """The rows of a block as an operand; sets their spread."""

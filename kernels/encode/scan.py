@@ -7,7 +7,7 @@ error with a known bound: for row r and feature i
 
 ``spread`` carries what depends on the row (its norm times the relative error of operands and
 product), ``norm`` is the length of the feature's encoder row, ``slack`` the rounding of the tile
-itself. So every entry has a lower and an upper bound. It is dropped once its upper bound is below
+itself. and the rounding of what the bias is added to. So every entry has a lower and an upper bound. It is dropped once its upper bound is below
 the k-th largest lower bound; what is left, hardly more than k entries, is computed again as a dot
 product in fp32 in one order. The support is that of the dot products, whatever made the tile and
 however rows and features were cut.
@@ -22,7 +22,9 @@ MANY, TOGETHER = 64, 128  # k from which rows are settled together, and how many
 AHEAD = 2  # rows asked for before they are needed
 SLOTS = 32  # candidates beyond k, or k if that is more, at which a row's limit is raised
 GROUPS = 64  # of the first limit
+ADDED = np.float32(2.0**-22)  # relative error of adding a bias here and there, and of the bounds themselves
 LEAST = np.float32(-3.4e38)  # below every finite key
+SMALLEST = np.float32(1e-16)  # of a length: below, squares vanish
 MASKED = np.float32(-np.inf)  # the bias of a feature that is left out; its key is below LEAST
 TOO_MANY = -1  # in place of a count
 
@@ -33,6 +35,15 @@ def _key(v, b, absolute):
     if absolute:
         s = abs(s) if b > MASKED else s
     return s
+
+
+@inline
+def _bounded(v, b, norm, spread, slack, absolute):
+    """The key of an entry, and what it may be off by."""
+    s = v + b
+    return _key(v, b, absolute), spread * norm + slack * abs(v) + (
+        ADDED * abs(s) if b > MASKED else np.float32(0)
+    )
 
 
 @jit
@@ -60,6 +71,8 @@ def _find(line, most_bias, most_norm, alive, spread, slack, absolute, limit, pla
 def _reach(limit, most_bias, most_norm, spread, slack):
     """What an entry (its absolute value) must be at least for its upper bound to reach the limit."""
     least = limit - most_bias - spread * most_norm
+    if most_bias > MASKED:
+        least -= np.float32(4) * ADDED * (abs(limit) + abs(most_bias))
     shrink = slack + np.float32(1e-6)  # bounds 1 / (1 + slack) from below and 1 / (1 - slack) from above
     return least - least * shrink if least > 0 else least + least * (shrink + shrink)
 
@@ -132,7 +145,8 @@ def _first_limit(line, bias, norm, spread, slack, absolute, k, peaks, spare, pla
     for start in range(0, len(line) - len(line) % GROUPS, GROUPS):
         for j in range(GROUPS):
             v = number(line[start + j])
-            low = _key(v, bias[start + j], absolute) - (spread * norm[start + j] + slack * abs(v))
+            s, error = _bounded(v, bias[start + j], norm[start + j], spread, slack, absolute)
+            low = s - error
             peaks[j] = low if low > peaks[j] else peaks[j]
     largest_first(peaks, spare, places, GROUPS, k)
     return _smallest(peaks, k)
@@ -145,7 +159,7 @@ def _scan_line(line, places, found, first, bias, norm, spread, slack, absolute, 
     for i in range(found):
         j = places[i]
         v = number(line[j])
-        s, error = _key(v, bias[j], absolute), spread * norm[j] + slack * abs(v)
+        s, error = _bounded(v, bias[j], norm[j], spread, slack, absolute)
         if s + error < limit:
             continue
         if n == room:
@@ -313,7 +327,7 @@ def settle(x, weight, bias, absolute, k, counts, low, high, at, values, indices)
 def row_norms(weight, norm):
     """Length of every row."""
     for i in range(weight.shape[0]):
-        norm[i] = np.sqrt(dot(weight[i], weight[i]))
+        norm[i] = max(np.sqrt(dot(weight[i], weight[i])), SMALLEST)
 
 
 @jit_loose
@@ -327,7 +341,7 @@ def round_rows(weight, rounded, norm, lost):
             d = weight[i, j] - number(bits)
             total += weight[i, j] * weight[i, j]
             gone += d * d
-        norm[i], lost[i] = np.sqrt(total), np.sqrt(gone)
+        norm[i], lost[i] = max(np.sqrt(total), SMALLEST), np.sqrt(gone)
 
 
 @jit
@@ -349,7 +363,7 @@ def scan_above(
         for i in range(found):
             j = places[i]
             v = number(line[j])
-            s, error = v + bias[j], e * norm[j] + slack * abs(v)
+            s, error = _bounded(v, bias[j], norm[j], e, slack, False)
             low[n], high[n], at[n] = s - error, s + error, (base + r) << 32 | (first + j)
             n += s + error >= limit
     return n, rows
