@@ -334,11 +334,35 @@ def read_manifest(path: Path) -> dict[str, Any]:
     for field in ("hook_points", "dtype", "seq", "shards", "model", "text", "settings"):
         if field not in manifest:
             raise SaekitError(f"manifest {str(file)!r} lacks the field {field!r}; harvest again")
+    points = manifest["hook_points"]
+    if not isinstance(points, dict) or (not points and manifest["shards"]):
+        raise SaekitError(
+            f"manifest {str(file)!r} has hook_points = {points!r}; expected their names and widths, harvest again"
+        )
+    for name, site in points.items():
+        if not isinstance(site, dict) or not isinstance(site.get("width"), int) or site["width"] < 1:
+            raise SaekitError(f"manifest {str(file)!r} has no width for hook point {name!r}; harvest again")
+    if (
+        manifest["dtype"] not in DTYPES
+        or not isinstance(manifest["seq"], int)
+        or manifest["seq"] < bool(points)
+    ):
+        raise SaekitError(
+            f"manifest {str(file)!r} has dtype {manifest['dtype']!r} and seq {manifest['seq']!r}; expected one of {', '.join(DTYPES)} and a row length, harvest again"
+        )
     for i, entry in enumerate(manifest["shards"]):
+        if not isinstance(entry, dict):
+            raise SaekitError(f"shard {i} in manifest {str(file)!r} is {entry!r}; harvest again")
         for field in ("file", "bytes", "sha256", "tokens", "kept", "nonfinite"):
             if field not in entry:
                 raise SaekitError(
                     f"shard {i} in manifest {str(file)!r} lacks the field {field!r}; harvest again"
+                )
+        kinds = {"file": str, "bytes": int, "sha256": str, "tokens": int, "kept": int, "nonfinite": dict}
+        for field, kind in kinds.items():
+            if not isinstance(entry[field], kind):
+                raise SaekitError(
+                    f"shard {i} in manifest {str(file)!r} has {field} = {entry[field]!r}; harvest again"
                 )
         if Path(entry["file"]).name != entry["file"]:
             raise SaekitError(

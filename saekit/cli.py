@@ -7,7 +7,7 @@ import typer
 from typer.exceptions import Abort, TyperException
 
 from saekit.types import SaekitError
-from saekit.verbs.memory import one_arena
+from saekit.verbs.memory import steady_malloc
 
 VERBS = {
     "demo": "saekit.verbs.demo:demo",
@@ -35,7 +35,7 @@ for _name, _place in VERBS.items():
 
 def main() -> None:
     """Run a verb; a mistake of the user's is one sentence on stderr and exit code 2."""
-    one_arena()
+    steady_malloc()
     try:
         sys.exit(app(standalone_mode=False))
     except TyperException as error:

@@ -223,12 +223,20 @@ def _load_folder(source: str, name: str, dtype: torch.dtype | None) -> tuple[nn.
         config = transformers.AutoConfig.from_pretrained(source)
         architecture = (config.architectures or [None])[0]
         cls = getattr(transformers, architecture or "", transformers.AutoModel)
-        module = cls.from_pretrained(source, config=config, dtype=dtype or torch.float32)
+        module, loaded = cls.from_pretrained(
+            source, config=config, dtype=dtype or torch.float32, output_loading_info=True
+        )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         why = " ".join(str(error).split())
         raise SaekitError(
             f"model {name!r} can't be loaded ({why}); give a folder or hub id with config and weights"
         ) from error
+    # a pooler stands behind every hook point, and many checkpoints leave it out
+    missing = sorted(key for key in loaded["missing_keys"] if "pooler" not in key)
+    if missing:
+        raise SaekitError(
+            f"model {name!r} lacks {len(missing)} weights, {missing[0]!r} first, which would be random; give a folder with all its weights"
+        )
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError):

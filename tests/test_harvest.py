@@ -563,7 +563,7 @@ def test_a_live_stream_gives_the_rows_of_the_text_and_the_same_again(tiny_gpt2: 
 
 def test_a_live_stream_without_a_single_unmasked_token_says_so(tiny_gpt2: Model) -> None:
     stream = harvest(tiny_gpt2, [torch.zeros(2, 8, dtype=torch.int64)], POINT)
-    with pytest.raises(SaekitError, match="no unmasked token"):
+    with pytest.raises(SaekitError, match="gives 0 unmasked tokens"):
         next(StreamSource(stream).batches([POINT], 4, seed=0))
 
 

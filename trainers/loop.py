@@ -55,6 +55,12 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise SaekitError(f"{name} = {value!r} must be a whole number of at least 1")
+        for name, least in (("seed", 0), ("warmup", 0)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or not least <= value < 2**31):
+                raise SaekitError(f"{name} = {value!r} must be a whole number in {least}..2^31 - 1")
+        if self.wandb is not None and not isinstance(self.wandb, str):
+            raise SaekitError(f"wandb = {self.wandb!r} must be the name of a project")
         for name in ("lr", "clip"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int | float) or not value > 0):

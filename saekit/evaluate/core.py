@@ -225,7 +225,9 @@ def evaluate(
         if on_batch:
             on_batch(done, tokens)
     if shift is None:
-        raise SaekitError("the text gives no unmasked token to evaluate on; give more text")
+        raise SaekitError(
+            f"the text gives no unmasked token on the {split!r} side of its split; give more text, or split='all' (--split all)"
+        )
     measures = _report(runs, Resampler(min(len(index), MAX_DOCUMENTS), seed))
     about = {
         "model": view.identity(), "text": stream.text_identity(), "hook_point": point, "documents": len(index),

@@ -186,6 +186,11 @@ class Stream:
                     f"hook point {name!r} has {tuple(a.shape[:2])} positions and {first!r} has {tuple(shape)}; harvest them one by one"
                 )
         fits = grid == shape
+        if not fits and batch.tokens is not None and shape.numel() == grid.numel():
+            raise SaekitError(
+                f"hook point {first!r} gives {tuple(shape)} rows and positions for tokens of {tuple(grid)}: its axes are in another order; "
+                "choose a hook point whose first axis is the batch"
+            )
         mask = batch.mask if fits else torch.ones(shape, dtype=torch.bool)
         norms = {
             name: torch.linalg.vector_norm(a, dim=-1, dtype=torch.float32).cpu() for name, a in acts.items()
@@ -201,7 +206,7 @@ class Stream:
         return ActivationBatch(acts, mask, batch.tokens if fits else None, owner)
 
     def _limit(self, norms: Tensor) -> float:
-        finite = norms[torch.isfinite(norms)]
+        finite = norms[torch.isfinite(norms) & (norms > 0)]  # a sparse hook point is silent at most positions
         return self.config.outlier * finite.median().item() if len(finite) else float("inf")
 
     def settings(self) -> dict[str, Any]:
@@ -225,7 +230,9 @@ class Stream:
                     if isinstance(part, Tensor)
                     else json.dumps(part, default=str).encode()
                 )
-                digest.update(data)
+                digest.update(
+                    f"{getattr(part, 'dtype', '')} {tuple(getattr(part, 'shape', ()))} ".encode() + data
+                )
         return {"name": "literal", "items": len(self.text), "sha256": digest.hexdigest()}
 
 
@@ -241,6 +248,8 @@ def _positions(name: str, a: Tensor, grid: torch.Size) -> Tensor:
         )
     if a.ndim == 2:
         return a.view(*grid, -1) if len(a) == grid.numel() > grid[0] else a[:, None]
+    if a.ndim == 4 and grid[1] == 1:
+        a = a.movedim(1, -1)  # a convolution's channels come before its positions
     return a.flatten(2) if a.shape[:2] == grid else a.flatten(1, -2)
 
 
@@ -262,20 +271,20 @@ class StreamSource:
         """Width of the rows of a hook point."""
         return self._widths[hook_point or self.stream.hook_points[0]]
 
-    def _rows(self, hook_points: Sequence[str]) -> Iterator[Tensor]:
+    def _rows(self, hook_points: Sequence[str], least: int) -> Iterator[Tensor]:
         while True:
-            empty = True
+            n = 0
             for batch in self.stream:
-                empty &= not batch.mask.any()
+                n += int(batch.mask.sum())
                 rows = torch.cat([batch.rows(h).float().cpu() for h in hook_points], -1)
                 if not torch.isfinite(rows).all():
                     raise SaekitError(
                         f"activations at {hook_points[0]!r} hold NaN or Inf; harvest in fp32, or find what makes the model overflow"
                     )
                 yield rows
-            if empty:
+            if n < least:
                 raise SaekitError(
-                    "the text gives no unmasked token to train on; give more text, or other roles"
+                    f"the text gives {n} unmasked tokens and one batch takes batch_size = {least}; give more text, or a smaller batch"
                 )
 
     def batches(
@@ -283,7 +292,7 @@ class StreamSource:
     ) -> Iterator[Tensor]:
         """Endless batches; the text is read again when it ends."""
         generator = torch.Generator().manual_seed(seed)
-        rows, buffer, step = self._rows(hook_points), torch.empty(0), 0
+        rows, buffer, step = self._rows(hook_points, batch_size), torch.empty(0), 0
         size = max(self.buffer_rows, 2 * batch_size)
         while True:
             parts, have = [buffer] if len(buffer) else [], len(buffer)

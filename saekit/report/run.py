@@ -108,11 +108,10 @@ def _density_and_source(
     """How often each feature fires, and where to read contexts from."""
     acts = Path(_json(folder / "config.json").get("source", {}).get("acts", "")) if folder else Path()
     stored = acts != Path() and (acts / "manifest.json").is_file()
-    stream = harvest(view, text, dictionary.reads, tokens=tokens)
 
     def source() -> Iterator[ActivationBatch]:
         if not stored:
-            yield from stream
+            yield from harvest(view, text, dictionary.reads, tokens=tokens)
             return
         seen = 0
         for batch in Store(acts, verify_seconds=0).sequences():

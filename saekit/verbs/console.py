@@ -10,8 +10,29 @@ from typing import Annotated, Any
 
 import typer
 
+from saekit.types import SaekitError
+
+
+def _usable(device: str | None) -> str | None:
+    """The device, if a tensor can be put there."""
+    if device is not None:
+        import torch
+
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            why = str(error).splitlines()[0]
+            raise SaekitError(
+                f"device {device!r} can't be used here ({why}); choose cpu, or leave it out"
+            ) from None
+    return device
+
+
 Device = Annotated[
-    str | None, typer.Option(help="torch device, for example cuda; default: the CPU.", metavar="DEVICE")
+    str | None,
+    typer.Option(
+        help="torch device, for example cuda; default: the CPU.", metavar="DEVICE", callback=_usable
+    ),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
 Json = Annotated[

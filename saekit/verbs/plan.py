@@ -180,9 +180,9 @@ def _main() -> None:
     began = time.perf_counter()
     import torch  # noqa: F401  (its import is part of what the job takes)
 
-    from saekit.verbs.memory import PeakAnonymous, one_arena
+    from saekit.verbs.memory import PeakAnonymous, steady_malloc
 
-    one_arena()  # as the job itself will
+    steady_malloc()  # as the job itself will
 
     try:
         with PeakAnonymous() as peak:
