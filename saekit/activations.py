@@ -21,10 +21,23 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from saekit import records
 from saekit.registry import nearest
 from saekit.types import ActivationBatch, SaekitError
 
 SCHEMA = 1
+ABOUT = {
+    "kind?": str,
+    "rows?": int,
+    "model?": {"name?": str},
+    "text?": {"name?": str, "split?": str},
+}  # a source
+MANIFEST = {
+    "complete": bool, "dtype": str, "seq": int, "batches_per_shard": int, "settings": dict, "norm_limits": {"*": float},
+    "model": ABOUT["model?"], "text": ABOUT["text?"],
+    "hook_points": {"*": {"width": int, "module?": str, "side?": str}},
+    "shards": [{"file": str, "bytes": int, "sha256": str, "tokens": int, "kept": int, "nonfinite": {"*": int}}],
+}  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
 _NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I8": np.int8, "U8": np.uint8, "I32": np.int32, "I64": np.int64}  # fmt: skip
 
@@ -322,48 +335,18 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise SaekitError(
             f"store {str(path)!r} has no manifest.json; give a folder that `saekit harvest` wrote"
         )
-    try:
-        manifest = json.loads(file.read_text())
-        version = manifest["schema"]
-    except (ValueError, KeyError, TypeError):
-        raise SaekitError(f"manifest {str(file)!r} is not a store's manifest; harvest again") from None
-    if version != SCHEMA:
-        raise SaekitError(
-            f"manifest {str(file)!r} has schema {version!r} and this saekit reads {SCHEMA}; harvest again"
-        )
-    for field in ("hook_points", "dtype", "seq", "shards", "model", "text", "settings"):
-        if field not in manifest:
-            raise SaekitError(f"manifest {str(file)!r} lacks the field {field!r}; harvest again")
-    points = manifest["hook_points"]
-    if not isinstance(points, dict) or (not points and manifest["shards"]):
-        raise SaekitError(
-            f"manifest {str(file)!r} has hook_points = {points!r}; expected their names and widths, harvest again"
-        )
+    manifest = records.read(file, "a store's manifest", MANIFEST, "harvest again", SCHEMA)
+    points, dtype, seq = (manifest[key] for key in ("hook_points", "dtype", "seq"))
+    if not points and manifest["shards"]:
+        raise SaekitError(f"manifest {str(file)!r} names no hook points; harvest again")
     for name, site in points.items():
-        if not isinstance(site, dict) or not isinstance(site.get("width"), int) or site["width"] < 1:
+        if site["width"] < 1:
             raise SaekitError(f"manifest {str(file)!r} has no width for hook point {name!r}; harvest again")
-    if (
-        manifest["dtype"] not in DTYPES
-        or not isinstance(manifest["seq"], int)
-        or manifest["seq"] < bool(points)
-    ):
+    if dtype not in DTYPES or seq < bool(points):
         raise SaekitError(
-            f"manifest {str(file)!r} has dtype {manifest['dtype']!r} and seq {manifest['seq']!r}; expected one of {', '.join(DTYPES)} and a row length, harvest again"
+            f"manifest {str(file)!r} has dtype {dtype!r} and seq {seq}; expected one of {', '.join(DTYPES)} and a row length, harvest again"
         )
     for i, entry in enumerate(manifest["shards"]):
-        if not isinstance(entry, dict):
-            raise SaekitError(f"shard {i} in manifest {str(file)!r} is {entry!r}; harvest again")
-        for field in ("file", "bytes", "sha256", "tokens", "kept", "nonfinite"):
-            if field not in entry:
-                raise SaekitError(
-                    f"shard {i} in manifest {str(file)!r} lacks the field {field!r}; harvest again"
-                )
-        kinds = {"file": str, "bytes": int, "sha256": str, "tokens": int, "kept": int, "nonfinite": dict}
-        for field, kind in kinds.items():
-            if not isinstance(entry[field], kind):
-                raise SaekitError(
-                    f"shard {i} in manifest {str(file)!r} has {field} = {entry[field]!r}; harvest again"
-                )
         if Path(entry["file"]).name != entry["file"]:
             raise SaekitError(
                 f"shard {i} in manifest {str(file)!r} lies outside the store ({entry['file']!r}); harvest again"

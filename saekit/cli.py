@@ -44,10 +44,33 @@ def main() -> None:
             print(f"error: {message.rstrip('.')}; --help lists what there is", file=sys.stderr)
         sys.exit(2)
     except (Abort, KeyboardInterrupt):
+        print(
+            "stopped; a harvest or training goes on where it was when the same command is run again",
+            file=sys.stderr,
+        )
         sys.exit(130)
     except SaekitError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        why = str(error).strip().splitlines()[0][:200] if str(error).strip() else "none is left"
+        print(
+            f"error: memory ran out ({why}); choose a smaller batch or dictionary: `saekit plan` says what a job takes",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """torch raises a plain RuntimeError where the CPU's memory ends, and its own kinds on a GPU."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+        or "Storage size calculation overflowed" in str(error)
+    )
 
 
 if __name__ == "__main__":

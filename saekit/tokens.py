@@ -1,7 +1,8 @@
 """Text to packed token rows with document ids: what the model reads, and which positions count.
 
 A *text* is ``"stdlib"`` (the default corpus), a file, a folder, a local or hub ``datasets`` data
-set (streamed), or a list of literal strings or of chats (lists of ``{"role", "content"}``).
+set (streamed), or given: a ``datasets`` object, or a list or any iterable of strings or of chats
+(lists of ``{"role", "content"}``).
 """
 
 import hashlib
@@ -102,17 +103,47 @@ def _dataset(name: str) -> Iterator[Document | list[dict]]:
     They are named after the data set and not the way to it, so that the split is the same from every folder.
     """
     short = Path(name).name if Path(name).exists() else name
+    yield from _rows(_records(name), f"dataset {name!r}", short)
+
+
+def _rows(rows: Iterable[Mapping[str, Any]], what: str, short: str) -> Iterator[Document | list[dict]]:
     column = None
-    for i, row in enumerate(_records(name)):
+    for i, row in enumerate(rows):
         if column is None:
             strings = [c for c, value in row.items() if isinstance(value, str)]
             column = next((c for c in ("text", "messages") if c in row), strings[0] if strings else None)
             if column is None:
-                raise SaekitError(f"dataset {name!r} has no text column; its columns are {', '.join(row)}")
+                raise SaekitError(f"{what} has no text column; its columns are {', '.join(row)}")
         if isinstance(row[column], str):
             yield from _pieces(f"{short}[{i}]", row[column])
         else:
             yield row[column]
+
+
+GIVEN = "given"  # in place of a name, in manifests and cards
+
+
+class Given:
+    """A text given as an iterable, read no further than asked for; what a generator gave is kept for the next reading."""
+
+    def __init__(self, items: Iterable[Any]):
+        self.table = hasattr(items, "column_names")  # of `datasets`
+        one_way = iter(items) is items
+        self._items: Any = [] if one_way else items
+        self._left = iter(items) if one_way else iter(())
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from self._items
+        for item in self._left:
+            self._items.append(item)
+            yield item
+
+    def identity(self) -> dict[str, Any]:
+        """The data set's own fingerprint, or a digest of the first item: the rest has not been read."""
+        mark = getattr(self._items, "_fingerprint", None)
+        if mark is None:
+            mark = hashlib.sha256(repr(next(iter(self), None)).encode()).hexdigest()
+        return {"name": GIVEN, "fingerprint": mark}
 
 
 def probe_hub(name: str, kind: str) -> None:
@@ -143,15 +174,25 @@ def is_dataset(path: Path) -> bool:
     )
 
 
-def documents(text: "str | os.PathLike | Sequence", split: str = "train") -> Iterator[Any]:
+def documents(text: "str | os.PathLike | Iterable[Any]", split: str = "train") -> Iterator[Any]:
     """The documents of a text, on one side of its split (``train``, ``held_out`` or ``all``).
 
-    Named texts are split by a hash of the document's name, the same everywhere; literal lists are
+    Named texts are split by a hash of the document's name, the same everywhere; given ones are
     never split.
     """
+    if isinstance(text, Given) and text.table:
+        yield from _rows(text, "the data set given", GIVEN)
+        return
     if not isinstance(text, str | os.PathLike):
         for i, item in enumerate(text):
-            yield Document(f"literal[{i}]", item) if isinstance(item, str) else item
+            if not isinstance(item, str) and not _is_chat(item):
+                raise SaekitError(
+                    f"text item {i} is a {type(item).__name__}; give strings, chats (lists of messages with a role), tensors or mappings of them"
+                )
+            if isinstance(item, str):
+                yield from _pieces(f"given[{i}]", item)
+            else:
+                yield item
         return
     spec = os.fspath(text)
     if spec == "stdlib":
@@ -202,7 +243,7 @@ def fingerprint(text: "str | os.PathLike") -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def check_text(text: "str | os.PathLike | Sequence") -> None:
+def check_text(text: "str | os.PathLike | Iterable[Any]") -> None:
     """Raise at once when a text can't be read or holds nothing."""
     if isinstance(text, str | os.PathLike):
         spec, path = os.fspath(text), Path(text)
@@ -215,14 +256,9 @@ def check_text(text: "str | os.PathLike | Sequence") -> None:
             raise SaekitError(f"text {spec!r} is empty; give a text with at least one line")
         if is_dataset(path):
             return
-    else:
-        for i, item in enumerate(text):
-            if not isinstance(item, str) and not _is_chat(item):
-                raise SaekitError(
-                    f"text item {i} is a {type(item).__name__}; give strings, chats (lists of messages with a role), tensors or mappings of them"
-                )
-    if not any(not isinstance(d, Document) or d.text.strip() for d in documents(text, "all")):
-        shown = repr(os.fspath(text)) if isinstance(text, str | os.PathLike) else "the list given"
+    full = (not isinstance(d, Document) or bool(d.text.strip()) for d in documents(text, "all"))
+    if not any(list(full) if isinstance(text, list | tuple) else full):  # every item of a list is checked
+        shown = repr(os.fspath(text)) if isinstance(text, str | os.PathLike) else "given"
         raise SaekitError(f"text {shown} is empty: it holds no documents; give a text with at least one line")
 
 

@@ -1,6 +1,10 @@
 """What many tests share: tiny models made from their configs, a small store, the shipped model."""
 
+import copy
 import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -13,6 +17,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, by whomever
 
 import saekit
+from saekit.activations import Store
 from saekit.harvest import harvest
 from saekit.models import Model, load_model
 
@@ -65,3 +70,59 @@ def planted_rows() -> torch.Tensor:
 def small_dictionary() -> "saekit.Dictionary":
     """A fresh TopK dictionary, 16 -> 64, k 4."""
     return saekit.create("topk", d_in=16, n_features=64, k=4, seed=0)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tiny tensors on two threads wait for each other, for milliseconds where the machine is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def good(tiny_gpt2: Model, small_store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with good input: ``model``, ``store``, ``run`` (with its dictionary) and ``text.py``."""
+    root = tmp_path_factory.mktemp("good")
+    tiny_gpt2.module.save_pretrained(root / "model")
+    tiny_gpt2.tokenizer.save_pretrained(root / "model")
+    shutil.copytree(small_store.path, root / "store")
+    dictionary = saekit.create("topk", d_in=32, n_features=64, k=4)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the tests that resume this run
+    saekit.train(dictionary, root / "store", steps=2, batch_size=64, out=root / "run")
+    torch.set_num_threads(threads)
+    nan = copy.deepcopy(tiny_gpt2.module)
+    nan.transformer.h[0].mlp.c_fc.weight.data[0, 0] = float("nan")
+    harvest(
+        load_model(nan, tokenizer=tiny_gpt2.tokenizer, name="nan"),
+        "stdlib",
+        "blocks.1.hook_resid_post",
+        out=root / "nan_store",
+        tokens=512,
+        context=64,
+    )
+    saekit.save(saekit.create("topk", d_in=16, n_features=64, k=4), root / "narrow")
+    (root / "text.py").write_text("import os\n" * 50)
+    (root / "long.py").write_text("\n".join(f"def f{i}(x):\n    return x + {i * i}\n" for i in range(1500)))
+    (root / "empty.py").write_text("")
+    (root / "blank.py").write_text("\n \n")
+    (root / "empty_folder").mkdir()
+    (root / "pictures").mkdir()
+    (root / "pictures" / "a.png").write_bytes(b"\x89PNG\xff\xfe\xfa")
+    (root / "latin.py").write_bytes("é".encode("latin-1") * 9)
+    (root / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    (root / "numbers.jsonl").write_text('{"n": 1}\n{"n": 2}\n')
+    return root
+
+
+@pytest.fixture
+def here(good: Path, tmp_path: Path) -> Path:
+    """A copy of the good input that a test may damage (the model is shared)."""
+    for name in ("store", "run", "nan_store", "narrow"):
+        shutil.copytree(good / name, tmp_path / name)
+    for path in good.iterdir():
+        if not (tmp_path / path.name).exists():
+            (tmp_path / path.name).symlink_to(path)
+    return tmp_path

@@ -14,14 +14,14 @@ ROOMS = {"saekit": "saekit", "trainers": "saekit.trainers", "kernels": "saekit.k
 # design §2: a module imports strictly lower ranks or its own folder; the longest prefix counts
 RANKS = {
     "saekit.kernels": 0,
-    "saekit.types": 1, "saekit.registry": 1,
-    "saekit.stdlib": 1,
-    "saekit.metrics": 2, "saekit.hooks": 2, "saekit.tokens": 2, "saekit.activations": 2,
-    "saekit.dictionaries": 3, "saekit.models": 3, "saekit.code_lm": 3,
-    "saekit.harvest": 4, "saekit.hub": 4,
-    "saekit.trainers": 5, "saekit.evaluate": 5, "saekit.circuits": 5, "saekit.autointerp": 5, "saekit.testbed": 5,
-    "saekit.papers": 6, "saekit.report": 6,
-    "saekit.verbs": 7, "saekit": 7, "saekit.cli": 8,
+    "saekit.types": 1, "saekit.registry": 1, "saekit.stdlib": 1,
+    "saekit.records": 2,
+    "saekit.metrics": 3, "saekit.hooks": 3, "saekit.tokens": 3, "saekit.activations": 3,
+    "saekit.dictionaries": 4, "saekit.models": 4, "saekit.code_lm": 4,
+    "saekit.harvest": 5, "saekit.hub": 5,
+    "saekit.trainers": 6, "saekit.evaluate": 6, "saekit.circuits": 6, "saekit.autointerp": 6, "saekit.testbed": 6,
+    "saekit.papers": 7, "saekit.report": 7,
+    "saekit.verbs": 8, "saekit": 8, "saekit.cli": 9,
 }  # fmt: skip
 
 

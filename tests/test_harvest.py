@@ -839,3 +839,67 @@ def test_harvesting_to_disk_costs_at_most_a_tenth_more_than_the_bare_truncated_f
         f"\nharvest to {dtype} on disk / bare truncated forward: {ratio:.3f} ({t['tokens'] / t['harvest']:,.0f} tokens/s)"
     )
     assert ratio <= 1.10
+
+
+# texts that are given
+
+
+def test_an_endless_text_is_read_no_further_than_asked(tiny_gpt2) -> None:
+    read = 0
+
+    def lines():
+        nonlocal read
+        while True:
+            read += 1
+            yield f"def f{read}(x):\n    return x + {read}\n" * 20
+
+    stream = harvest(tiny_gpt2, lines(), POINT, tokens=256, context=64)
+    first, again = ([batch.tokens for batch in stream] for _ in range(2))
+    assert sum(t.numel() for t in first) == 256
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert read < 300
+
+
+@pytest.mark.parametrize("kind", ["dataset", "iterable", "dict"])
+def test_data_set_objects_are_texts(kind: str, tiny_gpt2, tmp_path: Path) -> None:
+    import datasets
+
+    texts = [f"import os  # {i}\n" * 30 for i in range(40)]
+    data = datasets.Dataset.from_dict({"id": list(range(40)), "text": texts})
+    given = {
+        "dataset": data,
+        "iterable": data.to_iterable_dataset(),
+        "dict": datasets.DatasetDict(train=data),
+    }
+    same = harvest(tiny_gpt2, texts, POINT, tokens=512, context=64)
+    mine = harvest(tiny_gpt2, given[kind], POINT, tokens=512, context=64)
+    for a, b in zip(same, mine, strict=True):
+        assert torch.equal(a.tokens, b.tokens) and torch.equal(a.activations[POINT], b.activations[POINT])
+    store = harvest(tiny_gpt2, given[kind], POINT, tokens=512, context=64, out=tmp_path / "acts")
+    assert store.manifest["complete"] and store.manifest["text"]["fingerprint"]
+    assert (
+        harvest(tiny_gpt2, given[kind], POINT, tokens=512, context=64, out=tmp_path / "acts").n_rows
+        == store.n_rows
+    )
+
+
+def test_a_mapping_is_one_input_of_the_model(tiny_gpt2) -> None:
+    encoded = tiny_gpt2.tokenizer(["import os"] * 2, return_tensors="pt", return_token_type_ids=False)
+    (batch,) = harvest(tiny_gpt2, encoded, POINT)
+    assert torch.equal(batch.tokens, encoded["input_ids"])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [(5, "text is a int"), (["a", 5], "text item 1 is a int"), ([], "is empty"), (iter([]), "is empty")],
+)
+def test_what_is_no_text_is_refused(text: Any, words: str, tiny_gpt2) -> None:
+    with pytest.raises(SaekitError, match=words):
+        harvest(tiny_gpt2, text, POINT)
+
+
+def test_a_text_without_rows_leaves_no_folder(tiny_gpt2, tmp_path: Path) -> None:
+    (tmp_path / "b.py").write_text("import os\n")
+    with pytest.raises(SaekitError, match="side of its split"):
+        harvest(tiny_gpt2, tmp_path / "b.py", POINT, split="held_out", out=tmp_path / "acts")
+    assert not (tmp_path / "acts").exists()

@@ -3,7 +3,8 @@
 if __name__ != "saekit.trainers":
     raise ImportError("this folder is the package saekit.trainers: import it under that name (run python -P)")
 
+from saekit.trainers.config import TrainConfig as TrainConfig
+from saekit.trainers.config import read_config as read_config
 from saekit.trainers.loop import Run as Run
-from saekit.trainers.loop import TrainConfig as TrainConfig
 from saekit.trainers.loop import Trainer as Trainer
 from saekit.trainers.loop import train as train

@@ -16,8 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saekit import records
 from saekit.activations import file_sha256, write_atomic
+from saekit.types import SaekitError
 
+SCHEMA = 1
+STATE = {"step": int, "sha256": str, "machine": dict}
 KEEP = 2  # the newest is the one to resume from; the one before it, should the newest be damaged
 
 
@@ -52,7 +56,13 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], about: dict[str, A
     temporary.mkdir(parents=True)
     data = to_bytes({key: value.detach().contiguous().cpu() for key, value in tensors.items()})
     write_atomic(temporary / "state.safetensors", data)
-    state = {"step": step, "sha256": hashlib.sha256(data).hexdigest(), "machine": machine(), **about}
+    state = {
+        "schema": SCHEMA,
+        "step": step,
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "machine": machine(),
+        **about,
+    }
     write_atomic(temporary / "state.json", json.dumps(state, indent=1).encode())
     shutil.rmtree(target, ignore_errors=True)
     temporary.replace(target)
@@ -72,16 +82,15 @@ def latest(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
 
     for path in sorted(folder.glob("step-*"), reverse=True):
         try:
-            state = json.loads((path / "state.json").read_text())
+            state = records.read(path / "state.json", "a checkpoint's state", STATE, "delete it", SCHEMA)
             intact = file_sha256(path / "state.safetensors") == state["sha256"]
-        except (OSError, ValueError, KeyError):
+        except (OSError, SaekitError):
             intact = False
         if not intact:
             warnings.warn(f"checkpoint {path} is damaged; going on from the one before it", stacklevel=2)
             continue
-        if state.get("machine") != machine():
-            made = state.get("machine", {})
-            changed = [key for key, value in machine().items() if made.get(key) != value]
+        if state["machine"] != machine():
+            changed = [key for key, value in machine().items() if state["machine"].get(key) != value]
             warnings.warn(
                 f"checkpoint {path} was made with another {' and '.join(changed)}: the resumed run may differ in its last bits",
                 stacklevel=2,

@@ -11,7 +11,7 @@ class Log:
 
     def __init__(self, folder: Path, step: int, wandb: str | None, config: dict[str, Any]):
         self.path = folder / "log.jsonl"
-        kept = [line for line in _lines(self.path) if line.get("step", 0) <= step]
+        kept = [line for line in _lines(self.path) if line["step"] <= step]
         text = "".join(json.dumps(line) + "\n" for line in kept)
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text(text)
@@ -52,9 +52,12 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     out = []
     for line in path.read_text().splitlines():
         try:
-            out.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
             break
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            break
+        out.append(record)
     return out
 
 

@@ -3,6 +3,7 @@
 import json
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
@@ -21,52 +22,13 @@ from saekit.hub import native
 from saekit.kernels import serial
 from saekit.registry import nearest
 from saekit.trainers import checkpoint, dead, optim
+from saekit.trainers.config import TrainConfig, read_config, resolve
 from saekit.trainers.log import Log
 from saekit.trainers.log import read as read_log
 from saekit.types import ActivationBatch, SaekitError
 
 NORMALISATION_ROWS = 1 << 15
 OVERFLOWS = 1e15  # of a weight; a thousand of them make a row that kernels refuse
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """A training run. What is None is chosen from the rest, and the reason written to the run's config.
-
-    ``steps`` of ``batch_size`` rows; ``lr`` peak rate of Adam, with ``warmup`` steps up and the
-    last ``decay`` share of the run down to zero; ``clip`` limits the gradient's norm;
-    ``dead_after`` rows without firing make a feature dead; ``seed`` fixes the order of the data.
-    """
-
-    steps: int = 1000
-    batch_size: int = 4096
-    lr: float | None = None
-    warmup: int | None = None
-    decay: float = 0.3
-    clip: float | None = None
-    dead_after: int | None = None
-    seed: int = 0
-    log_every: int = 10
-    checkpoint_every: int | None = None
-    wandb: str | None = None
-
-    def __post_init__(self):
-        for name in ("steps", "batch_size", "log_every", "checkpoint_every", "dead_after"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise SaekitError(f"{name} = {value!r} must be a whole number of at least 1")
-        for name, least in (("seed", 0), ("warmup", 0)):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or not least <= value < 2**31):
-                raise SaekitError(f"{name} = {value!r} must be a whole number in {least}..2^31 - 1")
-        if self.wandb is not None and not isinstance(self.wandb, str):
-            raise SaekitError(f"wandb = {self.wandb!r} must be the name of a project")
-        for name in ("lr", "clip"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int | float) or not value > 0):
-                raise SaekitError(f"{name} = {value!r} must be a number above 0")
-        if not isinstance(self.decay, int | float) or not 0 <= self.decay <= 1:
-            raise SaekitError(f"decay = {self.decay!r} must lie in 0..1; it is a share of the run")
 
 
 class Trainer:
@@ -167,23 +129,6 @@ def as_source(source: Any) -> Source:
     return StreamSource(source) if isinstance(source, Stream) else source
 
 
-def resolve(config: TrainConfig, n_features: int) -> tuple[TrainConfig, dict[str, str]]:
-    """The config with every open value chosen, and the reasons."""
-    lr = optim.learning_rate(n_features, config.steps)
-    warmup = optim.warmup_steps(config.steps)
-    silent = dead.dead_after(config.steps * config.batch_size)
-    values = asdict(config)
-    reasons = {}
-    for key, chosen in (("lr", lr), ("warmup", warmup), ("dead_after", silent)):
-        if values[key] is None:
-            values[key] = chosen.value if key == "lr" else int(chosen.value)
-            reasons[key] = chosen.reason
-    if values["checkpoint_every"] is None:
-        values["checkpoint_every"] = max(1, config.steps // 10)
-        reasons["checkpoint_every"] = "ten times in the run"
-    return TrainConfig(**values), reasons
-
-
 def check(dictionary: Dictionary, source: Source, config: TrainConfig) -> tuple[str, ...]:
     """Raise unless the dictionary can be trained on the source; returns the hook points it reads."""
     points = tuple(
@@ -194,9 +139,14 @@ def check(dictionary: Dictionary, source: Source, config: TrainConfig) -> tuple[
             or ["x"]
         )[0]
     )
-    for point in points:
-        if isinstance(source, Store):
+    if isinstance(source, Store):
+        for point in points:
             source.check(point)
+        if not source.manifest["complete"]:
+            warnings.warn(
+                f"store {str(source.path)!r} is unfinished: training on the {source.n_rows} rows it holds; its harvest goes on when run again",
+                stacklevel=3,
+            )
     width = sum(source.width(point) for point in points)
     if width != dictionary.d_in:
         raise SaekitError(
@@ -285,7 +235,7 @@ def train(
         if log is not None:
             log.close()
     if not record and path is not None:  # a finished run was taken up again
-        record = read_log(path)[-1]
+        record = (read_log(path) or [{}])[-1]
     dictionary.card |= {"data": settings["data"], "training": {"config": asdict(config), "last": record}}
     if path is not None and finished:
         native.save(dictionary, path)
@@ -316,14 +266,12 @@ def _prepare(path: Path, settings: dict[str, Any], trainer: Trainer) -> None:
     file = path / "config.json"
     check_writable(path)
     if file.exists():
-        previous = json.loads(file.read_text())
+        previous = read_config(file)
         for field in ("dictionary", "init_seed", "data", "hook_points", "train"):
-            mine, theirs = settings[field], previous.get(field)
+            mine, theirs = settings[field], previous.get(field, {})
             if field == "train":
                 free = ("log_every", "checkpoint_every", "wandb")
-                mine, theirs = (
-                    {k: v for k, v in part.items() if k not in free} for part in (mine, theirs or {})
-                )
+                mine, theirs = ({k: v for k, v in part.items() if k not in free} for part in (mine, theirs))
             if json.loads(json.dumps(mine)) != theirs:
                 raise SaekitError(
                     f"out {str(path)!r} holds a run with another {field} setting; choose another folder, or delete it"

@@ -3,8 +3,6 @@
 import copy
 import dataclasses
 import math
-import types
-import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -19,11 +17,16 @@ from saekit.dictionaries.objective.forward import Forward, TrainState
 from saekit.dictionaries.selection import SELECTIONS
 from saekit.dictionaries.wiring import WIRINGS
 from saekit.kernels import sparse_decode
+from saekit.records import check, fits, name_of
 from saekit.registry import Registry, nearest
 from saekit.types import ActivationBatch, Codes, Loss, SaekitError
 
 CHOICES = {"wiring": WIRINGS, "selection": SELECTIONS, "atoms": ATOMS, "objective": OBJECTIVES}
 Choice = tuple[str, Any]  # a row's name and its frozen config
+_NAMED = {"name": str}
+CONFIG = {
+    "n_features": int, "wiring": _NAMED, "selection": _NAMED, "atoms": _NAMED, "objective": [_NAMED]
+}  # fmt: skip
 
 
 def configure(table: Registry, name: str, options: Mapping[str, Any], unused: set[str]) -> Any:
@@ -43,22 +46,11 @@ def configure(table: Registry, name: str, options: Mapping[str, Any], unused: se
         raise SaekitError(f"{table.kind} {name!r} needs {missing[0]}; give {missing[0]}=...")
     unused -= mine
     for f in fields(config):
-        if f.name in mine and not _fits(options[f.name], f.type):
-            kind = getattr(f.type, "__name__", str(f.type))
+        if f.name in mine and not fits(options[f.name], f.type):
             raise SaekitError(
-                f"{f.name} = {options[f.name]!r} of {table.kind} {name!r} must be of type {kind}"
+                f"{f.name} = {options[f.name]!r} of {table.kind} {name!r} must be of type {name_of(f.type)}"
             )
     return config(**{key: options[key] for key in mine})
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of a plain type (or a union of such); other annotations are the row's own business."""
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if not all(isinstance(kind, type) for kind in kinds):
-        return True
-    if isinstance(value, bool):
-        return bool in kinds
-    return isinstance(value, kinds) or (float in kinds and isinstance(value, int))
 
 
 @dataclass(frozen=True)
@@ -95,7 +87,7 @@ class Config:
         def choice(kind: str, entry: Mapping[str, Any]) -> Choice:
             options = {key: value for key, value in entry.items() if key != "name"}
             unused = set(options)
-            name = entry.get("name", "")
+            name = entry["name"]
             config = configure(CHOICES[kind], name, options, unused)
             if unused:
                 field = sorted(unused)[0]
@@ -104,11 +96,10 @@ class Config:
                 )
             return name, config
 
-        expected = {f.name for f in fields(Config)}
-        for key in (*sorted(set(data) - expected), *sorted(expected - set(data))):
-            problem = "unknown" if key in data else "missing"
+        check(data, CONFIG, "the dictionary's config", "save the dictionary again")
+        for key in sorted(set(data) - set(CONFIG)):
             raise SaekitError(
-                f"field {key!r} of the dictionary's config is {problem}; expected {sorted(expected)}"
+                f"field {key!r} of the dictionary's config is unknown{nearest(key, list(CONFIG))}"
             )
         single = {c: choice(c, data[c]) for c in ("wiring", "selection", "atoms")}
         return Config(

@@ -2,6 +2,7 @@
 
 from saekit.evaluate.core import Report as Report
 from saekit.evaluate.core import evaluate as evaluate
+from saekit.evaluate.core import read_report as read_report
 from saekit.evaluate.measure import Measure as Measure
 from saekit.registry import Registry
 

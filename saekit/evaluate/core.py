@@ -6,13 +6,14 @@ that every ratio is a ratio of sums and every interval is over documents.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from saekit import metrics
+from saekit import metrics, records
 from saekit.dictionaries import Dictionary, create
 from saekit.evaluate.measure import Measure, Resampler
 from saekit.harvest import HarvestConfig, Stream
@@ -56,6 +57,19 @@ class Report(Mapping[str, Measure]):
                 controls = "".join(f"  {name} {value:.4f}" for name, value in m.control.items())
                 lines.append(f"{key:20} {m.value:.4f}{span} {m.unit}, n {m.n}{controls}")
         return "\n".join(lines)
+
+
+REPORT = {
+    "about": {"tokens": int, "documents": int, "split": str, "text": {"name": str}},
+    "measures": {
+        "*": {"value": float | list | None, "n": int, "unit": str, "interval": list | None, "control": {"*": float | None}}
+    },
+}  # fmt: skip
+
+
+def read_report(file: Path) -> dict[str, Any]:
+    """An eval.json as plain data; a missing or misshapen field raises by name."""
+    return records.read(file, "an evaluation", REPORT, "run `saekit eval` again")
 
 
 class _Sums:

@@ -1,5 +1,6 @@
 """The entry: a live stream, or a store on disk that resumes at the shard."""
 
+import contextlib
 import itertools
 import os
 import warnings
@@ -62,8 +63,9 @@ def harvest(
 ) -> "Stream | Store":
     """Activations of ``text`` at ``hook_points``: a :class:`Stream`, or with ``out`` a :class:`Store`.
 
-    ``text`` is a path, a data set, ``stdlib``, or a list of strings, chats, token rows (integer
-    tensors), pixels (float tensors) or keyword arguments of the model. ``options`` are the fields
+    ``text`` is a path, a data set (its name or a ``datasets`` object), ``stdlib``, or an iterable of
+    strings, chats, token rows (integer tensors), pixels (float tensors) or keyword arguments of the
+    model, read no further than ``tokens`` asks. ``options`` are the fields
     of :class:`HarvestConfig`. A harvest into a folder that holds part of the same harvest goes on
     where it stopped. ``on_batch(tokens_done, tokens_wanted)`` is called after each forward pass.
     """
@@ -122,53 +124,58 @@ def _to_store(stream: Stream, path: Path, on_batch: Callable[[int, int | None], 
         manifest = previous
         if manifest["complete"]:
             return Store(path)
+    existed = path.exists()
     check_writable(path)
     for stale in path.glob(".*.tmp"):
         stale.unlink()
-    done = sum(entry["tokens"] for entry in manifest["shards"])
     stream.norm_limits = dict(manifest["norm_limits"])
     stream.skip_batches = len(manifest["shards"]) * manifest["batches_per_shard"]
-    in_shard = 0
     try:
         with ShardWriter(path, manifest) as writer:
-            for batch in stream:
-                if not manifest["hook_points"]:
-                    _describe(manifest, stream, batch)
-                    wanted = 0 if stream.raw else stream.config.tokens or 0
-                    check_writable(
-                        path,
-                        wanted
-                        * bytes_per_token(
-                            (s["width"] for s in manifest["hook_points"].values()), stream.config.dtype
-                        ),
-                    )
-                if batch.mask.shape[1] != manifest["seq"]:
-                    raise SaekitError(
-                        f"a row has {batch.mask.shape[1]} positions and the rows before it {manifest['seq']}; pad them to one length (with attention_mask)"
-                    )
-                writer.add(batch)
-                in_shard += 1
-                done += batch.mask.numel()
-                if on_batch:
-                    on_batch(done, stream.config.tokens)
-                if in_shard == manifest["batches_per_shard"]:
-                    writer.flush(wait=False)
-                    in_shard = 0
-            writer.flush()
-            if not manifest["shards"]:
-                side = (
-                    ""
-                    if stream.literal or stream.config.split == "all"
-                    else f" on the {stream.config.split!r} side of its split (split='all' takes both)"
-                )
-                raise SaekitError(f"the text gives no row of tokens{side}; give more text")
-            manifest["complete"] = True
-            writer.write_manifest()
+            _write(stream, writer, on_batch)
     except OSError as error:
         raise SaekitError(
             f"out {str(path)!r} can't be written: {error.strerror}; free some space and run the same command again: it goes on where it stopped"
         ) from None
+    finally:
+        if not existed and not manifest["shards"]:
+            with contextlib.suppress(OSError):
+                path.rmdir()
     return Store(path, verify_seconds=0)
+
+
+def _write(stream: Stream, writer: ShardWriter, on_batch: Callable[[int, int | None], None] | None) -> None:
+    """Fill shards from the stream until it ends."""
+    manifest, in_shard = writer.manifest, 0
+    done = sum(entry["tokens"] for entry in manifest["shards"])
+    for batch in stream:
+        if not manifest["hook_points"]:
+            _describe(manifest, stream, batch)
+            wanted = 0 if stream.raw else stream.config.tokens or 0
+            widths = (site["width"] for site in manifest["hook_points"].values())
+            check_writable(writer.path, wanted * bytes_per_token(widths, stream.config.dtype))
+        if batch.mask.shape[1] != manifest["seq"]:
+            raise SaekitError(
+                f"a row has {batch.mask.shape[1]} positions and the rows before it {manifest['seq']}; pad them to one length (with attention_mask)"
+            )
+        writer.add(batch)
+        in_shard += 1
+        done += batch.mask.numel()
+        if on_batch:
+            on_batch(done, stream.config.tokens)
+        if in_shard == manifest["batches_per_shard"]:
+            writer.flush(wait=False)
+            in_shard = 0
+    writer.flush()
+    if not manifest["shards"]:
+        side = (
+            ""
+            if not stream.named or stream.config.split == "all"
+            else f" on the {stream.config.split!r} side of its split (split='all' takes both)"
+        )
+        raise SaekitError(f"the text gives no row of tokens{side}; give more text")
+    manifest["complete"] = True
+    writer.write_manifest()
 
 
 def _describe(manifest: dict[str, Any], stream: Stream, batch: ActivationBatch) -> None:

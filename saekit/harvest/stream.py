@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -16,8 +16,9 @@ from saekit.activations import (
 )
 from saekit.hooks import capture
 from saekit.models import Model
+from saekit.records import check_types
 from saekit.registry import nearest
-from saekit.tokens import Special, check_text, documents, fingerprint, token_rows
+from saekit.tokens import GIVEN, Given, Special, check_text, documents, fingerprint, token_rows
 from saekit.types import ActivationBatch, SaekitError
 
 DEFAULT_CONTEXT = 512
@@ -46,6 +47,7 @@ class HarvestConfig:
     outlier: float = 10.0
 
     def __post_init__(self):
+        check_types(self)
         if not self.hook_points:
             raise SaekitError("hook_points is empty; name at least one, for example blocks.1.hook_resid_post")
         if self.dtype not in DTYPES:
@@ -66,24 +68,16 @@ class Stream:
     """Activations of whole sequences, computed as they are asked for; iterating starts afresh."""
 
     def __init__(self, model: Model, text: Any, config: HarvestConfig, skip_batches: int = 0):
-        self.model, self.text, self.config = model, text, config
+        self.model, self.config = model, config
         self.hook_points = model.expand(config.hook_points)
         self.sites = {name: model.site(name) for name in self.hook_points}
         self.skip_batches = skip_batches
         self.norm_limits: dict[str, float] = {}
-        self.literal = not isinstance(text, str | os.PathLike)
-        if isinstance(text, Tensor):
-            self.text = text = list((text[None] if text.ndim == 1 else text).split(config.batch_rows))
-        elif self.literal and not isinstance(text, Sequence):
-            self.text = text = list(text)
-        first = text[0] if self.literal and len(text) else None
-        if isinstance(first, Mapping) and "role" in first:
-            self.text, first = [text], None  # one chat
-        self.raw = isinstance(first, Tensor | Mapping)
+        self.named = isinstance(text, str | os.PathLike)
+        self.text, self.raw = (text, False) if self.named else _given(text, config.batch_rows)
         if self.raw:
             return
-        text = self.text
-        check_text(text)
+        check_text(self.text)
         if model.tokenizer is None:
             raise SaekitError(
                 f"model {model.name!r} has no tokenizer and the text is words; give tokenizer=, or token rows as tensors"
@@ -218,9 +212,11 @@ class Stream:
         return {**out, "hook_points": self.hook_points, "context": None if self.raw else self.context}
 
     def text_identity(self) -> dict[str, Any]:
-        """What the text is: its name, or a digest of what was given literally."""
-        if not self.literal:
+        """What the text is: its name, or a digest of what was given."""
+        if self.named:
             return {"name": os.fspath(self.text), "split": self.config.split, "state": fingerprint(self.text)}
+        if isinstance(self.text, Given):
+            return self.text.identity()
         digest = hashlib.sha256()
         for item in self.text:
             parts = item.values() if isinstance(item, Mapping) else [item]
@@ -233,7 +229,28 @@ class Stream:
                 digest.update(
                     f"{getattr(part, 'dtype', '')} {tuple(getattr(part, 'shape', ()))} ".encode() + data
                 )
-        return {"name": "literal", "items": len(self.text), "sha256": digest.hexdigest()}
+        return {"name": GIVEN, "items": len(self.text), "sha256": digest.hexdigest()}
+
+
+def _given(text: Any, batch_rows: int) -> tuple[Any, bool]:
+    """A text that is no name as a sequence or :class:`Given`, and whether its items are inputs of the model."""
+    if isinstance(text, Tensor):
+        return list((text[None] if text.ndim == 1 else text).split(batch_rows)), True
+    if isinstance(text, Mapping):
+        if "train" in text and hasattr(text["train"], "column_names"):  # a DatasetDict
+            return Given(text["train"]), False
+        return [text], "role" not in text
+    if not isinstance(text, Iterable):
+        raise SaekitError(
+            f"text is a {type(text).__name__}; give a path, a data set, or strings, chats or tensors in a list"
+        )
+    items = text if isinstance(text, Sequence) else Given(text)
+    if isinstance(items, Given) and items.table:
+        return items, False
+    first = next(iter(items), None)
+    if isinstance(first, Mapping) and "role" in first:
+        return [list(items)], False  # one chat
+    return items, isinstance(first, Tensor | Mapping)
 
 
 def _positions(name: str, a: Tensor, grid: torch.Size) -> Tensor:

@@ -9,19 +9,31 @@ tensors' file, and what is known of data, training and metrics.
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from saekit.activations import file_sha256, write_atomic
+from saekit import records
+from saekit.activations import ABOUT, file_sha256, write_atomic
 from saekit.dictionaries import Config, Dictionary
 from saekit.registry import nearest
+from saekit.tokens import GIVEN
 from saekit.types import SaekitError
 
 SCHEMA = 1
 WEIGHTS, CARD = "dictionary.safetensors", "card.json"
+FIELDS = {
+    "config": dict,
+    "reads": [str],
+    "writes": [str],
+    "sha256": str,
+    "torch?": str,
+    "data?": ABOUT,
+    "training?": dict,
+}
 
 
 def save(dictionary: Dictionary, path: "str | Path") -> Path:
@@ -55,23 +67,14 @@ def read_card(path: Path) -> dict[str, Any]:
         raise SaekitError(
             f"dictionary {str(path)!r} has no {CARD}; give a folder that saekit saved, or a finished run"
         )
-    try:
-        card = json.loads(file.read_text())
-        version = card["schema"]
-    except (ValueError, KeyError, TypeError):
-        raise SaekitError(
-            f"card {str(file)!r} is not a dictionary's card; save the dictionary again"
-        ) from None
-    if version != SCHEMA:
-        raise SaekitError(f"card {str(file)!r} has schema {version!r} and this saekit reads {SCHEMA}")
-    for field, kind in {"config": dict, "reads": list, "writes": list, "sha256": str}.items():
-        if field not in card:
-            raise SaekitError(f"card {str(file)!r} lacks the field {field!r}; save the dictionary again")
-        if not isinstance(card[field], kind):
-            raise SaekitError(
-                f"field {field!r} of {str(file)!r} is no {kind.__name__}; save the dictionary again"
-            )
-    return card
+    return records.read(file, "a dictionary's card", FIELDS, "save the dictionary again", SCHEMA)
+
+
+def origin(card: Mapping[str, Any]) -> tuple[str, str | None]:
+    """Names of the model and text that a card's dictionary was trained on; None for a text given in Python."""
+    data = card.get("data", {})
+    text = data.get("text", {}).get("name", "stdlib")
+    return data.get("model", {}).get("name", "code-lm"), None if text == GIVEN else text
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
@@ -100,8 +103,8 @@ def load(path: "str | Path", device: "str | torch.device | None" = None) -> Dict
     tensors = read_tensors(path / WEIGHTS)
     try:
         dictionary = Dictionary(Config.from_json(card["config"]))
-    except SaekitError:
-        raise
+    except SaekitError as error:
+        raise SaekitError(f"card {str(path / CARD)!r}: {error}") from None
     except (TypeError, AttributeError, ValueError, RuntimeError) as error:
         why = " ".join(str(error).split())  # a value of the wrong type, found deep inside
         raise SaekitError(

@@ -1,6 +1,5 @@
 """The report of a run: gathers what lies in its folder, and the contexts of its features."""
 
-import json
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -11,12 +10,15 @@ from torch import Tensor
 
 from saekit.activations import Store
 from saekit.dictionaries import Dictionary
+from saekit.evaluate import read_report
 from saekit.harvest import harvest
 from saekit.hub import native
 from saekit.models import Model, load_model
 from saekit.report.contexts import ContextCollector
 from saekit.report.page import FeatureCard, Metric, RunReport, feature_card, write
 from saekit.tokens import documents
+from saekit.trainers import read_config
+from saekit.trainers.log import read as read_log
 from saekit.types import ActivationBatch, SaekitError
 
 EXPLAIN: dict[str, tuple[Literal["higher", "lower"] | None, str]] = {
@@ -56,17 +58,22 @@ def dashboard(
     dictionary = native.load(folder, device=device)
     card = native.read_card(folder)
     data = card.get("data", {})
-    view = load_model(model or data.get("model", {}).get("name", "code-lm"), device=device)
+    own_model, own_text = native.origin(card)
+    view = load_model(model or own_model, device=device)
     # the store it was trained on shows the same data, unless another text or model is asked for
     own = text is None and view.identity() == data.get("model")
     split = data.get("text", {}).get("split", "train") if text is None else "train"
-    text = text if text is not None else data.get("text", {}).get("name", "stdlib")
+    text = text if text is not None else own_text
     if not dictionary.reads:
         raise SaekitError(
             f"dictionary {str(folder)!r} names no hook point, so there is no model to show it on"
         )
-    evaluation = _json(folder / "eval.json")
-    density, source = _density_and_source(dictionary, folder if own else None, view, text, tokens, evaluation)
+    evaluation = read_report(folder / "eval.json") if (folder / "eval.json").is_file() else {}
+    config = read_config(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if out is not None and Path(out).is_dir():
+        raise SaekitError(f"out {str(out)!r} is a folder; name the HTML file to write")
+    acts = config.get("source", {}).get("acts") if own else None
+    density, source = _density_and_source(dictionary, acts, view, text, tokens, evaluation)
     chosen = _spread(density, n_features)
     collector: ContextCollector | None = None
     done = 0
@@ -83,12 +90,8 @@ def dashboard(
         raise SaekitError("the text gives no tokens to show; give more text")
     cards = _cards(collector, dictionary, view, text, split)
     target = Path(out) if out is not None else folder / "report.html"
-    write(_page(folder, dictionary, card, evaluation, density, cards), target)
+    write(_page(config, read_log(folder), dictionary, card, evaluation, density, cards), target)
     return target
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 @torch.no_grad()
@@ -99,18 +102,20 @@ def _codes(dictionary: Dictionary, batch: ActivationBatch) -> Any:
 
 def _density_and_source(
     dictionary: Dictionary,
-    folder: Path | None,
+    acts: str | None,
     view: Model,
     text: Any,
     tokens: int,
     evaluation: dict[str, Any],
 ) -> tuple[Tensor, Callable[[], Iterator[ActivationBatch]]]:
     """How often each feature fires, and where to read contexts from."""
-    acts = Path(_json(folder / "config.json").get("source", {}).get("acts", "")) if folder else Path()
-    stored = acts != Path() and (acts / "manifest.json").is_file()
 
     def source() -> Iterator[ActivationBatch]:
-        if not stored:
+        if acts is None or not (Path(acts) / "manifest.json").is_file():
+            if text is None:
+                raise SaekitError(
+                    "this dictionary was trained on text given in Python, and its store is gone; name a text with text= (--text)"
+                )
             yield from harvest(view, text, dictionary.reads, tokens=tokens)
             return
         seen = 0
@@ -207,9 +212,8 @@ def _promoted(dictionary: Dictionary, view: Model, features: list[int]) -> Tenso
 
 
 def _page(
-    folder: Path, dictionary: Dictionary, card: dict[str, Any], evaluation: dict[str, Any], density: Tensor, cards: list[FeatureCard]
+    config: dict[str, Any], log: list[dict[str, Any]], dictionary: Dictionary, card: dict[str, Any], evaluation: dict[str, Any], density: Tensor, cards: list[FeatureCard]
 ) -> RunReport:  # fmt: skip
-    config, log = _json(folder / "config.json"), _log(folder / "log.jsonl")
     data, settings = card.get("data", {}), config.get("train", {})
     selection = dictionary.config.selection
     model, text = data.get("model", {}), data.get("text", {})
@@ -269,10 +273,6 @@ def _version() -> str:
     from importlib.metadata import version
 
     return version("saekit")
-
-
-def _log(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def _metric(key: str, m: dict[str, Any]) -> Metric:

@@ -34,7 +34,7 @@ Device = Annotated[
         help="torch device, for example cuda; default: the CPU.", metavar="DEVICE", callback=_usable
     ),
 ]
-Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.", min=0, max=2**31 - 1)]
 Json = Annotated[
     bool, typer.Option("--json", help="Print the result as JSON on stdout; all else goes to stderr.")
 ]

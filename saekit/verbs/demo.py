@@ -11,6 +11,7 @@ from saekit.verbs.console import Device, Json, Seed, duration, finite, progress,
 from saekit.verbs.evaluate import table
 
 HOOK_POINT = "blocks.1.hook_resid_post"  # the middle of code-lm's four blocks
+WIDTH = 256  # of its residual stream
 
 
 def demo(
@@ -37,14 +38,16 @@ def demo(
 
     began, folder = time.monotonic(), Path(out)
     model = load_model("code-lm", device=device)
+    dictionary = create(
+        "topk", d_in=WIDTH, n_features=n_features, k=k, seed=seed
+    )  # before work, should it be refused
     say(f"1/4 harvest {HOOK_POINT} of code-lm over the standard library")
     with progress("harvest", "tokens") as draw:
         store = harvest(
             model, "stdlib", [HOOK_POINT], out=folder / "acts", tokens=tokens, dtype="bf16",
             on_batch=lambda done, total: draw(done, total, ""),
         )  # fmt: skip
-    say(f"2/4 train a TopK dictionary, {store.width(HOOK_POINT)} to {n_features} features, k = {k}")
-    dictionary = create("topk", d_in=store.width(HOOK_POINT), n_features=n_features, k=k, seed=seed)
+    say(f"2/4 train a TopK dictionary, {WIDTH} to {n_features} features, k = {k}")
     batch_size = min(4096, store.n_rows)
     steps = max(1, store.n_rows // batch_size)
     with progress("train", "steps") as draw:

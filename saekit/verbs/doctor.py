@@ -122,17 +122,16 @@ def _dictionary(path: Path) -> dict[str, Any]:
 
 
 def _run(path: Path) -> dict[str, Any]:
-    import json
-
+    from saekit.trainers import read_config
     from saekit.trainers.checkpoint import latest
 
-    config = json.loads((path / "config.json").read_text())
+    config = read_config(path / "config.json")
     found = latest(path / "checkpoints")
     step = found[1]["step"] if found else 0
     return {
         "run": str(path),
         "finished": False,
-        "newest intact checkpoint": f"step {step} of {config['train']['steps']}",
+        "newest intact checkpoint": f"step {step} of {config['train'].get('steps', '?')}",
         "train": config["train"],
     }
 

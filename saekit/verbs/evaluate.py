@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from saekit.types import SaekitError
 from saekit.verbs.console import Device, Json, Seed, progress, result
 
 
@@ -59,11 +60,15 @@ def evaluate(
     from saekit.evaluate import evaluate as run
     from saekit.harvest import check_writable
     from saekit.hub import load
+    from saekit.hub.native import origin
     from saekit.verbs.console import finite
 
     dictionary = load(path, device=device)
     check_writable(Path(path))
-    model, text = defaults(dictionary.card, model, text)
+    own_model, own_text = origin(dictionary.card)
+    model, text = model or own_model, text or own_text
+    if text is None:
+        raise SaekitError(f"dictionary {path!r} was trained on text given in Python; name one with --text")
     with progress("evaluate", "tokens") as draw:
         report = run(
             dictionary, model, text, tokens=tokens, hook_point=hook_point, split=split, controls=controls,
@@ -72,11 +77,3 @@ def evaluate(
     data = report.to_json()
     write_atomic(Path(path) / "eval.json", json.dumps(finite(data), indent=1).encode())
     result(data, as_json, table(report))
-
-
-def defaults(card: dict[str, Any], model: str | None, text: str | None) -> tuple[str, str]:
-    """Model and text that a dictionary's card names, unless others are given."""
-    data = card.get("data", {})
-    return model or data.get("model", {}).get("name", "code-lm"), text or data.get("text", {}).get(
-        "name", "stdlib"
-    )

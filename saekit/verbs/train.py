@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import typer
 
-from saekit.registry import nearest
 from saekit.types import SaekitError
 from saekit.verbs.console import Device, Json, Seed, duration, progress, result, say
 
@@ -146,31 +145,17 @@ def _repeat(path: Path) -> tuple[Any, Any, dict[str, Any]]:
     from saekit.dictionaries import Config, Dictionary
     from saekit.harvest import StreamSource
     from saekit.harvest import harvest as harvest_
-    from saekit.trainers import TrainConfig
+    from saekit.trainers import TrainConfig, read_config
 
-    try:
-        data = json.loads(path.read_text())
-    except (OSError, ValueError):
-        data = None
-    if not isinstance(data, dict):
-        raise SaekitError(f"config {str(path)!r} can't be read as JSON; give the config.json of a run")
-    known = ["train", "reasons", "dictionary", "init_seed", "hook_points", "data", "source"]
-    for where, keys, names in (
-        ("", data, known),
-        ("train.", data.get("train", {}), list(TrainConfig.__dataclass_fields__)),
-    ):
-        for key in sorted(set(keys) - set(names)):
-            raise SaekitError(f"key {where + key!r} of {str(path)!r} is unknown{nearest(key, names)}")
-    for key in ("train", "dictionary", "init_seed", "hook_points", "source"):
-        if key not in data:
-            raise SaekitError(f"config {str(path)!r} lacks the key {key!r}; give the config.json of a run")
+    data = read_config(path)
+    TrainConfig(**data["train"])
     dictionary = Dictionary(Config.from_json(data["dictionary"]), seed=data["init_seed"])
     dictionary.reads, dictionary.writes = dictionary.wiring.sites(data["hook_points"])
     source = data["source"]
     if "acts" in source:
         return dictionary, Store(source["acts"]), data["train"]
-    if "model" not in source:
+    if "model" not in source or "text" not in source:
         raise SaekitError(f"config {str(path)!r} is of a run on a tensor in memory; repeat it from Python")
     options = {key: value for key, value in source.items() if key not in ("model", "text", "hook_points")}
-    stream = harvest_(source["model"], source["text"], source["hook_points"], **options)
+    stream = harvest_(source["model"], source["text"], data["hook_points"], **options)
     return dictionary, StreamSource(stream), data["train"]

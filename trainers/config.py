@@ -1,0 +1,88 @@
+"""What decides a training run: its settings, why they are so, and the file that they are written to."""
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from saekit import records
+from saekit.activations import ABOUT
+from saekit.harvest import HarvestConfig
+from saekit.records import check_types, shape_of
+from saekit.registry import nearest
+from saekit.trainers import dead, optim
+from saekit.types import SaekitError
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run. What is None is chosen from the rest, and the reason written to the run's config.
+
+    ``steps`` of ``batch_size`` rows; ``lr`` peak rate of Adam, with ``warmup`` steps up and the
+    last ``decay`` share of the run down to zero; ``clip`` limits the gradient's norm;
+    ``dead_after`` rows without firing make a feature dead; ``seed`` fixes the order of the data.
+    """
+
+    steps: int = 1000
+    batch_size: int = 4096
+    lr: float | None = None
+    warmup: int | None = None
+    decay: float = 0.3
+    clip: float | None = None
+    dead_after: int | None = None
+    seed: int = 0
+    log_every: int = 10
+    checkpoint_every: int | None = None
+    wandb: str | None = None
+
+    def __post_init__(self):
+        check_types(self)
+        for name in ("steps", "batch_size", "log_every", "checkpoint_every", "dead_after"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SaekitError(f"{name} = {value!r} must be a whole number of at least 1")
+        for name in ("seed", "warmup"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 2**31:
+                raise SaekitError(f"{name} = {value!r} must be a whole number in 0..2^31 - 1")
+        for name in ("lr", "clip"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise SaekitError(f"{name} = {value!r} must be a number above 0")
+        if not 0 <= self.decay <= 1:
+            raise SaekitError(f"decay = {self.decay!r} must lie in 0..1; it is a share of the run")
+
+
+def resolve(config: TrainConfig, n_features: int) -> tuple[TrainConfig, dict[str, str]]:
+    """The config with every open value chosen, and the reasons."""
+    lr = optim.learning_rate(n_features, config.steps)
+    warmup = optim.warmup_steps(config.steps)
+    silent = dead.dead_after(config.steps * config.batch_size)
+    values = asdict(config)
+    reasons = {}
+    for key, chosen in (("lr", lr), ("warmup", warmup), ("dead_after", silent)):
+        if values[key] is None:
+            values[key] = chosen.value if key == "lr" else int(chosen.value)
+            reasons[key] = chosen.reason
+    if values["checkpoint_every"] is None:
+        values["checkpoint_every"] = max(1, config.steps // 10)
+        reasons["checkpoint_every"] = "ten times in the run"
+    return TrainConfig(**values), reasons
+
+
+RUN = {
+    "train": shape_of(TrainConfig), "reasons?": {"*": str}, "dictionary": dict, "init_seed": int, "hook_points": [str], "data?": ABOUT,
+    "source": {"acts?": str, "model?": str, "text?": str, **shape_of(HarvestConfig)},
+}  # fmt: skip
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """The config.json of a run; an unknown, missing or misshapen field raises by name."""
+    data = records.read(file, "a run's config", RUN, "give the config.json of a run")
+    known = [key.removesuffix("?") for key in RUN]
+    for where, keys, names in (
+        ("", data, known),
+        ("train.", data["train"], [f.name for f in fields(TrainConfig)]),
+    ):
+        for key in sorted(set(keys) - set(names)):
+            raise SaekitError(f"key {where + key!r} of {str(file)!r} is unknown{nearest(key, names)}")
+    return data
