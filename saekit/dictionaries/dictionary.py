@@ -224,9 +224,9 @@ class Dictionary(nn.Module):
         k_aux = max(
             (term.picks(self.d_out) for term in self.terms.values() if hasattr(term, "picks")), default=0
         )
-        dead = state.dead if k_aux and state.dead is not None and state.dead.any() else None
+        n_dead = int(state.dead.sum()) if k_aux and state.dead is not None else 0
         codes, aux = self.selection.train_codes(
-            x, self._encoder_rows(), self.b_enc, dead, min(k_aux, self.n_features)
+            x, self._encoder_rows(), self.b_enc, state.dead if n_dead else None, min(k_aux, n_dead)
         )
         forward = Forward(x, y, codes, aux, self.atoms.rows(), self.b_dec, state)
         terms = {name: term(forward) for name, term in self.terms.items()}

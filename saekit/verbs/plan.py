@@ -40,7 +40,7 @@ def plan(
 ) -> None:
     """Predict what a job takes: a few passes of it are run and scaled up; nothing is left behind.
 
-    Memory is the peak anonymous memory of the process (what can't be reclaimed), disk what stays.
+    Time is the command's, from its start to its end; memory is the peak anonymous memory of the process (what can't be reclaimed), disk what stays.
 
     Example: `saekit plan harvest --tokens 5000000 --dtype bf16`
     """
@@ -73,24 +73,30 @@ def predict(job: str, settings: dict[str, Any]) -> dict[str, Any]:
             job,
             json.dumps(settings),
             folder,
+            str(time.time()),
         ]
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == 2:
         raise SaekitError(done.stderr.strip().removeprefix("error: "))
     if done.returncode:
         raise RuntimeError(f"the trial of {job} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
+    data = json.loads(done.stdout.splitlines()[-1])
+    data["seconds"] += time.time() - data.pop("ended_at")  # what a process takes to end
+    return data
 
 
-def _trial_harvest(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _trial_harvest(settings: dict[str, Any], folder: Path, began_at: float) -> dict[str, Any]:
     """Harvest two shards: the peak comes with the first, the rate is the second's."""
     from saekit.harvest import bytes_per_token, harvest
     from saekit.harvest.shards import SHARD_BYTES
 
     whole_text = harvest(**{**settings, "tokens": settings.pop("tokens") or None})
+    startup = time.time() - began_at  # Python, imports, the model: as the job's own
     wanted = _tokens(whole_text)
     times: list[tuple[int, float]] = []
+    began = time.perf_counter()
     stream = harvest(**settings, tokens=1)
+    startup -= time.perf_counter() - began  # the model is loaded once more below
     widths = [batch.activations[h].shape[-1] for batch in stream for h in stream.hook_points]
     per_token = bytes_per_token(widths, settings["dtype"])
     per_shard = max(settings["batch_rows"] * stream.context, SHARD_BYTES // per_token)
@@ -104,9 +110,9 @@ def _trial_harvest(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     )
     whole = time.perf_counter() - began
     (first, t0), (last, t1) = times[min(1, len(times) - 1)], times[-1]
-    startup = (t0 - began) - first * (t1 - t0) / max(1, last - first) if last > first else 0.0
-    seconds = whole if wanted <= trial else max(0.0, startup) + wanted * (t1 - t0) / (last - first)
-    return {"seconds": seconds, "disk_bytes": wanted * per_token, "trial": f"{last:,} tokens"}
+    before = (t0 - began) - first * (t1 - t0) / max(1, last - first) if last > first else 0.0
+    seconds = whole if wanted <= trial else max(0.0, before) + wanted * (t1 - t0) / (last - first)
+    return {"seconds": startup + seconds, "disk_bytes": wanted * per_token, "trial": f"{last:,} tokens"}
 
 
 def _tokens(stream: Any) -> int:
@@ -123,7 +129,7 @@ def _tokens(stream: Any) -> int:
     return n
 
 
-def _trial_train(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _trial_train(settings: dict[str, Any], folder: Path, began_at: float) -> dict[str, Any]:
     """Twelve steps on a small store of noise, with a checkpoint, then the time of a step."""
     import torch
 
@@ -133,6 +139,7 @@ def _trial_train(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     from saekit.trainers import train
     from saekit.types import ActivationBatch
 
+    startup = time.time() - began_at  # Python and imports: as the job's own
     d_in, batch_size, steps, device = (
         settings["d_in"],
         settings["batch_size"],
@@ -150,6 +157,7 @@ def _trial_train(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
         writer.add(ActivationBatch({"x": rows}, torch.ones(batch_size, 1, dtype=torch.bool)))
         writer.flush()
     del rows
+    startup += -time.time()
     dictionary = create(
         settings["architecture"],
         d_in=d_in,
@@ -157,10 +165,13 @@ def _trial_train(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
         k=settings["k"],
         seed=settings["seed"],
     )
+    startup += time.time()
+    with torch.no_grad():
+        dictionary.b_enc[::500] = -1e3  # a few dead features, as most runs have: they cost an extra pass
     n, marks = min(steps, 12), [time.perf_counter()]
     train(
         dictionary, str(folder / "acts"), n, batch_size, folder / "run", device=device, log_every=1, checkpoint_every=n,
-        dead_after=3 * batch_size, on_step=lambda *_: marks.append(time.perf_counter()),
+        dead_after=batch_size, on_step=lambda *_: marks.append(time.perf_counter()),
     )  # fmt: skip
     ended = time.perf_counter()
     inner = sorted(b - a for a, b in pairwise(marks[1:])) or [marks[1] - marks[0]]
@@ -168,7 +179,7 @@ def _trial_train(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     disk = sum(f.stat().st_size for f in (folder / "run").rglob("*") if f.is_file())
     states = sum(f.stat().st_size for f in (folder / "run" / "checkpoints").rglob("*") if f.is_file())
     return {
-        "seconds": marks[1] - marks[0] + (steps - 1) * step + min(10, steps) * checkpoint,
+        "seconds": startup + marks[1] - marks[0] + (steps - 1) * step + min(10, steps) * checkpoint,
         "disk_bytes": disk + (states if steps > 1 else 0),  # two checkpoints are kept, the trial made one
         "trial": f"{n} steps",
     }
@@ -177,7 +188,6 @@ def _trial_train(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
 def _main() -> None:
     """The trial process: prints one line of JSON."""
     job, settings, folder = sys.argv[1], json.loads(sys.argv[2]), Path(sys.argv[3])
-    began = time.perf_counter()
     import torch  # noqa: F401  (its import is part of what the job takes)
 
     from saekit.verbs.memory import PeakAnonymous, steady_malloc
@@ -186,12 +196,13 @@ def _main() -> None:
 
     try:
         with PeakAnonymous() as peak:
-            data = {"harvest": _trial_harvest, "train": _trial_train}[job](settings, folder)
+            data = {"harvest": _trial_harvest, "train": _trial_train}[job](
+                settings, folder, float(sys.argv[4])
+            )
     except SaekitError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    imports = time.perf_counter() - began
-    print(json.dumps({"job": job, **data, "memory_bytes": peak.bytes, "trial_seconds": imports}))
+    print(json.dumps({"job": job, **data, "memory_bytes": peak.bytes, "ended_at": time.time()}))
 
 
 if __name__ == "__main__":
