@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import subprocess
 import warnings
 
 import torch
@@ -45,12 +46,8 @@ def matrix_unit():
     return bool(supported and supported())
 
 
-TRITON = (
-    "adam",
-    "encode",
-    "error",
-    "product",
-)  # operations written in it; the others run in plain torch there
+# operations written in it; the others run in plain torch there
+TRITON = ("adam", "encode", "error", "product")
 _broken: dict[str, str] = {}  # operation -> why its Triton kernels don't run on this machine
 
 
@@ -62,15 +59,20 @@ def implementation(operation, tensor):
     return importlib.import_module(PLACE.format(operation=operation, backend=backend))
 
 
+def _cannot_compile(error):
+    """Whether Triton itself gave up: its own errors, and those of the compilers that it calls."""
+    if isinstance(error, ImportError | subprocess.CalledProcessError | FileNotFoundError):
+        return True
+    return type(error).__module__.split(".")[0] == "triton" or "C compiler" in str(error)
+
+
 def run(operation, function, tensor, *arguments):
     """Call a function of an operation; where Triton fails to compile, in plain torch from then on, saying so once."""
-    module = implementation(operation, tensor)
     try:
-        return getattr(module, function)(*arguments)
+        return getattr(implementation(operation, tensor), function)(*arguments)
     except Exception as error:
-        if not module.__name__.endswith(".triton") or isinstance(
-            error, ValueError | torch.cuda.OutOfMemoryError
-        ):
+        triton = explain(tensor.device.type, tensor.dtype)[0] == "triton" and operation in TRITON
+        if not triton or operation in _broken or not _cannot_compile(error):
             raise
         _broken[operation] = f"{type(error).__name__}: {error}"
         warnings.warn(

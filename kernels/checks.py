@@ -1,5 +1,9 @@
 """Bad arguments, answered before any work by one sentence that names the argument, its value and the fix."""
 
+import math
+
+import torch
+
 
 def matrix(name, tensor, width=None, rows=None):
     """Raise unless the tensor is [rows, width]."""
@@ -38,21 +42,44 @@ def count(name, value, most, of):
 
 def entries(offsets, indices, values, n_features):
     """Raise unless these are compressed sparse rows over so many features."""
-    if offsets.ndim != 1 or len(offsets) < 1 or offsets.dtype.is_floating_point:
+    if offsets.ndim != 1 or len(offsets) < 1 or offsets.dtype != torch.int64:
         raise ValueError(
             f"offsets has shape {tuple(offsets.shape)} and dtype {offsets.dtype}; expected int64 [rows + 1]"
         )
-    if indices.ndim != 1 or values.shape != indices.shape or indices.dtype.is_floating_point:
+    if indices.ndim != 1 or values.shape != indices.shape or indices.dtype not in (torch.int32, torch.int64):
         raise ValueError(
-            f"indices has shape {tuple(indices.shape)} and values {tuple(values.shape)}; expected both [nnz], indices integers"
+            f"indices has shape {tuple(indices.shape)} and dtype {indices.dtype}, values {tuple(values.shape)}; "
+            "expected both [nnz], indices int32 or int64"
         )
-    if indices.device.type == "cpu" and len(indices):  # on a GPU the look would wait for everything before
-        low, high = int(indices.min()), int(indices.max())
-        if low < 0 or high >= n_features:
-            raise ValueError(
-                f"indices reach from {low} to {high}; expected 0..n_features - 1 = {n_features - 1}"
-            )
-        if int(offsets[0]) != 0 or int(offsets[-1]) != len(indices) or bool((offsets.diff() < 0).any()):
-            raise ValueError(
-                f"offsets must rise from 0 to nnz = {len(indices)}; got {int(offsets[0])}..{int(offsets[-1])}"
-            )
+    for name, tensor in (("offsets", offsets), ("indices", indices)):
+        beside(name, tensor, "values", values)
+    nnz = len(indices)
+    ends = offsets[0], offsets[-1], offsets.diff().amin() if len(offsets) > 1 else offsets[0]
+    reach = (indices.amin(), indices.amax()) if nnz else (offsets[0], offsets[0])
+    start, end, least, low, high = torch.stack([*ends, *reach]).tolist()  # one look, where it is a GPU's
+    if nnz and (low < 0 or high >= n_features):
+        raise ValueError(f"indices reach from {low} to {high}; expected 0..n_features - 1 = {n_features - 1}")
+    if start != 0 or end != nnz or least < 0:
+        raise ValueError(f"offsets must rise from 0 to nnz = {nnz}; got {start}..{end}")
+
+
+def beside(name, tensor, other, where):
+    """Raise unless the tensor is on the device of another."""
+    if tensor.device != where.device:
+        raise ValueError(f"{name} is on {tensor.device} and {other} on {where.device}; move one of them")
+
+
+def finite(result, **inputs):
+    """Raise, naming the input, if the result of a computation (or an input itself) holds NaN or Inf.
+
+    Their sum tells, in one quick pass. A GPU would have to be waited for: there NaN goes on into the results.
+    """
+    if result.device.type != "cpu" or math.isfinite(result.sum().item()):
+        return
+    for name, tensor in inputs.items():
+        bad = ~torch.isfinite(tensor)
+        if bad.any():
+            first = bad.flatten(1).any(-1) if tensor.ndim > 1 else bad
+            raise ValueError(f"{name} holds NaN or Inf at {int(first.nonzero()[0])}; remove it")
+    if not torch.isfinite(result).all():
+        raise ValueError(f"{' and '.join(inputs)} are so large that their products overflow; scale them down")

@@ -72,5 +72,5 @@ def collect(weights):
 
 def collector(weight):
     """Where the sparse gradient of a weight goes, or None; asked for in the forward pass."""
-    by_address = getattr(_open, "by_address", None)
+    by_address = None if torch.compiler.is_compiling() else getattr(_open, "by_address", None)
     return by_address.get((weight.data_ptr(), weight.shape)) if by_address else None

@@ -28,8 +28,14 @@ def _bits_of_float(_context, value):
     return types.uint32(types.float32), generate
 
 
+# Floats of 8 bits: the upper 11 bits of fp32 but for the exponents that are left out, 2 of them mantissa.
+# Signed (int8) they reach from 2^-28 to 2^4, unsigned (uint8) from 2^-56 to 2^8; code 0 is 0.
+SIGNED, UNSIGNED = 396, 284
+DROPPED = 21  # bits of fp32
+
+
 def number(entry):
-    """An entry of an array as fp32; bf16 arrays come as their bits, in int16."""
+    """An entry of an array as fp32; arrays of fewer bits come as integers: bf16 as int16, 8 bits as int8 and uint8."""
     raise TypeError(entry)
 
 
@@ -37,7 +43,17 @@ def number(entry):
 def _number(entry):
     if entry == types.int16:
         return lambda entry: _float_of_bits(np.uint32(np.uint16(entry)) << np.uint32(16))
+    if entry == types.int8:
+        return lambda entry: _widened(np.uint32(np.uint8(entry) & 127), np.uint32(SIGNED), entry < 0)
+    if entry == types.uint8:
+        return lambda entry: _widened(np.uint32(entry), np.uint32(UNSIGNED), False)
     return lambda entry: entry
+
+
+@jit
+def _widened(code, offset, negative):
+    size = _float_of_bits((code + offset) << np.uint32(DROPPED)) if code > 0 else np.float32(0)
+    return -size if negative else size
 
 
 @jit
@@ -137,7 +153,7 @@ def bf16_below(value):
 
 
 def stored(like, value, noise):
-    """What an array like this holds for a value: itself, or bf16 bits rounded up or down at random.
+    """What an array like this holds for a value: itself, or the fewer bits of it, rounded up or down at random.
 
     Rounding to the nearest would lose every change of a moment that is smaller than half a unit in
     its last place, so that Adam's second moment could never fall.
@@ -148,16 +164,33 @@ def stored(like, value, noise):
 @overload(stored, inline="always")
 def _stored(like, value, noise):
     if like.dtype == types.int16:
-        return lambda like, value, noise: _dithered(value, noise)
+        return lambda like, value, noise: np.int16(np.uint16(_dithered(value, noise, np.uint32(16))))
+    if like.dtype == types.int8:
+        return lambda like, value, noise: _signed(value, noise)
+    if like.dtype == types.uint8:
+        return lambda like, value, noise: np.uint8(_code(value, noise, UNSIGNED, 255))
     return lambda like, value, noise: value
 
 
 @jit
-def _dithered(value, noise):
+def _dithered(value, noise, dropped):
     noise = np.uint32((noise ^ (noise >> np.uint32(16))) * np.uint32(0x85EBCA6B))
     noise = np.uint32((noise ^ (noise >> np.uint32(13))) * np.uint32(0xC2B2AE35))
-    bits = np.uint32(_bits_of_float(value) + (noise >> np.uint32(16)))
-    return np.int16(np.uint16(bits >> np.uint32(16)))
+    return np.uint32(_bits_of_float(value) + (noise >> (np.uint32(32) - dropped))) >> dropped
+
+
+@jit
+def _code(value, noise, offset, most):
+    return min(
+        max(np.int32(_dithered(abs(value), noise, np.uint32(DROPPED))) - np.int32(offset), np.int32(0)),
+        np.int32(most),
+    )
+
+
+@jit
+def _signed(value, noise):
+    code = np.uint8(_code(value, noise, SIGNED, 127))
+    return np.int8(code | np.uint8(128)) if value < 0 else np.int8(code)
 
 
 LANES, CHAINS = 8, 4

@@ -13,9 +13,9 @@ from contextlib import contextmanager
 
 import torch
 
-_pools: dict[
-    tuple[int, int], ThreadPoolExecutor
-] = {}  # (process, threads) -> pool: a forked child makes its own
+# (process, threads) -> pool: a forked child makes its own
+_pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
+_making = threading.Lock()
 _serial = threading.local()
 _scratch = threading.local()
 
@@ -27,7 +27,11 @@ def count():
 
 @contextmanager
 def serial():
-    """Keep torch's own operations of this thread out of OpenMP, for the time of a training step."""
+    """Keep torch's own operations of this thread out of OpenMP, for the time of a training step.
+
+    The setting is OpenMP's own, which each thread has for itself; only a thread that first uses
+    torch meanwhile takes it over.
+    """
     outside = count()
     _serial.outside = outside
     torch.set_num_threads(1)
@@ -46,15 +50,27 @@ def _begin():
 
 def _pool(workers):
     key = (os.getpid(), workers)
-    if key not in _pools:
-        was = torch.get_num_threads()
-        barrier = threading.Barrier(workers + 1)
-        _pools[key] = ThreadPoolExecutor(workers, thread_name_prefix="kernels", initializer=_begin)
-        for _ in range(workers):
-            _pools[key].submit(barrier.wait)
-        barrier.wait()  # every worker has begun, so that the setting they changed can be put back
-        torch.set_num_threads(was)
-    return _pools[key]
+    if key in _pools:
+        return _pools[key]
+    with _making:
+        if key not in _pools:
+            was = torch.get_num_threads()
+            barrier = threading.Barrier(workers + 1)
+            pool = ThreadPoolExecutor(workers, thread_name_prefix="kernels", initializer=_begin)
+            for _ in range(workers):
+                pool.submit(barrier.wait)
+            barrier.wait()  # every worker has begun, so that the setting they changed can be put back
+            torch.set_num_threads(was)
+            _pools[key] = pool
+        return _pools[key]
+
+
+def _forked():
+    global _making
+    _making = threading.Lock()  # the parent's may be held by a thread that the child hasn't got
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 def parallel(work, n, chunk):

@@ -9,6 +9,7 @@ from saekit import kernels
 from saekit.kernels import backend
 from saekit.kernels.adam import reference as adam_reference
 from saekit.kernels.adam import triton as adam
+from saekit.kernels.adam.short import restored
 from saekit.kernels.encode import eager
 from saekit.kernels.encode import reference as encode_reference
 from saekit.kernels.encode import triton as encode
@@ -114,7 +115,7 @@ def test_nested_error(prefixes: list[int]) -> None:
 
 
 @pytest.mark.parametrize("unit", [False, True])
-@pytest.mark.parametrize("states", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("states", [torch.float32, torch.bfloat16, torch.uint8])
 def test_adam(unit: bool, states: torch.dtype) -> None:
     g = torch.Generator().manual_seed(0)
     weight = torch.nn.functional.normalize(torch.randn(40, 33, generator=g), dim=-1).to(DEVICE)
@@ -132,11 +133,11 @@ def test_adam(unit: bool, states: torch.dtype) -> None:
         options = (0.01, step, (0.9, 0.99), 1e-8, 0.7, unit)
         adam.adam_step(mine[0], f, mine[1], mine[2], *options)
         adam_reference.adam_step(theirs[0], f.dense(40), theirs[1], theirs[2], *options)
-    tolerance = {"rtol": 1e-3, "atol": 1e-4} if states == torch.float32 else {"rtol": 0.05, "atol": 1e-3}
-    torch.testing.assert_close(mine[0], theirs[0], **tolerance)
-    for a, b in zip(mine[1:], theirs[1:], strict=True):
-        relative = (a.float() - b).norm() / b.norm()
-        assert relative < (1e-4 if states == torch.float32 else 0.02)
+    moved = (theirs[0] - weight).norm()
+    allowed = {torch.float32: 1e-4, torch.bfloat16: 0.02, torch.uint8: 0.3}[states]
+    assert (mine[0] - theirs[0]).norm() <= max(allowed, 1e-3) * moved
+    for a, b, signed in zip(mine[1:], theirs[1:], (True, False), strict=True):
+        assert (restored(a, signed, torch.float32) - b).norm() <= allowed * b.norm()
 
 
 def test_nan_is_refused() -> None:
@@ -148,13 +149,13 @@ def test_nan_is_refused() -> None:
 
 def test_where_triton_fails_plain_torch_runs_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
-        raise RuntimeError("no compiler")
+        raise RuntimeError("Failed to find C compiler")
 
     monkeypatch.setattr(backend, "explain", lambda device, dtype: ("triton", "as on a GPU"))
     monkeypatch.setattr(backend, "_broken", {})
     monkeypatch.setattr(encode, "topk", broken)
     of = inputs(6, 5, 20)
-    with pytest.warns(UserWarning, match="encode runs in plain torch on this GPU.*no compiler"):
+    with pytest.warns(UserWarning, match="encode runs in plain torch on this GPU.*C compiler"):
         mine = backend.run("encode", "topk", of[0], *of, 3, 20, False, None, 0, "fp32")
     again = backend.run("encode", "topk", of[0], *of, 3, 20, False, None, 0, "fp32")  # and no second warning
     theirs = eager.topk(*of, 3, 20, False, None, 0, "fp32")

@@ -19,7 +19,8 @@ def adam_step(
     """One step of Adam on a weight, in place.
 
     weight [n, d] or [n]; gradient of the same shape, or :class:`Factors`; m and v its moments, in
-    the weight's dtype or in bf16 (rounded stochastically); step counts from 1; the gradient is
+    the weight's dtype, in bf16, or as uint8 in floats of 8 bits (2 of mantissa; m up to 2^4, v up to
+    2^8), the short ones rounded stochastically; step counts from 1; the gradient is
     multiplied with ``scale`` (of a clip). With ``unit`` the rows stay on the sphere: the component
     of the gradient along a row is taken off before, and the row is brought back to norm 1 after.
     """
@@ -28,8 +29,10 @@ def adam_step(
             raise ValueError(
                 f"{name} has shape {tuple(state.shape)} on {state.device}; expected {tuple(weight.shape)} on {weight.device}"
             )
-        if state.dtype not in (weight.dtype, torch.bfloat16):
-            raise ValueError(f"{name} has dtype {state.dtype}; expected {weight.dtype} or torch.bfloat16")
+        if state.dtype not in (weight.dtype, torch.bfloat16, torch.uint8):
+            raise ValueError(
+                f"{name} has dtype {state.dtype}; expected {weight.dtype}, torch.bfloat16 or torch.uint8 (floats of 8 bits)"
+            )
     if step < 1:
         raise ValueError(f"step = {step} must be at least 1; it counts the steps, this one included")
     if not weight.is_contiguous() or not m.is_contiguous() or not v.is_contiguous():
@@ -40,6 +43,11 @@ def adam_step(
         if gradient.shape != weight.shape:
             raise ValueError(f"gradient has shape {tuple(gradient.shape)}; expected {tuple(weight.shape)}")
         checks.alike(weight=weight, gradient=gradient)
+        checks.finite(gradient, gradient=gradient)
+    else:
+        for _, _, values, matrix in gradient.terms:
+            checks.finite(values, values=values)
+            checks.finite(matrix, matrix=matrix)
     run("adam", "adam_step", weight, weight.detach(), gradient, m, v, rate, step, betas, eps, scale, unit)
 
 

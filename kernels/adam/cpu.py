@@ -62,11 +62,15 @@ def _squares(first, last, terms, unit, weight, out):
     for i in range(first, last):
         _gather(g, i, terms)
         along = dot(g, weight[i]) if unit else np.float32(0)
-        out[i] = dot(g, g) - along * along
+        out[i] = max(
+            dot(g, g) - along * along, np.float32(0)
+        )  # a row that points along its weight leaves rounding
 
 
-def _array(state):
-    return (state.view(torch.int16) if state.dtype == torch.bfloat16 else state).numpy()
+def _array(state, signed):
+    """A moment's array; fewer bits as the integers that tell ``number`` and ``stored`` what they mean."""
+    kind = {torch.bfloat16: torch.int16, torch.uint8: torch.int8 if signed else torch.uint8}
+    return state.view(kind.get(state.dtype, state.dtype)).numpy()
 
 
 def _numbers(rate, scale, betas, eps, step):
@@ -90,7 +94,7 @@ def adam_step(weight, gradient, m, v, rate, step, betas, eps, scale, unit):
     numbers = _numbers(rate, scale, betas, eps, step)
     noise = np.uint32(step * 0x85EBCA6B & 0xFFFFFFFF)
     shape = (1, -1) if weight.ndim == 1 else weight.shape
-    w, m, v = weight.view(shape).numpy(), _array(m.view(shape)), _array(v.view(shape))
+    w, m, v = weight.view(shape).numpy(), _array(m.view(shape), True), _array(v.view(shape), False)
     if isinstance(gradient, Factors):
         terms = _terms(gradient, len(w))
         parallel(lambda a, b: _factored(a, b, terms, unit, w, m, v, noise, numbers), len(w), FEATURES)

@@ -2,6 +2,7 @@
 
 import torch
 
+from saekit.kernels.adam.short import restored, store
 from saekit.kernels.factors import Factors
 
 
@@ -15,26 +16,17 @@ def _project(weight, gradient, unit):
 
 def adam_step(weight, gradient, m, v, rate, step, betas, eps, scale, unit):
     """In place; the gradient is dense or Factors. See the package."""
-    gradient = _project(weight, gradient, unit).mul(scale)
-    # moments kept in fewer bits are computed in the weight's dtype; see _round
-    mean = m.to(weight.dtype).mul_(betas[0]).add_(gradient, alpha=1 - betas[0])
-    square = v.to(weight.dtype).mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
-    _round(m, mean)
-    _round(v, square)
+    dtype = torch.float32 if weight.dtype.itemsize < 4 else weight.dtype  # computed in full, whatever is kept
+    gradient = _project(weight, gradient, unit).to(dtype).mul(scale)
+    mean = restored(m, True, dtype).mul_(betas[0]).add_(gradient, alpha=1 - betas[0])
+    square = restored(v, False, dtype).mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
+    store(m, mean, True)
+    store(v, square, False)
     root = square.div(1 - betas[1] ** step).sqrt_().add_(eps)
-    weight.addcdiv_(mean, root, value=-rate / (1 - betas[0] ** step))
+    new = weight.to(dtype, copy=True).addcdiv_(mean, root, value=-rate / (1 - betas[0] ** step))
     if unit:
-        weight.div_(torch.linalg.vector_norm(weight, dim=-1, keepdim=True).clamp_(min=1e-12))
-
-
-def _round(state, value):
-    """Store a moment; into bf16 rounded up or down at random, since the nearest would lose small changes."""
-    if state.dtype != torch.bfloat16 or value.dtype == torch.bfloat16:
-        state.copy_(value)
-        return
-    bits = value.float().view(torch.int32)
-    noise = torch.randint_like(bits, 1 << 16)
-    state.copy_(((bits + noise) & ~0xFFFF).view(torch.float32))
+        new.div_(torch.linalg.vector_norm(new, dim=-1, keepdim=True).clamp_(min=1e-12))
+    store(weight, new, True)
 
 
 def squares(weight, gradient, unit):

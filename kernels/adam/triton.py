@@ -3,18 +3,20 @@
 import triton
 import triton.language as tl
 
-from saekit.kernels.adam import eager
+from saekit.kernels.adam import eager, short
 from saekit.kernels.factors import Factors
 from saekit.kernels.product.triton import by_feature
 
 ENTRIES = 8  # gathered at once
+SIGNED, UNSIGNED, DROPPED = (tl.constexpr(number) for number in (short.SIGNED, short.UNSIGNED, short.DROPPED))
+LOW = tl.constexpr((1 << short.DROPPED) - 1)
 WIDEST = 8192  # a row is held in registers; wider ones take the eager path
 
 
 @triton.jit
 def _row(
     starts, rows, values, matrix, weight, m, v, width, numbers, seed,
-    UNIT: tl.constexpr, ROUND: tl.constexpr, ENTRIES: tl.constexpr, WIDTH: tl.constexpr,
+    UNIT: tl.constexpr, SHORT_W: tl.constexpr, SHORT_M: tl.constexpr, SHORT_V: tl.constexpr, ENTRIES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     i, columns = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     inside = columns < width
@@ -37,23 +39,52 @@ def _row(
     beta1, beta2, eps = tl.load(numbers + 2), tl.load(numbers + 3), tl.load(numbers + 4)
     correct1, correct2 = tl.load(numbers + 5), tl.load(numbers + 6)
     g *= scale
-    mean = beta1 * tl.load(m + at, mask=inside, other=0.0).to(tl.float32) + (1 - beta1) * g
-    square = beta2 * tl.load(v + at, mask=inside, other=0.0).to(tl.float32) + (1 - beta2) * g * g
+    mean = beta1 * _restored(tl.load(m + at, mask=inside, other=0), SHORT_M, 127, SIGNED) + (1 - beta1) * g
+    square = (
+        beta2 * _restored(tl.load(v + at, mask=inside, other=0), SHORT_V, 255, UNSIGNED) + (1 - beta2) * g * g
+    )
     w -= rate * (mean * correct1) / (tl.sqrt(square * correct2) + eps)
     if UNIT:
         w /= tl.maximum(tl.sqrt(tl.sum(w * w, axis=0)), 1e-12)
-    tl.store(weight + at, w.to(weight.dtype.element_ty), mask=inside)
-    if ROUND:  # into bf16 up or down at random: the nearest would lose small changes
-        mean = _dithered(mean, tl.randint(seed, at))
-        square = _dithered(square, tl.randint(seed + 1, at))
-    tl.store(m + at, mean.to(m.dtype.element_ty), mask=inside)
-    tl.store(v + at, square.to(v.dtype.element_ty), mask=inside)
+    tl.store(
+        weight + at,
+        _short(w, SHORT_W, tl.randint(seed, at), 127, SIGNED).to(weight.dtype.element_ty),
+        mask=inside,
+    )
+    tl.store(
+        m + at,
+        _short(mean, SHORT_M, tl.randint(seed + 1, at), 127, SIGNED).to(m.dtype.element_ty),
+        mask=inside,
+    )
+    tl.store(
+        v + at,
+        _short(square, SHORT_V, tl.randint(seed + 2, at), 255, UNSIGNED).to(v.dtype.element_ty),
+        mask=inside,
+    )
 
 
 @triton.jit
-def _dithered(value, noise):
-    bits = value.to(tl.int32, bitcast=True) + (noise & 0xFFFF).to(tl.int32)
-    return (bits & -65536).to(tl.float32, bitcast=True)
+def _restored(state, BITS: tl.constexpr, MOST: tl.constexpr, OFFSET: tl.constexpr):
+    """Numbers of a state in fp32; see short.py for those of 8 bits."""
+    if BITS != 8:
+        return state.to(tl.float32)
+    code = state.to(tl.int32)
+    size = code & MOST
+    value = tl.where(size > 0, ((size + OFFSET) << DROPPED).to(tl.float32, bitcast=True), 0.0)
+    return tl.where(code > MOST, -value, value)
+
+
+@triton.jit
+def _short(value, BITS: tl.constexpr, noise, MOST: tl.constexpr, OFFSET: tl.constexpr):
+    """A number as a state of so many bits keeps it, rounded up or down at random."""
+    if BITS == 32:
+        return value
+    bits = value.to(tl.int32, bitcast=True)
+    if BITS == 16:
+        return ((bits + (noise & 0xFFFF).to(tl.int32)) & -65536).to(tl.float32, bitcast=True)
+    size = (bits & 0x7FFFFFFF) + (noise & LOW).to(tl.int32)
+    code = tl.minimum(tl.maximum((size >> DROPPED) - OFFSET, 0), MOST)
+    return tl.where(value < 0, code | 128, code)
 
 
 def adam_step(weight, gradient, m, v, rate, step, betas, eps, scale, unit):
@@ -67,8 +98,8 @@ def adam_step(weight, gradient, m, v, rate, step, betas, eps, scale, unit):
         dtype=eager.torch.float32,
     )
     _row[(len(weight),)](
-        *entries, matrix.contiguous(), weight, m, v, weight.shape[1], numbers, 2 * step,
-        UNIT=unit, ROUND=m.dtype == eager.torch.bfloat16, ENTRIES=ENTRIES, WIDTH=triton.next_power_of_2(weight.shape[1]),
+        *entries, matrix.contiguous(), weight, m, v, weight.shape[1], numbers, 3 * step, UNIT=unit,
+        SHORT_W=8 * weight.itemsize, SHORT_M=8 * m.itemsize, SHORT_V=8 * v.itemsize, ENTRIES=ENTRIES, WIDTH=triton.next_power_of_2(weight.shape[1]),
     )  # fmt: skip
     return None
 

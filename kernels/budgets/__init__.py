@@ -99,4 +99,5 @@ def budget_error(indices, values, weight, bias, target, shares=None):
         target.contiguous(),
         shares,
     )
+    checks.finite(total.detach(), values=values, weight=weight, bias=bias, target=target)
     return total, squared.detach()

@@ -12,7 +12,7 @@ from torch import Tensor
 from saekit.kernels import checks
 from saekit.kernels.backend import run
 from saekit.kernels.factors import collector
-from saekit.kernels.product import _decode, weight_gradient
+from saekit.kernels.product import _decode, feature_sums, weight_gradient
 
 SHORTLISTS = ("auto", "fp32", "bf16")
 
@@ -82,7 +82,7 @@ def _gradients(ctx, x, weight, entries):
             part = weight_gradient(ctx.into, offsets, indices, grads, x, n)
             grad_weight = part if grad_weight is None else grad_weight + part
         if ctx.needs_input_grad[2]:
-            part = grads.new_zeros(n).index_add_(0, indices.long(), grads)
+            part = feature_sums(indices, grads, n)
             grad_bias = part if grad_bias is None else grad_bias + part
     return grad_x, grad_weight, grad_bias
 
@@ -154,6 +154,9 @@ def topk_encode_aux(x, weight, bias, k, dead, k_aux, *, groups=1, absolute=False
     k_aux features are dead the rest is -inf at index 0, which a ReLU turns into nothing.
     """
     checks.vector("dead", dead, weight.shape[0])
+    checks.beside("dead", dead, "weight", weight)
+    if dead.dtype != torch.bool:
+        raise ValueError(f"dead has dtype {dead.dtype}; expected torch.bool")
     checks.count("k_aux", k_aux, weight.shape[0], "n_features")
     return _topk_call(x, weight, bias, k, groups, absolute, dead, k_aux, shortlist)
 
@@ -164,6 +167,7 @@ def _topk_call(x, weight, bias, k, groups, absolute, dead, k_aux, shortlist):
     if groups < 1 or n % groups:
         raise ValueError(f"groups = {groups} doesn't divide n_features = {n}")
     checks.count("k", k, n // groups, "n_features" if groups == 1 else "n_features / groups")
+    dead = None if dead is None else dead.contiguous()
     return _topk(x, weight, bias, k, n // groups, absolute, dead, k_aux, shortlist)
 
 
@@ -187,5 +191,7 @@ def threshold_encode(x, weight, bias, lower, *, shortlist="auto"):
     """
     x, weight, bias = _check(x, weight, bias, shortlist)
     checks.vector("lower", lower, weight.shape[0])
-    values, offsets, indices = _threshold(x, weight, bias, lower, shortlist)
+    checks.alike(weight=weight, lower=lower)
+    checks.finite(lower, lower=lower)
+    values, offsets, indices = _threshold(x, weight, bias, lower.detach().contiguous(), shortlist)
     return offsets, indices, values

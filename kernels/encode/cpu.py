@@ -16,9 +16,9 @@ TILE = 1 << 21  # entries of a tile: 8 MB in fp32; smaller ones cost more in cal
 ROWS = 1024  # of a block: the product is fastest with many rows and few features
 CANDIDATES = 1 << 18  # of all rows of a block: bounds their memory to a few MB
 UNIT = 2.0**-24  # relative error of one fp32 operation
-BF16_TILE = 2.0**-9 * 1.01  # relative error of rounding an entry of a tile to bf16
+BF16_TILE = 2.0**-8 * 1.01  # relative error of rounding an entry of a tile to bf16, which has 8 bits
 HUGE = 1e18  # of lengths, so that products and their squares stay finite
-REDUCED = 2.0**-7
+REDUCED = 2.0**-7 * 1.01  # of a product of two operands rounded to bf16
 SAFETY = np.float32(1.001)  # for the rounding of the bounds themselves
 
 
@@ -73,7 +73,15 @@ class Products:
         return out
 
     def sweep(self, *selections):
-        """Show every tile to every selection, block of rows by block of rows."""
+        """Show every tile to every selection, block of rows by block of rows.
+
+        Where one's groups don't line up with another's chunks, each gets tiles of its own.
+        """
+        widest = max(s.multiple for s in selections)
+        if any(widest % s.multiple for s in selections):
+            for selection in selections:
+                self.sweep(selection)
+            return
         rows, most = len(self.x), max(1, CANDIDATES // max(s.room for s in selections))
         parallel(
             lambda a, b: self.block(a, b, selections), rows, min(ROWS, most, max(1, -(-rows // count())))
@@ -182,6 +190,7 @@ class Above:
 
     multiple = scan.CHUNK
     room = 1
+    even = True  # no row is taken to hold much more than its share, until that proves wrong
 
     def __init__(self, products, lower=None, most=None):
         self.products, self.most = products, most
@@ -194,9 +203,12 @@ class Above:
     def begin(self, start, end, name):
         """For a block of rows: what takes a tile, and what ends the block."""
         p, n, limit = self.products, 0, self.limit
-        # twice a block's share of the largest: enough unless rows are very unequal, which is checked
-        share = None if self.most is None else min(self.most, 2 * -(-self.most * (end - start) // len(p.x)))
-        size = 64 * (end - start) if share is None else 2 * share + 4096
+        share = self.most
+        if (
+            share is not None and self.even
+        ):  # twice a block's share of the largest is enough, which is checked
+            share = min(share, 2 * -(-share * (end - start) // len(p.x)))
+        size = 64 * (end - start) if share is None else 2 * min(share, 64 * (end - start)) + 4096
         low, high, at = np.empty(size, np.float32), np.empty(size, np.float32), np.empty(size, np.int64)
 
         def visit(tile, first, last):
@@ -229,7 +241,7 @@ class Above:
         if self.most:  # every block holds its share at least
             limit = np.partition(low, len(low) - self.most)[len(low) - self.most]
             if max(self.limits) > limit:
-                self.limit, self.found, self.limits = limit, [], []
+                self.limit, self.found, self.limits, self.even = limit, [], [], False
                 return None
             at = at[high >= limit]
         return np.sort(at)

@@ -2,6 +2,8 @@
 
 import torch
 
+from saekit.kernels.product import feature_sums
+
 
 class _JumpReLU(torch.autograd.Function):
     @staticmethod
@@ -17,7 +19,7 @@ class _JumpReLU(torch.autograd.Function):
         u, features, at, on, threshold = ctx.saved_tensors
         window = ((u - at).abs() < ctx.bandwidth / 2).to(u.dtype) / ctx.bandwidth
         per_entry = -window * (at * grad_z + grad_on)
-        grad_threshold = torch.zeros_like(threshold).index_add_(0, features.long(), per_entry)
+        grad_threshold = feature_sums(features, per_entry, len(threshold))
         return torch.where(on, grad_z, 0), None, grad_threshold, None
 
 

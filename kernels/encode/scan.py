@@ -7,7 +7,7 @@ error with a known bound: for row r and feature i
 
 ``spread`` carries what depends on the row (its norm times the relative error of operands and
 product), ``norm`` is the length of the feature's encoder row, ``slack`` the rounding of the tile
-itself. and the rounding of what the bias is added to. So every entry has a lower and an upper bound. It is dropped once its upper bound is below
+itself; what adding the bias rounds away comes on top. So every entry has a lower and an upper bound. It is dropped once its upper bound is below
 the k-th largest lower bound; what is left, hardly more than k entries, is computed again as a dot
 product in fp32 in one order. The support is that of the dot products, whatever made the tile and
 however rows and features were cut.

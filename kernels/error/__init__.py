@@ -5,6 +5,8 @@ takes the product of the error with every active atom, which is all that the gra
 Matryoshka: Bussmann et al. 2025 (2503.17547).
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -94,14 +96,17 @@ def nested_error(offsets, indices, values, weight, bias, target, prefixes, share
     ):
         raise ValueError(f"prefixes = {prefixes} must rise from at least 1 to n_features = {weight.shape[0]}")
     shares = [1 / len(prefixes)] * len(prefixes) if shares is None else [float(s) for s in shares]
-    if len(shares) != len(prefixes) or not shares[-1] > 0:
+    if len(shares) != len(prefixes):
         raise ValueError(
             f"shares has {len(shares)} entries and prefixes {len(prefixes)}; give one per prefix"
         )
+    if not all(0 <= s < math.inf for s in shares) or not shares[-1] > 0:
+        raise ValueError(f"shares = {shares} must be at least 0, and the last above 0")
     total, squared, later, _ = _nested(
-        offsets, indices, values.contiguous(), weight.contiguous(), bias.contiguous(), target.contiguous(),
+        offsets.contiguous(), indices.contiguous(), values.contiguous(), weight.contiguous(), bias.contiguous(), target.contiguous(),
         prefixes, shares,
     )  # fmt: skip
+    checks.finite(total.detach(), values=values, weight=weight, bias=bias, target=target)
     last = later[-1].detach()
     return total, squared.detach(), last if shares[-1] == 1 else last / shares[-1]
 

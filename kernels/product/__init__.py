@@ -53,6 +53,14 @@ def sum_outer(rows, features, values, matrix, n_features):
     return _sum_outer(rows, features, values.contiguous(), matrix.contiguous(), n_features)
 
 
+def feature_sums(features, values, n_features):
+    """``out[i] = sum of the values of feature i``, in their order on every device: [n_features]."""
+    if values.device.type == "cpu":
+        return values.new_zeros(n_features).index_add_(0, features.long(), values)
+    one = values.new_ones(1, 1)  # index_add_ would add in any order
+    return sum_outer(torch.zeros_like(features), features, values, one, n_features)[:, 0]
+
+
 def weight_gradient(into, offsets, indices, values, matrix, n_features):
     """The gradient ``S^T M`` of a weight: dense, or None where it went to a collector."""
     rows = row_ids(offsets, indices.shape[0])
@@ -90,4 +98,6 @@ def sparse_decode(offsets, indices, values, weight):
     checks.matrix("weight", weight)
     checks.alike(weight=weight, values=values)
     checks.entries(offsets, indices, values, weight.shape[0])
-    return _decode(offsets, indices, values.contiguous(), weight.contiguous())
+    out = _decode(offsets.contiguous(), indices.contiguous(), values.contiguous(), weight.contiguous())
+    checks.finite(out.detach(), values=values, weight=weight)
+    return out

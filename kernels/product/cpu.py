@@ -72,7 +72,7 @@ def by_feature(rows, features, values, n_features, orders=None):
     ``orders`` keeps the order found for these features, which encoder and decoder share.
     """
     orders = {} if orders is None else orders
-    key = (features.data_ptr(), len(features), n_features)
+    key = (features.data_ptr(), features.stride(), len(features), n_features)
     if key not in orders:
         orders[key] = np.zeros(n_features + 1, np.int64), np.empty(len(features), np.int32)
         _order(features.numpy(), *orders[key])
