@@ -671,8 +671,8 @@ def test_bad_arguments_are_one_sentence() -> None:
             "values holds NaN or Inf at 2",
         ),
         (
-            lambda: kernels.sparse_decode(offsets, indices, values, nan(weight)),
-            "weight holds NaN or Inf at 2",
+            lambda: kernels.sparse_decode(offsets, indices, values, weight * torch.nan),
+            "weight holds NaN or Inf at 0",
         ),
         (
             lambda: kernels.sparse_decode(offsets.int(), indices, values, weight),
