@@ -107,7 +107,7 @@ def _line(row: dict[str, Any]) -> str:
     memory = ""
     if "extra" in row:
         memory = f", memory {row['extra'] / 1e6:.0f} MB = {row['extra'] / row['parameters_gradients_states']:.2f} of parameters, gradients and states"
-    return f"{head} {row['p50_ms']:8.1f} ms = {row['ratio']:.2f} x the product's {row['floor_ms']:.1f} ms, parity {row['parity']:.0e}{memory}"
+    return f"{head} {row['p50_ms']:8.1f} ms = {row['ratio']:.2f} x the product's {row['floor_ms']:.1f} ms ({row['floor_reused_ms']:.1f} into a buffer), parity {row['parity']:.0e}{memory}"
 
 
 def _peers(python: str, name: str, shape: Any, ours: list[dict[str, Any]]) -> list[dict[str, Any]]:
