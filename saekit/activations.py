@@ -26,12 +26,10 @@ from saekit.registry import nearest
 from saekit.types import ActivationBatch, SaekitError
 
 SCHEMA = 1
-ABOUT = {
-    "kind?": str,
-    "rows?": int,
-    "model?": {"name?": str},
-    "text?": {"name?": str, "split?": str},
-}  # a source
+ABOUT = {  # a source of rows
+    "kind?": str, "rows?": int, "norm_limits?": {"*": float},
+    "model?": {"name?": str}, "text?": {"name?": str, "split?": str},
+}  # fmt: skip
 MANIFEST = {
     "complete": bool, "dtype": str, "seq": int, "batches_per_shard": int, "settings": dict, "norm_limits": {"*": float},
     "model": ABOUT["model?"], "text": ABOUT["text?"],

@@ -20,6 +20,8 @@ VERBS = {
     "doctor": "saekit.verbs.doctor:doctor",
 }
 
+INTERRUPTED = 130
+
 app = typer.Typer(
     name="saekit",
     help="Sparse dictionaries for mechanistic interpretability: harvest, train, evaluate, inspect.",
@@ -37,7 +39,12 @@ def main() -> None:
     """Run a verb; a mistake of the user's is one sentence on stderr and exit code 2."""
     steady_malloc()
     try:
-        sys.exit(app(standalone_mode=False))
+        code = app(standalone_mode=False)
+        if (
+            code == INTERRUPTED
+        ):  # Ctrl-C, which typer turns into a code; training says itself where it stopped
+            raise KeyboardInterrupt
+        sys.exit(code)
     except TyperException as error:
         message = error.format_message().strip()  # empty where the help has been printed instead
         if message:
@@ -48,7 +55,7 @@ def main() -> None:
             "stopped; a harvest or training goes on where it was when the same command is run again",
             file=sys.stderr,
         )
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except SaekitError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -109,15 +109,28 @@ def _dataset(name: str) -> Iterator[Document | list[dict]]:
 def _rows(rows: Iterable[Mapping[str, Any]], what: str, short: str) -> Iterator[Document | list[dict]]:
     column = None
     for i, row in enumerate(rows):
-        if column is None:
-            strings = [c for c, value in row.items() if isinstance(value, str)]
-            column = next((c for c in ("text", "messages") if c in row), strings[0] if strings else None)
-            if column is None:
-                raise SaekitError(f"{what} has no text column; its columns are {', '.join(row)}")
-        if isinstance(row[column], str):
-            yield from _pieces(f"{short}[{i}]", row[column])
-        else:
-            yield row[column]
+        column = column or _text_column(row, what)
+        item: Any = row.get(column)
+        if isinstance(item, str):
+            yield from _pieces(f"{short}[{i}]", item)
+        elif _is_chat(item):
+            yield item
+        elif item:  # what is missing or empty is passed over
+            raise SaekitError(
+                f"row {i} of {what} has a {type(item).__name__} in column {column!r}; expected a text, or a chat (messages with a role)"
+            )
+
+
+def _text_column(row: Mapping[str, Any], what: str) -> str:
+    known = [c for c in ("text", "messages", "content") if c in row]
+    strings = known or [c for c, value in row.items() if isinstance(value, str)]
+    if not strings:
+        raise SaekitError(f"{what} has no text column; its columns are {', '.join(row)}")
+    if len(strings) > 1 and not known:
+        raise SaekitError(
+            f"{what} has several text columns ({', '.join(strings)}); rename the one to read 'text'"
+        )
+    return strings[0]
 
 
 GIVEN = "given"  # in place of a name, in manifests and cards
@@ -126,8 +139,9 @@ GIVEN = "given"  # in place of a name, in manifests and cards
 class Given:
     """A text given as an iterable, read no further than asked for; what a generator gave is kept for the next reading."""
 
-    def __init__(self, items: Iterable[Any]):
-        self.table = hasattr(items, "column_names")  # of `datasets`
+    def __init__(self, items: Iterable[Any], table: bool = False):
+        self.table = table or hasattr(items, "column_names")  # rows with columns, as `datasets` has them
+        self.keep = True  # what an iterator gave, for another reading
         one_way = iter(items) is items
         self._items: Any = [] if one_way else items
         self._left = iter(items) if one_way else iter(())
@@ -135,15 +149,13 @@ class Given:
     def __iter__(self) -> Iterator[Any]:
         yield from self._items
         for item in self._left:
-            self._items.append(item)
+            if self.keep:
+                self._items.append(item)
             yield item
 
     def identity(self) -> dict[str, Any]:
-        """The data set's own fingerprint, or a digest of the first item: the rest has not been read."""
-        mark = getattr(self._items, "_fingerprint", None)
-        if mark is None:
-            mark = hashlib.sha256(repr(next(iter(self), None)).encode()).hexdigest()
-        return {"name": GIVEN, "fingerprint": mark}
+        """The data set's own fingerprint; None where there is no telling without reading it all."""
+        return {"name": GIVEN, "fingerprint": getattr(self._items, "_fingerprint", None)}
 
 
 def probe_hub(name: str, kind: str) -> None:
@@ -187,7 +199,7 @@ def documents(text: "str | os.PathLike | Iterable[Any]", split: str = "train") -
         for i, item in enumerate(text):
             if not isinstance(item, str) and not _is_chat(item):
                 raise SaekitError(
-                    f"text item {i} is a {type(item).__name__}; give strings, chats (lists of messages with a role), tensors or mappings of them"
+                    f"text item {i} is of type {type(item).__name__}; give strings, chats (lists of messages with a role), tensors or mappings of them"
                 )
             if isinstance(item, str):
                 yield from _pieces(f"given[{i}]", item)
@@ -302,6 +314,10 @@ def _encoded(
 
     for doc in docs:
         if isinstance(doc, Document):
+            if roles is not None:
+                raise SaekitError(
+                    f"roles = {list(roles)} choose among the messages of chats, and the text holds plain text; leave them out"
+                )
             waiting.append(doc.text)
             size += len(doc.text)
             if size >= ENCODE_AT_ONCE:

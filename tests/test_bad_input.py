@@ -4,6 +4,7 @@ import contextlib
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -53,8 +54,8 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "a folder that cannot be made": (swap(HARVEST, "{out}", "/proc/nosuch/acts"), ["out", "'/proc/nosuch/acts'", "can't be written", "another folder"]),
     "a run below a file": (swap(TRAIN, "{out}", "{good}/text.py/run"), ["out", "text.py/run", "is a file"]),
     "a run that cannot be made": (swap(TRAIN, "{out}", "/proc/nosuch/run"), ["out", "'/proc/nosuch/run'", "can't be written"]),
-    "a folder that holds another harvest": (swap(HARVEST, "{out}", "{here}/store"), ["out", "store", "another model", "another folder"]),
-    "a folder that holds another run": (swap(TRAIN, "{out}", "{here}/run", "--steps", "--seed"), ["out", "run", "another", "another folder"]),
+    "a folder that holds another harvest": (swap(HARVEST, "{out}", "{here}/store"), ["out", "store", "another model.name ('tiny-gpt2' there,", "another folder"]),
+    "a folder that holds another run": (swap(TRAIN, "{out}", "{here}/run", "--steps", "--seed"), ["out", "run", "another train.seed (0 there, 2 here)", "another folder"]),
     # training
     "no store": (swap(TRAIN, "{here}/store", "{here}/nosuch"), ["store", "nosuch", "no manifest.json", "saekit harvest"]),
     "neither store nor hook point": (["train", "--out", "{out}"], ["--acts", "--hook-point"]),
@@ -87,6 +88,11 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "a question to the doctor about text": (["doctor", "{good}/text.py"], ["text.py", "not an intact safetensors file"]),
     "a question to the doctor about nothing": (["doctor", "{here}/nosuch"], ["path", "nosuch", "no store, dictionary, run"]),
     "a dashboard in place of a folder": (["dashboard", "{here}/run", "--model", "{good}/model", "--out", "{here}/store"], ["out", "store", "is a folder"]),
+    "a dashboard that cannot be written": (["dashboard", "{here}/run", "--model", "{good}/model", "--out", "/proc/x.html"], ["out", "/proc", "can't be written"]),
+    "a hook point that is several": ([*EVAL, "--hook-point", "blocks.*.hook_resid_post"], ["hook_point", "name one"]),
+    "an empty name of a text": (swap(HARVEST, "{good}/text.py", ""), ["text is an empty string"]),
+    "an outlier that is no number": (swap(HARVEST, "", "--outlier", "", "nan"), ["outlier = nan", "above 1"]),
+    "roles of plain text": (swap(HARVEST, "", "--role", "", "user"), ["roles = ['user']", "plain text"]),
     "a seed out of range": (swap(TRAIN, "", "--seed", "", str(2**70)), ["--seed", "2147483647"]),
     "a dictionary too large for any memory": (swap(TRAIN, "64", str(10**13)), ["memory", "smaller", "saekit plan"]),
     "a demo with k above n_features": (["demo", "--k", "32", "--n-features", "16", "--out", "{out}"], ["k = 32", "n_features = 16"]),
@@ -151,6 +157,19 @@ def test_processes_answer_in_under_five_seconds_imports_included(here: Path, goo
         for word in words:
             assert word in said, (word, said)
         assert not Path(out).exists() or leftovers(Path(out)) == []
+
+
+def test_ctrl_c_says_what_is_kept(tmp_path: Path) -> None:
+    process = command(
+        "harvest", "code-lm", "--hook-point", POINT, "--tokens", "0", "--out", str(tmp_path / "acts")
+    )
+    began = time.monotonic()
+    while not any((tmp_path / "acts").glob("*.safetensors*")) and not any((tmp_path / "acts").glob(".*")):
+        assert process.poll() is None and time.monotonic() - began < 60
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "stopped;" in err and "Traceback" not in err
 
 
 def limit_file_size() -> None:

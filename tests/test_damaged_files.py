@@ -246,10 +246,15 @@ def test_other_files_of_a_run_are_checked_field_by_field(
     here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run, log = here / "run", here / "run" / "log.jsonl"
+    about = {"tokens": 1, "documents": 1, "split": "all", "hook_point": POINT, "ablation": "zero"}
+    about |= {"text": {"name": "x"}, "model": {"name": "x"}}
+    density = {"value": ["a"], "n": 1, "unit": "1", "interval": None, "control": {}}
+    odd = {"about": about, "measures": {"density": density}}
     for text, words in (
         ("[]", ["eval.json", "is not an evaluation"]),
         ('{"about": {}}', ["eval.json", "lacks the field", "'tokens'"]),
         ('{"about": 3}', ["eval.json", "about = 3"]),
+        (json.dumps(odd), ["density", "eval.json"]),
     ):
         (run / "eval.json").write_text(text)
         said = refusal(["dashboard", str(run), "--model", str(here / "model")], monkeypatch, capfd)

@@ -876,7 +876,11 @@ def test_data_set_objects_are_texts(kind: str, tiny_gpt2, tmp_path: Path) -> Non
     for a, b in zip(same, mine, strict=True):
         assert torch.equal(a.tokens, b.tokens) and torch.equal(a.activations[POINT], b.activations[POINT])
     store = harvest(tiny_gpt2, given[kind], POINT, tokens=512, context=64, out=tmp_path / "acts")
-    assert store.manifest["complete"] and store.manifest["text"]["fingerprint"]
+    assert store.manifest["complete"]
+    if kind == "iterable":  # what has no fingerprint can't be told from another
+        with pytest.raises(SaekitError, match="can't be compared"):
+            harvest(tiny_gpt2, given[kind], POINT, tokens=512, context=64, out=tmp_path / "acts")
+        return
     assert (
         harvest(tiny_gpt2, given[kind], POINT, tokens=512, context=64, out=tmp_path / "acts").n_rows
         == store.n_rows
@@ -891,7 +895,12 @@ def test_a_mapping_is_one_input_of_the_model(tiny_gpt2) -> None:
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [(5, "text is a int"), (["a", 5], "text item 1 is a int"), ([], "is empty"), (iter([]), "is empty")],
+    [
+        (5, "text is of type int"),
+        (["a", 5], "text item 1 is of type int"),
+        ([], "is empty"),
+        (iter([]), "is empty"),
+    ],
 )
 def test_what_is_no_text_is_refused(text: Any, words: str, tiny_gpt2) -> None:
     with pytest.raises(SaekitError, match=words):
@@ -903,3 +912,46 @@ def test_a_text_without_rows_leaves_no_folder(tiny_gpt2, tmp_path: Path) -> None
     with pytest.raises(SaekitError, match="side of its split"):
         harvest(tiny_gpt2, tmp_path / "b.py", POINT, split="held_out", out=tmp_path / "acts")
     assert not (tmp_path / "acts").exists()
+
+
+def test_tensors_are_read_no_further_than_asked_and_not_kept(mlp: nn.Module, tmp_path: Path) -> None:
+    read = []
+
+    def rows():
+        for i in itertools.count():
+            read.append(i)
+            yield torch.randn(16, 8)
+
+    store = harvest(mlp, rows(), ["0"], tokens=100, out=tmp_path / "acts")
+    assert sum(entry["tokens"] for entry in store.manifest["shards"]) == 112 and len(read) <= 9
+
+
+def test_the_text_column_is_never_guessed_among_several(tiny_gpt2, tmp_path: Path) -> None:
+    import datasets
+
+    rows = {"id": ["a", "b"], "content": ["import os\n" * 60] * 2}
+    same = list(harvest(tiny_gpt2, rows["content"], POINT, tokens=64, context=64))
+    mine = list(harvest(tiny_gpt2, datasets.Dataset.from_dict(rows), POINT, tokens=64, context=64))
+    assert torch.equal(same[0].tokens, mine[0].tokens)
+    listed = list(harvest(tiny_gpt2, [{"text": t} for t in rows["content"]], POINT, tokens=64, context=64))
+    assert torch.equal(same[0].tokens, listed[0].tokens)
+    for columns, words in (
+        ({"a": ["x"], "b": ["y"]}, "several text columns"),
+        ({"text": [["x"]]}, "row 0 of the data set given has a list"),
+    ):
+        with pytest.raises(SaekitError, match=words):
+            list(harvest(tiny_gpt2, datasets.Dataset.from_dict(columns), POINT))
+    blank = datasets.Dataset.from_dict({"text": [None, *rows["content"]]})
+    assert torch.equal(
+        next(iter(harvest(tiny_gpt2, blank, POINT, tokens=64, context=64))).tokens, same[0].tokens
+    )
+
+
+def test_integers_are_no_activations(tiny_gpt2) -> None:
+    with pytest.raises(SaekitError, match=r"gives torch.int64, no activations"):
+        list(harvest(tiny_gpt2, ["import os\n" * 60], "transformer.wte:in", tokens=64))
+
+
+def test_roles_choose_among_chats(tiny_gpt2) -> None:
+    with pytest.raises(SaekitError, match=r"roles = \['user'\] choose among the messages"):
+        list(harvest(tiny_gpt2, ["import os\n" * 60], POINT, tokens=64, roles="user"))

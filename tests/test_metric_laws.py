@@ -173,3 +173,28 @@ def test_bad_choices(trained, tiny_gpt2) -> None:
         evaluate(trained, tiny_gpt2, tokens=64, ablation="noise")
     with pytest.raises(SaekitError, match="hook_point is not given"):
         evaluate(saekit.create("topk", d_in=32, n_features=64, k=4), tiny_gpt2)
+
+
+def test_training_documents_are_not_called_held_out(tiny_gpt2, small_store) -> None:
+    dictionary = saekit.create("topk", d_in=32, n_features=64, k=4)
+    dictionary = saekit.train(dictionary, small_store, steps=1, batch_size=64).dictionary
+    with pytest.warns(UserWarning, match="not held out"):
+        evaluate(dictionary, tiny_gpt2, "stdlib", tokens=64, split="train", context=64, controls=False)
+    report = evaluate(dictionary, tiny_gpt2, ["import os\n" * 90], tokens=64, context=64, controls=False)
+    assert report.about["split"] == "all"
+
+
+def test_activations_with_heads_are_spliced(tiny_gpt2) -> None:
+    """Replacing a site by itself changes nothing, whatever axes stand behind the positions."""
+    from saekit.evaluate.core import _spliced
+    from saekit.hooks import Site, intervene
+
+    class Heads(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.unflatten(-1, (4, 8))
+
+    heads, x = Heads(), torch.randn(2, 5, 32)
+    mask = torch.rand(2, 5) < 0.5
+    with intervene([(Site(heads, "out", "heads"), _spliced(mask, torch.zeros(2, 5, 32)))]):
+        out = heads(x)
+    assert torch.equal(out, torch.where(mask[..., None, None], 0, x.unflatten(-1, (4, 8))))

@@ -305,3 +305,37 @@ def test_the_state_on_disk_has_no_pickle(finished: Path) -> None:
             assert file.suffix in {".json", ".jsonl", ".safetensors"}, file
     assert json.loads((finished / "card.json").read_text())["schema"] == 1
     assert os.path.getsize(finished / "dictionary.safetensors") < 64 * (32 + 32 + 1) * 4 + 4096
+
+
+def test_a_run_that_ran_away_leaves_its_folder_free(tmp_path: Path, planted_rows: torch.Tensor) -> None:
+    def run(lr: float) -> saekit.Run:
+        dictionary = saekit.create("topk", d_in=16, n_features=64, k=4)
+        return saekit.train(
+            dictionary, planted_rows, steps=20, batch_size=64, out=tmp_path / "run", lr=lr, warmup=0
+        )
+
+    with pytest.raises(SaekitError, match="choose a smaller lr"):
+        run(1e30)
+    assert run(1e-3).finished
+
+
+@pytest.mark.parametrize("source", [None, 5, [[1.0]]])
+def test_a_source_of_another_kind_is_refused(source: object) -> None:
+    with pytest.raises(SaekitError, match="source is of type"):
+        saekit.train(saekit.create("topk", d_in=16, n_features=64, k=4), source)
+
+
+def test_numpy_rows_are_rows(planted_rows: torch.Tensor) -> None:
+    dictionary = saekit.create("topk", d_in=16, n_features=64, k=4)
+    assert saekit.train(dictionary, planted_rows.numpy(), steps=1, batch_size=64).finished
+
+
+def test_a_config_does_not_claim_to_repeat_a_run_from_trained_weights(small_store, tmp_path: Path) -> None:
+    from saekit.verbs.train import _repeat
+
+    dictionary = saekit.create("topk", d_in=32, n_features=64, k=4)
+    saekit.train(dictionary, small_store, steps=2, batch_size=64, out=tmp_path / "first")
+    _repeat(tmp_path / "first" / "config.json")
+    saekit.train(dictionary, small_store, steps=2, batch_size=64, out=tmp_path / "second")
+    with pytest.raises(SaekitError, match="went on from trained weights"):
+        _repeat(tmp_path / "second" / "config.json")

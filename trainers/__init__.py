@@ -5,6 +5,7 @@ if __name__ != "saekit.trainers":
 
 from saekit.trainers.config import TrainConfig as TrainConfig
 from saekit.trainers.config import read_config as read_config
+from saekit.trainers.config import weights_digest as weights_digest
 from saekit.trainers.loop import Run as Run
 from saekit.trainers.loop import Trainer as Trainer
 from saekit.trainers.loop import train as train

@@ -1,11 +1,13 @@
 """What decides a training run: its settings, why they are so, and the file that they are written to."""
 
+import hashlib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from saekit import records
 from saekit.activations import ABOUT
+from saekit.dictionaries import Dictionary
 from saekit.harvest import HarvestConfig
 from saekit.records import check_types, shape_of
 from saekit.registry import nearest
@@ -70,9 +72,18 @@ def resolve(config: TrainConfig, n_features: int) -> tuple[TrainConfig, dict[str
 
 
 RUN = {
-    "train": shape_of(TrainConfig), "reasons?": {"*": str}, "dictionary": dict, "init_seed": int, "hook_points": [str], "data?": ABOUT,
+    "train": shape_of(TrainConfig), "reasons?": {"*": str}, "dictionary": dict, "init_seed": int, "init?": str, "hook_points": [str], "data?": ABOUT,
     "source": {"acts?": str, "model?": str, "text?": str, **shape_of(HarvestConfig)},
 }  # fmt: skip
+
+
+def weights_digest(dictionary: Dictionary) -> str:
+    """A digest of some of the weights: tells a fresh dictionary from one that was trained before."""
+    digest = hashlib.sha256()
+    for name, weight in dictionary.named_parameters():
+        flat = weight.detach().reshape(-1)
+        digest.update(name.encode() + flat[:: max(1, len(flat) // 64)][:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def read_config(file: Path) -> dict[str, Any]:

@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from saekit.types import SaekitError
+
 
 class Log:
     """Appends records to ``log.jsonl``; a resumed run first drops the lines it will write again."""
@@ -21,9 +23,15 @@ class Log:
         if wandb:
             import wandb as client
 
-            self.run = client.init(
-                project=wandb, dir=str(folder), config=config, resume="allow", id=_run_id(folder)
-            )
+            try:
+                self.run = client.init(
+                    project=wandb, dir=str(folder), config=config, resume="allow", id=_run_id(folder)
+                )
+            except Exception as error:  # no key, no network, ...: it raises what its parts raise
+                self.file.close()
+                raise SaekitError(
+                    f"wandb = {wandb!r} can't be logged to ({' '.join(str(error).split())[:200]}); log in, or set WANDB_MODE=offline"
+                ) from None
 
     def write(self, record: dict[str, Any]) -> None:
         """One line, on disk at once."""
@@ -50,7 +58,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     out = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
             record = json.loads(line)
         except ValueError:

@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -20,9 +21,10 @@ from saekit.dictionaries import Dictionary, TrainState
 from saekit.harvest import Stream, StreamSource, check_writable
 from saekit.hub import native
 from saekit.kernels import serial
+from saekit.records import difference
 from saekit.registry import nearest
 from saekit.trainers import checkpoint, dead, optim
-from saekit.trainers.config import TrainConfig, read_config, resolve
+from saekit.trainers.config import TrainConfig, read_config, resolve, weights_digest
 from saekit.trainers.log import Log
 from saekit.trainers.log import read as read_log
 from saekit.types import ActivationBatch, SaekitError
@@ -126,6 +128,12 @@ def as_source(source: Any) -> Source:
         return TensorSource(source)
     if isinstance(source, str | Path):
         return Store(source)
+    if isinstance(source, np.ndarray):
+        return TensorSource(torch.from_numpy(source))
+    if not isinstance(source, Stream | Source):
+        raise SaekitError(
+            f"source is of type {type(source).__name__}; give rows as a tensor, a store or its path, or what harvest() returns"
+        )
     return StreamSource(source) if isinstance(source, Stream) else source
 
 
@@ -216,9 +224,9 @@ def train(
     path = Path(out) if out is not None else None
     settings = {
         "train": asdict(config), "reasons": reasons, "dictionary": dictionary.config.to_json(),
-        "init_seed": dictionary.seed, "hook_points": list(points), "data": source.identity(), "source": _origin(source),
+        "init_seed": dictionary.seed, "init": weights_digest(dictionary), "hook_points": list(points), "data": source.identity(), "source": _origin(source),
     }  # fmt: skip
-    log = None
+    log, fresh = None, path is not None and not (path / "config.json").exists()
     try:
         if path is not None:
             _prepare(path, settings, trainer)
@@ -231,6 +239,11 @@ def train(
             f"out {str(path)!r} can't be written: {error.strerror}; free some space and run the same command again: "
             "it goes on from the last checkpoint"
         ) from None
+    except SaekitError:
+        if fresh and path is not None and not any((path / "checkpoints").glob("step-*")):
+            for name in ("config.json", "log.jsonl"):  # so that the folder is free for another try
+                (path / name).unlink(missing_ok=True)
+        raise
     finally:
         if log is not None:
             log.close()
@@ -272,9 +285,10 @@ def _prepare(path: Path, settings: dict[str, Any], trainer: Trainer) -> None:
             if field == "train":
                 free = ("log_every", "checkpoint_every", "wandb")
                 mine, theirs = ({k: v for k, v in part.items() if k not in free} for part in (mine, theirs))
-            if json.loads(json.dumps(mine)) != theirs:
+            mine = json.loads(json.dumps(mine))
+            if mine != theirs:
                 raise SaekitError(
-                    f"out {str(path)!r} holds a run with another {field} setting; choose another folder, or delete it"
+                    f"out {str(path)!r} holds a run with another {difference(field, theirs, mine)}; choose another folder, or delete it"
                 )
     write_atomic(file, json.dumps(settings, indent=1).encode())
     found = checkpoint.latest(path / "checkpoints")

@@ -4,6 +4,7 @@ Everything is measured on held-out documents, in one pass over them; per-documen
 that every ratio is a ratio of sums and every interval is over documents.
 """
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -60,7 +61,9 @@ class Report(Mapping[str, Measure]):
 
 
 REPORT = {
-    "about": {"tokens": int, "documents": int, "split": str, "text": {"name": str}},
+    "about": {
+        "tokens": int, "documents": int, "split": str, "text": {"name": str}, "model": {"name": str}, "hook_point": str, "ablation": str
+    },
     "measures": {
         "*": {"value": float | list | None, "n": int, "unit": str, "interval": list | None, "control": {"*": float | None}}
     },
@@ -97,7 +100,11 @@ def _spliced(site_mask: Tensor, replacement: Tensor) -> Callable[[Tensor], Tenso
 
     def function(x: Tensor) -> Tensor:
         new = replacement.reshape(x.shape).to(x.dtype)
-        return torch.where(site_mask.reshape(x.shape[:-1]).to(x.device)[..., None], new, x)
+        if x.shape[:2] == site_mask.shape:  # behind positions may come heads
+            kept = site_mask.reshape(*site_mask.shape, *[1] * (x.ndim - 2))
+        else:
+            kept = site_mask.reshape(x.shape[:-1])[..., None]
+        return torch.where(kept.to(x.device), new, x)
 
     return function
 
@@ -209,6 +216,12 @@ def evaluate(
         raise SaekitError("hook_point is not given and the dictionary doesn't name one; give hook_point=")
     config = HarvestConfig((point,), tokens=tokens, context=context, batch_rows=batch_rows, split=split)
     stream = Stream(view, text, config)
+    if len(stream.hook_points) > 1:
+        raise SaekitError(
+            f"hook_point {point!r} means {len(stream.hook_points)} of them; name one, for example {stream.hook_points[0]!r}"
+        )
+    point = stream.hook_points[0]
+    _warn_of_training_text(dictionary.card.get("data", {}).get("text", {}), stream)
     # the mask is the one of the harvest: its limits on norms, where the dictionary came from a store
     known = dictionary.card.get("data", {}).get("norm_limits", {})
     stream.norm_limits = {point: known[point]} if point in known else {}
@@ -222,6 +235,10 @@ def evaluate(
         x = batch.rows(point)
         if len(x) == 0:
             continue
+        if not torch.isfinite(x).all():
+            raise SaekitError(
+                f"activations at {point!r} of model {view.name!r} hold NaN or Inf; find what makes the model overflow"
+            )
         shift = x.double().mean(0) if shift is None else shift
         owner = (
             batch.documents
@@ -245,9 +262,23 @@ def evaluate(
     measures = _report(runs, Resampler(min(len(index), MAX_DOCUMENTS), seed))
     about = {
         "model": view.identity(), "text": stream.text_identity(), "hook_point": point, "documents": len(index),
-        "tokens": done, "ablation": ablation, "context": getattr(stream, "context", None), "seed": seed, "split": split,
+        "tokens": done, "ablation": ablation, "context": getattr(stream, "context", None), "seed": seed, "split": split if stream.named else "all",
     }  # fmt: skip
     return Report(measures, about)
+
+
+def _warn_of_training_text(trained: Mapping[str, Any], stream: Stream) -> None:
+    """Say so when a dictionary is about to be measured on what it was trained on."""
+    mine = stream.text_identity()
+    if (
+        stream.named
+        and trained.get("name") == mine["name"]
+        and trained.get("split") in ("all", mine["split"])
+    ):
+        warnings.warn(
+            f"the dictionary was trained on the {trained['split']!r} side of {mine['name']!r}: these documents are not held out from it",
+            stacklevel=3,
+        )
 
 
 def _language(
@@ -259,7 +290,7 @@ def _language(
     assert batch.tokens is not None and batch.documents is not None  # a language model reads tokens
     # a position counts when its activation was replaced and the token it predicts is text
     counted = mask[:, :-1] & (batch.documents[:, 1:] >= 0)
-    owners = np.array([index[int(d)] for d in batch.documents[:, :-1][counted]])
+    owners = np.array([index[int(d)] for d in batch.documents[:, :-1][counted]], dtype=np.int64)
     targets = batch.tokens[:, 1:][counted].to(logits.device)
     own = logits[:, :-1][counted.to(logits.device)]
     main = runs[""].sums

@@ -21,7 +21,9 @@ from saekit.activations import (
 from saekit.harvest.shards import SHARD_BYTES, ShardWriter
 from saekit.harvest.stream import HarvestConfig, Stream
 from saekit.models import load_model
+from saekit.records import difference
 from saekit.registry import nearest
+from saekit.tokens import GIVEN, Given
 from saekit.types import ActivationBatch, SaekitError
 
 
@@ -74,8 +76,12 @@ def harvest(
         raise SaekitError(
             f"option {unknown[0]!r} is not one of harvest's{nearest(unknown[0], list(HarvestConfig.__dataclass_fields__))}"
         )
-    if options.get("roles") is not None:
-        options["roles"] = tuple(options["roles"])
+    for name, value in (("model", model), ("text", text), ("out", out)):
+        if isinstance(value, str) and not value:
+            raise SaekitError(f"{name} is an empty string; name one, or leave it out")
+    roles = options.get("roles")
+    if roles is not None:
+        options["roles"] = (roles,) if isinstance(roles, str) else tuple(roles)
     config = HarvestConfig(
         hook_points=tuple([hook_points] if isinstance(hook_points, str) else hook_points), **options
     )
@@ -129,6 +135,9 @@ def _to_store(stream: Stream, path: Path, on_batch: Callable[[int, int | None], 
     for stale in path.glob(".*.tmp"):
         stale.unlink()
     stream.norm_limits = dict(manifest["norm_limits"])
+    stream.done_tokens = sum(entry["tokens"] for entry in manifest["shards"])
+    if isinstance(stream.text, Given):
+        stream.text.keep = False  # it is read once
     stream.skip_batches = len(manifest["shards"]) * manifest["batches_per_shard"]
     try:
         with ShardWriter(path, manifest) as writer:
@@ -174,6 +183,10 @@ def _write(stream: Stream, writer: ShardWriter, on_batch: Callable[[int, int | N
             else f" on the {stream.config.split!r} side of its split (split='all' takes both)"
         )
         raise SaekitError(f"the text gives no row of tokens{side}; give more text")
+    if stream.config.roles and not any(entry["kept"] for entry in manifest["shards"]):
+        raise SaekitError(
+            f"roles = {list(stream.config.roles)} keep no token of the text; name roles that its chats have"
+        )
     manifest["complete"] = True
     writer.write_manifest()
 
@@ -199,8 +212,15 @@ def _resumable(path: Path, manifest: Mapping[str, Any]) -> dict[str, Any] | None
     for field in ("model", "text", "settings"):
         if found[field] != manifest[field]:
             raise SaekitError(
-                f"out {str(path)!r} holds a harvest with another {field}; choose another folder, or delete it"
+                f"out {str(path)!r} holds a harvest with another {difference(field, found[field], manifest[field])}; choose another folder, or delete it"
             )
+    if (
+        found["text"].get("name") == GIVEN
+        and found["text"].get("fingerprint", found["text"].get("sha256")) is None
+    ):
+        raise SaekitError(
+            f"out {str(path)!r} holds a harvest of a text given as an iterable, which can't be compared with this one; choose another folder, or delete it"
+        )
     good = list(itertools.takewhile(lambda entry: _intact(path, entry), found["shards"]))
     if len(good) < len(found["shards"]):
         bad = found["shards"][len(good)]["file"]

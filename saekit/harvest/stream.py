@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,8 +29,7 @@ DEFAULT_CONTEXT = 512
 class HarvestConfig:
     """Everything that decides what a harvest holds.
 
-    ``tokens``: how many to read, masked ones included (None: the whole text; inputs given as tensors
-    are read to their end); ``context``: tokens
+    ``tokens``: how many to read, masked ones included (None: the whole text); ``context``: tokens
     of a row (default: the model's own, at most 512); ``batch_rows``: rows of a forward pass;
     ``dtype``: fp32, bf16, fp16 or int8 (with a scale per row); ``split``: side of the text's
     split; ``isolate``: one document per row; ``roles``: roles of chats whose tokens count;
@@ -58,7 +58,7 @@ class HarvestConfig:
                 raise SaekitError(f"{field} = {value} must be at least 1")
         if self.split not in ("train", "held_out", "all"):
             raise SaekitError(f"split {self.split!r} is not one of 'train', 'held_out', 'all'")
-        if self.outlier <= 1:
+        if not self.outlier > 1:
             raise SaekitError(
                 f"outlier = {self.outlier} must be above 1; it is a multiple of the median norm"
             )
@@ -72,6 +72,7 @@ class Stream:
         self.hook_points = model.expand(config.hook_points)
         self.sites = {name: model.site(name) for name in self.hook_points}
         self.skip_batches = skip_batches
+        self.done_tokens = 0  # of the batches skipped
         self.norm_limits: dict[str, float] = {}
         self.named = isinstance(text, str | os.PathLike)
         self.text, self.raw = (text, False) if self.named else _given(text, config.batch_rows)
@@ -148,15 +149,27 @@ class Stream:
 
     def __iter__(self) -> Iterator[ActivationBatch]:
         """Batches in the order of the text; the mask leaves out special tokens, padding and outliers."""
+        done = self.done_tokens
         for i, (given, batch) in enumerate(self.inputs()):
             if i < self.skip_batches and self.norm_limits:
                 continue
-            found = capture(partial(self.model, given), self.sites)
-            yield self._batch(batch, found)
+            if self._enough(done):
+                return
+            out = self._batch(batch, capture(partial(self.model, given), self.sites))
+            done += out.mask.numel()
+            yield out
+
+    def _enough(self, done: int) -> bool:
+        """Whether inputs that are tensors have given as many positions as were asked for; text is cut before."""
+        return self.raw and self.config.tokens is not None and done >= self.config.tokens
 
     def with_logits(self, logits: bool = True) -> Iterator[tuple[ActivationBatch, Tensor | None, Any]]:
         """``(batch, logits, inputs)`` of whole forward passes, for evaluations that run the model on."""
+        done = 0
         for given, batch in self.inputs():
+            if self._enough(done):
+                return
+            done += batch.mask.numel()
             output: list[Tensor] = []
 
             def run(given: Any = given, output: list[Tensor] = output) -> None:
@@ -175,6 +188,8 @@ class Stream:
         first = next(iter(acts))
         shape = acts[first].shape[:2]
         for name, a in acts.items():
+            if not a.is_floating_point():
+                raise SaekitError(f"hook point {name!r} gives {a.dtype}, no activations; choose another")
             if a.shape[:2] != shape:
                 raise SaekitError(
                     f"hook point {name!r} has {tuple(a.shape[:2])} positions and {first!r} has {tuple(shape)}; harvest them one by one"
@@ -237,19 +252,24 @@ def _given(text: Any, batch_rows: int) -> tuple[Any, bool]:
     if isinstance(text, Tensor):
         return list((text[None] if text.ndim == 1 else text).split(batch_rows)), True
     if isinstance(text, Mapping):
-        if "train" in text and hasattr(text["train"], "column_names"):  # a DatasetDict
-            return Given(text["train"]), False
+        tables = [part for part in text.values() if hasattr(part, "column_names")]  # of a DatasetDict
+        if tables:
+            return Given(text.get("train", tables[0])), False
         return [text], "role" not in text
     if not isinstance(text, Iterable):
         raise SaekitError(
-            f"text is a {type(text).__name__}; give a path, a data set, or strings, chats or tensors in a list"
+            f"text is of type {type(text).__name__}; give a path, a data set, or strings, chats or tensors in a list"
         )
+    if isinstance(text, np.ndarray):
+        return _given(torch.from_numpy(text), batch_rows)
     items = text if isinstance(text, Sequence) else Given(text)
     if isinstance(items, Given) and items.table:
         return items, False
     first = next(iter(items), None)
     if isinstance(first, Mapping) and "role" in first:
         return [list(items)], False  # one chat
+    if isinstance(first, Mapping) and isinstance(first.get("text", first.get("messages")), str | list):
+        return Given(items, table=True), False
     return items, isinstance(first, Tensor | Mapping)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from saekit.activations import Store
 from saekit.dictionaries import Dictionary
 from saekit.evaluate import read_report
-from saekit.harvest import harvest
+from saekit.harvest import check_writable, harvest
 from saekit.hub import native
 from saekit.models import Model, load_model
 from saekit.report.contexts import ContextCollector
@@ -29,7 +29,7 @@ EXPLAIN: dict[str, tuple[Literal["higher", "lower"] | None, str]] = {
     "norm_ratio": (None, "length of the reconstructions over that of the activations; below 1 is shrinkage"),
     "ce_original": (None, "next-token loss of the model as it is"),
     "ce_spliced": ("lower", "its loss with the reconstruction in place of the activation"),
-    "ce_ablated": (None, "its loss with the activation set to zero"),
+    "ce_ablated": (None, "its loss with the activation ablated: set to zero, or to its mean (see the note)"),
     "ce_recovered": ("higher", "(ablated - spliced) / (ablated - original)"),
     "kl": ("lower", "KL(original || spliced) of the next-token predictions"),
     "dead_share": ("lower", "features that fire on none of these tokens"),
@@ -63,6 +63,7 @@ def dashboard(
     # the store it was trained on shows the same data, unless another text or model is asked for
     own = text is None and view.identity() == data.get("model")
     split = data.get("text", {}).get("split", "train") if text is None else "train"
+    target = Path(out) if out is not None else folder / "report.html"
     text = text if text is not None else own_text
     if not dictionary.reads:
         raise SaekitError(
@@ -72,8 +73,9 @@ def dashboard(
     config = read_config(folder / "config.json") if (folder / "config.json").is_file() else {}
     if out is not None and Path(out).is_dir():
         raise SaekitError(f"out {str(out)!r} is a folder; name the HTML file to write")
+    check_writable(target.parent)
     acts = config.get("source", {}).get("acts") if own else None
-    density, source = _density_and_source(dictionary, acts, view, text, tokens, evaluation)
+    density, source = _density_and_source(dictionary, acts, view, text, split, tokens, evaluation)
     chosen = _spread(density, n_features)
     collector: ContextCollector | None = None
     done = 0
@@ -81,7 +83,10 @@ def dashboard(
         collector = collector or ContextCollector(
             dictionary.n_features, chosen, seq_len=batch.mask.shape[1], seed=seed
         )
-        assert batch.tokens is not None  # the report is of a model that reads tokens
+        if batch.tokens is None or view.tokenizer is None:
+            raise SaekitError(
+                f"model {view.name!r} reads no tokens, and the report shows features on their tokens; evaluate it instead"
+            )
         collector.add(batch.tokens, batch.documents, batch.mask, _codes(dictionary, batch))
         done += batch.mask.numel()
         if on_batch is not None:
@@ -89,7 +94,6 @@ def dashboard(
     if collector is None:
         raise SaekitError("the text gives no tokens to show; give more text")
     cards = _cards(collector, dictionary, view, text, split)
-    target = Path(out) if out is not None else folder / "report.html"
     write(_page(config, read_log(folder), dictionary, card, evaluation, density, cards), target)
     return target
 
@@ -97,6 +101,10 @@ def dashboard(
 @torch.no_grad()
 def _codes(dictionary: Dictionary, batch: ActivationBatch) -> Any:
     x = torch.cat([batch.activations[point] for point in dictionary.reads], -1)
+    if not torch.isfinite(x[batch.mask]).all():
+        raise SaekitError(
+            f"activations at {dictionary.reads[0]!r} hold NaN or Inf; find what makes the model overflow"
+        )
     return dictionary.encode(x.to(dictionary.device))
 
 
@@ -105,6 +113,7 @@ def _density_and_source(
     acts: str | None,
     view: Model,
     text: Any,
+    split: str,
     tokens: int,
     evaluation: dict[str, Any],
 ) -> tuple[Tensor, Callable[[], Iterator[ActivationBatch]]]:
@@ -116,7 +125,7 @@ def _density_and_source(
                 raise SaekitError(
                     "this dictionary was trained on text given in Python, and its store is gone; name a text with text= (--text)"
                 )
-            yield from harvest(view, text, dictionary.reads, tokens=tokens)
+            yield from harvest(view, text, dictionary.reads, tokens=tokens, split=split)
             return
         seen = 0
         for batch in Store(acts, verify_seconds=0).sequences():
@@ -127,12 +136,21 @@ def _density_and_source(
 
     measured = evaluation.get("measures", {}).get("density")
     if measured is not None:
+        value = measured["value"]
+        if (
+            not isinstance(value, list)
+            or len(value) != dictionary.n_features
+            or not all(isinstance(v, float) for v in value)
+        ):
+            raise SaekitError(
+                "the density in eval.json is not one number for each feature; run `saekit eval` again"
+            )
         return torch.tensor(measured["value"], dtype=torch.float64), source
     counts, n = torch.zeros(dictionary.n_features, dtype=torch.float64), 0
     for batch in islice(source(), 16):
-        codes = _codes(dictionary, batch)
-        n += batch.mask.numel()
-        counts += codes.firing_counts().cpu()
+        rows = torch.cat([batch.rows(point) for point in dictionary.reads], -1)
+        n += len(rows)
+        counts += dictionary.encode(rows.to(dictionary.device)).firing_counts().cpu()
     return counts / max(n, 1), source
 
 
@@ -259,7 +277,8 @@ def _page(
     if evaluation:
         about = evaluation["about"]
         notes.append(
-            f"Metrics: {about['tokens']:,} tokens of {about['documents']} documents ({about['text']['name']}, split {about['split']}); "
+            f"Metrics: at {about['hook_point']} of {about['model']['name']}, {about['tokens']:,} tokens of {about['documents']} documents "
+            f"({about['text']['name']}, split {about['split']}), against {about['ablation']} ablation; "
             "intervals are 95 % over resampled documents; the random controls have the same width, k and normalisation."
         )
     return RunReport(

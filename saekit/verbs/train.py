@@ -145,12 +145,16 @@ def _repeat(path: Path) -> tuple[Any, Any, dict[str, Any]]:
     from saekit.dictionaries import Config, Dictionary
     from saekit.harvest import StreamSource
     from saekit.harvest import harvest as harvest_
-    from saekit.trainers import TrainConfig, read_config
+    from saekit.trainers import TrainConfig, read_config, weights_digest
 
     data = read_config(path)
     TrainConfig(**data["train"])
     dictionary = Dictionary(Config.from_json(data["dictionary"]), seed=data["init_seed"])
     dictionary.reads, dictionary.writes = dictionary.wiring.sites(data["hook_points"])
+    if data.get("init", weights_digest(dictionary)) != weights_digest(dictionary):
+        raise SaekitError(
+            f"config {str(path)!r} is of a run that went on from trained weights, which it doesn't hold; repeat it from Python"
+        )
     source = data["source"]
     if "acts" in source:
         return dictionary, Store(source["acts"]), data["train"]
