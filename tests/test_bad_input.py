@@ -55,7 +55,7 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "a run below a file": (swap(TRAIN, "{out}", "{good}/text.py/run"), ["out", "text.py/run", "is a file"]),
     "a run that cannot be made": (swap(TRAIN, "{out}", "/proc/nosuch/run"), ["out", "'/proc/nosuch/run'", "can't be written"]),
     "a folder that holds another harvest": (swap(HARVEST, "{out}", "{here}/store"), ["out", "store", "another model.name ('tiny-gpt2' there,", "another folder"]),
-    "a folder that holds another run": (swap(TRAIN, "{out}", "{here}/run", "--steps", "--seed"), ["out", "run", "another train.seed (0 there, 2 here)", "another folder"]),
+    "a folder that holds another run": (swap(TRAIN, "{out}", "{here}/run", "--steps", "--seed"), ["out", "run", "another init_seed (0 there, 2 here)", "another folder"]),
     # training
     "no store": (swap(TRAIN, "{here}/store", "{here}/nosuch"), ["store", "nosuch", "no manifest.json", "saekit harvest"]),
     "neither store nor hook point": (["train", "--out", "{out}"], ["--acts", "--hook-point"]),

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -136,7 +137,7 @@ def test_two_checkpoints_are_kept(finished: Path) -> None:
 def test_another_setting_in_the_same_folder_is_refused(small_store, finished: Path) -> None:
     before = (finished / "config.json").read_bytes()
     done = subprocess.run(command(small_store.path, finished, "--lr", "0.5"), capture_output=True, text=True)
-    assert done.returncode == 2 and "another train setting" in done.stderr
+    assert done.returncode == 2 and "another train.lr (0.0256 there, 0.5 here)" in done.stderr
     assert (finished / "config.json").read_bytes() == before
 
 
@@ -308,7 +309,7 @@ def test_the_state_on_disk_has_no_pickle(finished: Path) -> None:
 
 
 def test_a_run_that_ran_away_leaves_its_folder_free(tmp_path: Path, planted_rows: torch.Tensor) -> None:
-    def run(lr: float) -> saekit.Run:
+    def run(lr: float) -> Any:
         dictionary = saekit.create("topk", d_in=16, n_features=64, k=4)
         return saekit.train(
             dictionary, planted_rows, steps=20, batch_size=64, out=tmp_path / "run", lr=lr, warmup=0

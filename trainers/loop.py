@@ -5,7 +5,7 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from itertools import islice
 from pathlib import Path
@@ -242,7 +242,8 @@ def train(
     except SaekitError:
         if fresh and path is not None and not any((path / "checkpoints").glob("step-*")):
             for name in ("config.json", "log.jsonl"):  # so that the folder is free for another try
-                (path / name).unlink(missing_ok=True)
+                with suppress(OSError):
+                    (path / name).unlink()
         raise
     finally:
         if log is not None:
