@@ -160,9 +160,12 @@ def test_processes_answer_in_under_five_seconds_imports_included(here: Path, goo
 
 
 def test_ctrl_c_says_what_is_kept(tmp_path: Path) -> None:
-    process = command(
-        "harvest", "code-lm", "--hook-point", POINT, "--tokens", "0", "--out", str(tmp_path / "acts")
-    )
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    try:
+        out = str(tmp_path / "acts")
+        process = command("harvest", "code-lm", "--hook-point", POINT, "--tokens", "0", "--out", out)
+    finally:
+        signal.signal(signal.SIGINT, before)
     began = time.monotonic()
     while not any((tmp_path / "acts").glob("*.safetensors*")) and not any((tmp_path / "acts").glob(".*")):
         assert process.poll() is None and time.monotonic() - began < 60
