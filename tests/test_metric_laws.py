@@ -1,5 +1,6 @@
 """Laws of the metrics, on the pure functions and on the evaluation of a dictionary in a model."""
 
+import copy
 import math
 import sys
 
@@ -198,3 +199,13 @@ def test_activations_with_heads_are_spliced(tiny_gpt2) -> None:
     with intervene([(Site(heads, "out", "heads"), _spliced(mask, torch.zeros(2, 5, 32)))]):
         out = heads(x)
     assert torch.equal(out, torch.where(mask[..., None, None], 0, x.unflatten(-1, (4, 8))))
+
+
+def test_a_model_that_gives_nan_is_named(tiny_gpt2) -> None:
+    broken = copy.deepcopy(tiny_gpt2.module)
+    broken.transformer.h[0].mlp.c_fc.weight.data[0, 0] = float("nan")
+    dictionary = saekit.create("topk", d_in=32, n_features=64, k=4)
+    dictionary.reads = dictionary.writes = ("blocks.1.hook_resid_post",)
+    view = load_model(broken, tokenizer=tiny_gpt2.tokenizer, name="broken")
+    with pytest.raises(SaekitError, match=r"of model 'broken' hold NaN or Inf"):
+        evaluate(dictionary, view, "stdlib", tokens=64, context=64, controls=False)
