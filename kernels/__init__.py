@@ -16,6 +16,8 @@ from saekit.kernels.encode import batchtopk_encode as batchtopk_encode
 from saekit.kernels.encode import threshold_encode as threshold_encode
 from saekit.kernels.encode import topk_encode as topk_encode
 from saekit.kernels.encode import topk_encode_aux as topk_encode_aux
+from saekit.kernels.encode.jumprelu import KERNELS as KERNELS
+from saekit.kernels.encode.jumprelu import jumprelu as jumprelu
 from saekit.kernels.error import nested_error as nested_error
 from saekit.kernels.error import squared_error as squared_error
 from saekit.kernels.factors import Factors as Factors

@@ -272,7 +272,7 @@ def step_parity(s, loss, dense, shortlist):
         for name, weight, gradient in zip(s.names, expected, mine, strict=True):
             m, v = (moment.clone() for moment in s.moments[name])
             adam_reference.adam_step(
-                weight, gradient, m, v, RATE, s.step + 1, (0.9, 0.999), 1e-8, 1.0, name == "W_dec"
+                weight, gradient, m, v, RATE, s.step + 1, (0.9, 0.999), 1e-8, 1.0, name == "W_dec", False
             )
         step(s, loss, shortlist)
         for weight, start, end in zip(weights, before, expected, strict=True):

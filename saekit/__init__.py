@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from saekit.report import dashboard as dashboard
     from saekit.trainers import Trainer as Trainer
     from saekit.trainers import train as train
+    from saekit.trainers import train_many as train_many
     from saekit.types import ActivationBatch as ActivationBatch
     from saekit.types import Codes as Codes
     from saekit.types import SaekitError as SaekitError
@@ -46,6 +47,7 @@ _LAZY = {
     "load_model": "saekit.models",
     "save": "saekit.hub",
     "train": "saekit.trainers",
+    "train_many": "saekit.trainers",
 }
 __all__ = ["__version__", "metrics", *_LAZY]
 

@@ -139,9 +139,10 @@ class Loss:
 
     Each term is a mean over rows of a sum over dimensions, in the normalised space of the
     dictionary (mean squared row norm d_out). ``codes`` are those of the batch, cut from the graph,
-    for the counts of firing.
+    for the counts of firing; ``fvu`` is the share of the batch's variance that they leave.
     """
 
     total: Float[Tensor, ""]
     terms: Mapping[str, Float[Tensor, ""]]
     codes: Codes
+    fvu: Float[Tensor, ""]

@@ -20,7 +20,7 @@ RANKS = {
     "saekit.dictionaries": 4, "saekit.models": 4, "saekit.code_lm": 4,
     "saekit.harvest": 5, "saekit.hub": 5,
     "saekit.trainers": 6, "saekit.evaluate": 6, "saekit.circuits": 6, "saekit.autointerp": 6, "saekit.testbed": 6,
-    "saekit.papers": 7, "saekit.report": 7,
+    "saekit.contract": 7, "saekit.papers": 7, "saekit.report": 7,
     "saekit.verbs": 8, "saekit": 8, "saekit.cli": 9,
 }  # fmt: skip
 
@@ -165,7 +165,7 @@ def test_the_facade_gives_functions_where_modules_share_the_name() -> None:
 
 
 def test_every_registered_row_loads() -> None:
-    from saekit.dictionaries.dictionary import CHOICES
+    from saekit.dictionaries.config import CHOICES
     from saekit.evaluate import SUITES
 
     for table in (*CHOICES.values(), SUITES):

@@ -535,7 +535,8 @@ kernels.adam_step(w, w.grad, torch.zeros(20, 5), torch.zeros(20, 5), rate=0.1, s
 @pytest.mark.parametrize("unit", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("factored", [False, True])
-def test_adam_equals_its_reference(unit: bool, dtype: torch.dtype, factored: bool) -> None:
+@pytest.mark.parametrize("masked", [False, True])
+def test_adam_equals_its_reference(unit: bool, dtype: torch.dtype, factored: bool, masked: bool) -> None:
     g = torch.Generator().manual_seed(0)
     weight = torch.nn.functional.normalize(torch.randn(70, 33, generator=g, dtype=dtype), dim=-1)
     mine = [weight.clone(), torch.zeros_like(weight), torch.zeros_like(weight)]
@@ -554,7 +555,7 @@ def test_adam_equals_its_reference(unit: bool, dtype: torch.dtype, factored: boo
                 torch.randn(50, 33, generator=g, dtype=dtype),
             )
         dense = f.dense(70)
-        options = {"rate": 0.01, "step": step, "betas": (0.9, 0.99), "eps": 1e-8, "scale": 0.7, "unit": unit}
+        options = {"rate": 0.01, "step": step, "betas": (0.9, 0.99), "eps": 1e-8, "scale": 0.7, "unit": unit, "masked": masked}
         norm = kernels.gradient_norm([mine[0]], [f if factored else dense], [unit])
         along = (dense * mine[0]).sum(-1, keepdim=True) * mine[0] if unit else 0
         torch.testing.assert_close(norm, (dense - along).norm(), rtol=1e-4, atol=1e-4)

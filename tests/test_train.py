@@ -223,7 +223,7 @@ def test_trainer_step_by_hand_equals_a_dense_loop(planted_rows: torch.Tensor) ->
     for i in range(5):
         batch = planted_rows[i * 200 : (i + 1) * 200]
         trainer.step(batch)
-        x = (batch - d.mean_in) * d.scale_in
+        x = d.norm_in(batch)
         pre = x @ w.T + b
         top = pre.topk(4)
         codes = torch.zeros_like(pre).scatter(1, top.indices, top.values.relu())

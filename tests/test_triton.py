@@ -115,8 +115,9 @@ def test_nested_error(prefixes: list[int]) -> None:
 
 
 @pytest.mark.parametrize("unit", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("states", [torch.float32, torch.bfloat16, torch.uint8])
-def test_adam(unit: bool, states: torch.dtype) -> None:
+def test_adam(unit: bool, masked: bool, states: torch.dtype) -> None:
     g = torch.Generator().manual_seed(0)
     weight = torch.nn.functional.normalize(torch.randn(40, 33, generator=g), dim=-1).to(DEVICE)
     mine = [weight.clone(), *(torch.zeros_like(weight, dtype=states) for _ in range(2))]
@@ -130,7 +131,7 @@ def test_adam(unit: bool, states: torch.dtype) -> None:
             )
             given = (rows, features, torch.randn(300, generator=g), torch.randn(50, 33, generator=g))
             f.add(*(t.to(DEVICE) for t in given))
-        options = (0.01, step, (0.9, 0.99), 1e-8, 0.7, unit)
+        options = (0.01, step, (0.9, 0.99), 1e-8, 0.7, unit, masked)
         adam.adam_step(mine[0], f, mine[1], mine[2], *options)
         adam_reference.adam_step(theirs[0], f.dense(40), theirs[1], theirs[2], *options)
     moved = (theirs[0] - weight).norm()

@@ -12,6 +12,7 @@ from saekit.harvest import HarvestConfig
 from saekit.records import check_types, shape_of
 from saekit.registry import nearest
 from saekit.trainers import dead, optim
+from saekit.trainers.start import check_start
 from saekit.types import SaekitError
 
 
@@ -21,7 +22,10 @@ class TrainConfig:
 
     ``steps`` of ``batch_size`` rows; ``lr`` peak rate of Adam, with ``warmup`` steps up and the
     last ``decay`` share of the run down to zero; ``clip`` limits the gradient's norm;
-    ``dead_after`` rows without firing make a feature dead; ``seed`` fixes the order of the data.
+    ``dead_after`` rows without firing make a feature dead; ``optimizer`` is "adam" or "sparse_adam";
+    ``start`` names where atoms begin (a row of ``saekit.trainers.start.STARTS``; None: random
+    directions); dead features are resampled ``resample_every`` so many steps; ``seed`` fixes the
+    order of the data and everything random in the loss.
     """
 
     steps: int = 1000
@@ -31,6 +35,9 @@ class TrainConfig:
     decay: float = 0.3
     clip: float | None = None
     dead_after: int | None = None
+    optimizer: str = "adam"
+    start: str | None = None
+    resample_every: int | None = None
     seed: int = 0
     log_every: int = 10
     checkpoint_every: int | None = None
@@ -38,7 +45,7 @@ class TrainConfig:
 
     def __post_init__(self):
         check_types(self)
-        for name in ("steps", "batch_size", "log_every", "checkpoint_every", "dead_after"):
+        for name in ("steps", "batch_size", "log_every", "checkpoint_every", "dead_after", "resample_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SaekitError(f"{name} = {value!r} must be a whole number of at least 1")
@@ -50,6 +57,9 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise SaekitError(f"{name} = {value!r} must be a number above 0")
+        optim.is_masked(self.optimizer)
+        if self.start is not None:
+            check_start(self.start)
         if not 0 <= self.decay <= 1:
             raise SaekitError(f"decay = {self.decay!r} must lie in 0..1; it is a share of the run")
 

@@ -1,11 +1,16 @@
-"""Which features are dead: those that have not fired for a stated number of rows."""
+"""Which features are dead, those that have not fired for a stated number of rows; and their resampling."""
 
-from jaxtyping import Bool, Int
+import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saekit.trainers.optim import Chosen
+from saekit.dictionaries import Dictionary, TrainState
+from saekit.trainers.optim import Adam, Chosen
+from saekit.types import SaekitError
 
 DEAD_AFTER = 10_000_000
+ENCODER_SHARE = 0.2  # of the live features' mean norm, for the encoder of a resampled one
+PURPOSE = 3  # of the random numbers
 
 
 def dead_after(rows_of_run: int | None) -> Chosen:
@@ -24,3 +29,40 @@ def update(silent: Int[Tensor, " feature"], fired: Int[Tensor, " feature"], rows
 def dead(silent: Int[Tensor, " feature"], limit: int) -> Bool[Tensor, " feature"]:
     """Mask of the dead features."""
     return silent >= limit
+
+
+def check_resampling(dictionary: Dictionary) -> None:
+    """Raise unless features have atoms of their own that can be written anew."""
+    name = dictionary.config.atoms[0]
+    if not isinstance(getattr(dictionary.atoms, "weight", None), torch.nn.Parameter):
+        raise SaekitError(f"resample_every needs atoms that are trained one by one, and those of {name!r} aren't; leave it out")
+
+
+@torch.no_grad()
+def resample(
+    dictionary: Dictionary,
+    dead: Bool[Tensor, " feature"],
+    x: Float[Tensor, "batch d_in"],
+    state: TrainState,
+    optimizer: Adam,
+) -> None:
+    """Give dead features new directions: rows that are reconstructed badly (Bricken et al. 2023, appendix).
+
+    Rows are drawn with probability proportional to their squared loss; the atom is the row's direction,
+    the encoder the same with a fifth of the live ones' mean norm, the bias 0, the moments cleared.
+    """
+    if not dead.any():
+        return
+    loss = (dictionary(x) - dictionary.wiring.target(x)).square().sum(-1)
+    chance = loss.square().cpu() + 1e-30
+    chosen = torch.multinomial(chance, int(dead.sum()), replacement=True, generator=state.generator(PURPOSE))
+    rows = x[chosen.to(x.device)]
+    written = torch.nn.functional.normalize(dictionary.norm_out(dictionary.wiring.target(rows)), dim=-1)
+    read = torch.nn.functional.normalize(dictionary.norm_in(rows), dim=-1)
+    if dictionary.encoder is not None:
+        live = dictionary.encoder[~dead]
+        size = live.norm(dim=-1).mean() if len(live) else torch.ones(())
+        dictionary.encoder[dead] = read * (1 if dictionary.encoder_unit else ENCODER_SHARE * size)
+    dictionary.atoms.weight[dead] = written
+    dictionary.b_enc[dead] = 0
+    optimizer.forget(dead)

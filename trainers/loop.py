@@ -4,122 +4,46 @@ import json
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from saekit.activations import Source, Store, TensorSource, write_atomic
-from saekit.dictionaries import Dictionary, TrainState
+from saekit.dictionaries import Dictionary
 from saekit.harvest import Stream, StreamSource, check_writable
 from saekit.hub import native
-from saekit.kernels import serial
 from saekit.records import difference
 from saekit.registry import nearest
-from saekit.trainers import checkpoint, dead, optim
+from saekit.trainers import checkpoint
 from saekit.trainers.config import TrainConfig, read_config, resolve, weights_digest
 from saekit.trainers.log import Log
 from saekit.trainers.log import read as read_log
-from saekit.types import ActivationBatch, SaekitError
+from saekit.trainers.start import begin
+from saekit.trainers.trainer import Trainer
+from saekit.types import SaekitError
 
 NORMALISATION_ROWS = 1 << 15
 OVERFLOWS = 1e15  # of a weight; a thousand of them make a row that kernels refuse
 
 
-class Trainer:
-    """One dictionary in training. ``step`` takes a batch and returns metrics that stay on the device.
-
-    Without :func:`train` it takes its normalisation from the first batch and, with ``steps`` left
-    out, a constant rate after warm-up.
-    """
-
-    def __init__(
-        self,
-        dictionary: Dictionary,
-        lr: float | None = None,
-        *,
-        steps: int | None = None,
-        warmup: int | None = None,
-        decay: float = 0.3,
-        clip: float | None = None,
-        dead_after: int | None = None,
-        device: "str | torch.device | None" = None,
-    ):
-        self.dictionary = dictionary.to(device) if device else dictionary
-        self.lr = lr if lr is not None else optim.learning_rate(dictionary.n_features, steps).value
-        self.steps, self.decay, self.clip = steps, decay, clip
-        self.warmup = warmup if warmup is not None else int(optim.warmup_steps(steps).value)
-        self.dead_after = dead_after if dead_after is not None else dead.DEAD_AFTER
-        self.step_number = 0
-        self.silent = torch.zeros(dictionary.n_features, dtype=torch.int64, device=dictionary.device)
-        self.optimizer = optim.Adam(self.dictionary.parameters(), self.dictionary.unit_weights())
-
-    def step(self, x: "Float[Tensor, 'batch d_in'] | ActivationBatch") -> dict[str, Tensor]:
-        """One optimisation step on a batch of rows."""
-        d = self.dictionary
-        if isinstance(x, ActivationBatch):
-            x = x.rows(d.reads[0] if d.reads else next(iter(x.activations)))
-        if x.ndim != 2 or x.shape[1] != d.d_in:
-            raise SaekitError(f"batch has shape {tuple(x.shape)}; expected [rows, d_in = {d.d_in}]")
-        x = x.to(self.silent.device, d.mean_in.dtype)
-        if not d.normalised:
-            d.set_normalisation(x)
-        rate = self.lr * optim.rate_factor(self.step_number, self.steps, self.warmup, self.decay)
-        # torch's threads would spin beside the kernels' own
-        with serial() if x.device.type == "cpu" else nullcontext():
-            return self._step(x, rate)
-
-    def _step(self, x: Tensor, rate: float) -> dict[str, Tensor]:
-        d, is_dead = self.dictionary, dead.dead(self.silent, self.dead_after)
-        with self.optimizer.collect() as factors:
-            loss = d.loss(x, TrainState(self.step_number, is_dead))
-            loss.total.backward()
-        self.optimizer.step(factors, rate, self.step_number + 1, self.clip)
-        if not d.unit_weights():  # those the optimizer has kept on the sphere
-            d.after_step()
-        dead.update(self.silent, loss.codes.firing_counts(), len(x))
-        self.step_number += 1
-        active = (loss.codes.values != 0).sum() / loss.codes.rows
-        out = {"loss": loss.total.detach(), **{k: v.detach() for k, v in loss.terms.items()}}
-        # in normalised space the mean predictor's error is d_out
-        out["fvu"] = out["reconstruction"] / d.d_out
-        return {**out, "l0": active, "dead_share": is_dead.float().mean(), "lr": torch.tensor(rate)}
-
-    def state(self) -> dict[str, Tensor]:
-        """Every tensor that the next step depends on."""
-        out = {f"dictionary.{k}": v for k, v in self.dictionary.state_dict().items()}
-        out["silent"] = self.silent
-        for i, (m, v) in enumerate(self.optimizer.moments):
-            out[f"optimizer.{i}.m"], out[f"optimizer.{i}.v"] = m, v
-        return out
-
-    def restore(self, tensors: dict[str, Tensor], step: int) -> None:
-        """Take the state of :meth:`state` back."""
-        own = {k.removeprefix("dictionary."): v for k, v in tensors.items() if k.startswith("dictionary.")}
-        self.dictionary.load_state_dict(own)
-        self.silent.copy_(tensors["silent"])
-        for i, (m, v) in enumerate(self.optimizer.moments):
-            m.copy_(tensors[f"optimizer.{i}.m"])
-            v.copy_(tensors[f"optimizer.{i}.v"])
-        self.step_number = step
-
-
 @dataclass(frozen=True)
 class Run:
-    """A finished (or interrupted) training: the dictionary, where it lies, how far it came."""
+    """A finished, interrupted or failed training: the dictionary, where it lies, how far it came."""
 
     dictionary: Dictionary
     path: Path | None
     steps: int
     finished: bool
     metrics: dict[str, float]
+    error: str | None = None  # why it ended early, when others trained beside it went on
 
 
 def as_source(source: Any) -> Source:
@@ -207,53 +131,243 @@ def train(
     ``log.jsonl``, ``checkpoints/`` and in the end ``dictionary.safetensors`` with ``card.json``.
     ``on_step(step, record)`` is called where a log line is written.
     """
-    known = [f.name for f in fields(TrainConfig)]
-    for key in sorted(set(options) - set(known)):
-        raise SaekitError(f"option {key!r} is not one of train's{nearest(key, known)}")
-    config, reasons = resolve(
-        TrainConfig(steps=steps, batch_size=batch_size, **options), dictionary.n_features
-    )
     source = as_source(source)
-    points = check(dictionary, source, config)
-    if not dictionary.reads and points != ("x",):
-        dictionary.reads, dictionary.writes = dictionary.wiring.sites(points)
-    trainer = Trainer(
-        dictionary, config.lr, steps=config.steps, warmup=config.warmup, decay=config.decay,
-        clip=config.clip, dead_after=config.dead_after, device=device,
-    )  # fmt: skip
     path = Path(out) if out is not None else None
-    settings = {
-        "train": asdict(config), "reasons": reasons, "dictionary": dictionary.config.to_json(),
-        "init_seed": dictionary.seed, "init": weights_digest(dictionary), "hook_points": list(points), "data": source.identity(), "source": _origin(source),
-    }  # fmt: skip
-    log, fresh = None, path is not None and not (path / "config.json").exists()
-    try:
-        if path is not None:
-            _prepare(path, settings, trainer)
-            log = Log(path, trainer.step_number, config.wandb, settings)
-        if not dictionary.normalised:
-            dictionary.set_normalisation(_sample(source, points, config))
-        record, finished = _loop(trainer, source, points, config, path, log, on_step)
-    except OSError as error:
-        raise SaekitError(
-            f"out {str(path)!r} can't be written: {error.strerror}; free some space and run the same command again: "
-            "it goes on from the last checkpoint"
-        ) from None
-    except SaekitError:
-        if fresh and path is not None and not any((path / "checkpoints").glob("step-*")):
-            for name in ("config.json", "log.jsonl"):  # so that the folder is free for another try
+    options |= {"steps": steps, "batch_size": batch_size}
+    job = _Job.of("", dictionary, source, path, device, options)
+    job.on_step = on_step
+    _run([job], source)
+    if isinstance(job.error, Exception):
+        raise job.error
+    return job.result()
+
+
+def train_many(
+    dictionaries: Mapping[str, Dictionary],
+    source: Any,
+    steps: int = 1000,
+    batch_size: int = 4096,
+    out: "str | Path | None" = None,
+    *,
+    device: "str | torch.device | None" = None,
+    on_step: Callable[[str, int, dict[str, float]], None] | None = None,
+    each: Mapping[str, Mapping[str, Any]] | None = None,
+    **options: Any,
+) -> dict[str, Run]:
+    """Train dictionaries of any kinds from one stream of activations, each as it would be alone.
+
+    The arguments are those of :func:`train`; ``each`` gives the options of single dictionaries that
+    differ from the rest's (not steps, batch_size or seed, which decide the stream). ``out`` gets a
+    folder of that name for each run, which is a run like any other. A run that fails is reported in its
+    ``error`` and the others go on. ``on_step(name, step, record)`` is called where a log line is written.
+    """
+    if not dictionaries:
+        raise SaekitError("dictionaries is empty; give at least one as {name: dictionary}")
+    source, jobs, each = as_source(source), [], each or {}
+    for name in sorted(set(each) - set(dictionaries)):
+        raise SaekitError(f"each names {name!r}, which is not a dictionary{nearest(name, list(dictionaries))}")
+    for name, dictionary in dictionaries.items():
+        if not name or Path(name).name != name:
+            raise SaekitError(f"the name {name!r} of a dictionary can't be a folder's; choose another")
+        own = dict(each.get(name, {}))
+        for key in sorted({"steps", "batch_size", "seed"} & set(own)):
+            raise SaekitError(f"{key} = {own[key]!r} of {name!r} alone would need a stream of its own; give it for all")
+        path = Path(out) / name if out is not None else None
+        given = options | own | {"steps": steps, "batch_size": batch_size}
+        jobs.append(_Job.of(name, dictionary, source, path, device, given))
+        if on_step is not None:
+            jobs[-1].on_step = partial(on_step, name)
+    _run(jobs, source)
+    return {job.name: job.result() for job in jobs}
+
+
+@dataclass
+class _Job:
+    """One dictionary's training among those that share a stream."""
+
+    name: str
+    trainer: Trainer
+    config: TrainConfig
+    points: tuple[str, ...]
+    path: Path | None
+    settings: dict[str, Any]
+    fresh: bool
+    log: Log | None = None
+    on_step: Callable[[int, dict[str, float]], None] | None = None
+    record: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    began: tuple[float, int] = (0.0, 0)
+    error: Exception | None = None
+
+    @staticmethod
+    def of(
+        name: str, dictionary: Dictionary, source: Source, path: Path | None,
+        device: "str | torch.device | None", options: dict[str, Any],
+    ) -> "_Job":  # fmt: skip
+        """Check everything that can be checked before any work."""
+        known = [f.name for f in fields(TrainConfig)]
+        for key in sorted(set(options) - set(known)):
+            raise SaekitError(f"option {key!r} is not one of train's{nearest(key, known)}")
+        config, reasons = resolve(TrainConfig(**options), dictionary.n_features)
+        points = check(dictionary, source, config)
+        if not dictionary.reads and points != ("x",):
+            dictionary.reads, dictionary.writes = dictionary.wiring.sites(points)
+        trainer = Trainer(
+            dictionary, config.lr, steps=config.steps, warmup=config.warmup, decay=config.decay,
+            clip=config.clip, dead_after=config.dead_after, optimizer=config.optimizer,
+            resample_every=config.resample_every, seed=config.seed, device=device,
+        )  # fmt: skip
+        settings = {
+            "train": asdict(config), "reasons": reasons, "dictionary": dictionary.config.to_json(),
+            "init_seed": dictionary.seed, "init": weights_digest(dictionary), "hook_points": list(points), "data": source.identity(), "source": _origin(source),
+        }  # fmt: skip
+        fresh = path is not None and not (path / "config.json").exists()
+        return _Job(name, trainer, config, points, path, settings, fresh)
+
+    @property
+    def finished(self) -> bool:
+        """Whether every step has been taken."""
+        return self.trainer.step_number == self.config.steps
+
+    def open(self, source: Source) -> None:
+        """Make or take up the run folder; set what depends on the data."""
+        if self.path is not None:
+            _prepare(self.path, self.settings, self.trainer)
+            self.log = Log(self.path, self.trainer.step_number, self.config.wandb, self.settings)
+        d = self.trainer.dictionary
+        if not d.prepared:
+            if not d.normalised:
+                d.set_normalisation(_sample(source, self.points, self.config))
+            if self.config.start is not None or hasattr(d.atoms, "prepare") or hasattr(d.selection, "prepare"):
+                rows = torch.cat(list(_sample(source, self.points, self.config))).to(d.device, d.dtype)
+                if self.config.start is not None:
+                    begin(d, self.config.start, rows)
+                d.prepare(rows)
+            d.prepared.fill_(True)
+        self.began = (time.perf_counter(), self.trainer.step_number)
+
+    def step(self, batch: Tensor, peers: tuple[Tensor, ...]) -> None:
+        """One step, with what is due after it."""
+        trainer, config = self.trainer, self.config
+        try:
+            self.metrics = trainer.step(batch, peers=peers)
+        except ValueError as error:  # kernels refuse weights that have run away
+            if isinstance(error, SaekitError) or not _diverged(trainer.dictionary):
+                raise
+            raise SaekitError(
+                f"the loss is no number any more after step {trainer.step_number}: the weights have run away; choose a smaller lr than {config.lr:.2e}"
+            ) from error
+        step = trainer.step_number
+        if step % config.log_every == 0 or self.finished or step == 1:
+            since, first = self.began
+            rate = (step - first) * config.batch_size / (time.perf_counter() - since)
+            metrics = {k: v.item() for k, v in self.metrics.items()}
+            self.record = {"step": step, "rows": step * config.batch_size, **metrics}
+            shown = {**self.record, "rows_per_second": rate}
+            if self.log is not None:
+                self.log.write(shown)
+            if self.on_step is not None:
+                self.on_step(step, shown)
+        if self.finished or step % (config.checkpoint_every or config.steps) == 0:
+            self.save()
+
+    def save(self) -> None:
+        """Write a checkpoint, unless the run has come to nothing."""
+        if self.metrics and not torch.isfinite(self.metrics["loss"]):
+            raise SaekitError(
+                f"the loss is {self.metrics['loss'].item()} at step {self.trainer.step_number}; choose a smaller lr than {self.config.lr:.2e}"
+            )
+        if self.path is not None:
+            checkpoint.save(self.path / "checkpoints", self.trainer.step_number, self.trainer.state(), {})
+
+    def fail(self, error: Exception) -> None:
+        """Note why it ends here; a folder in which nothing was saved is left free for another try."""
+        if isinstance(error, OSError):
+            error = SaekitError(
+                f"out {str(self.path)!r} can't be written: {error.strerror}; free some space and run the same command again: "
+                "it goes on from the last checkpoint"
+            )
+        self.error = error
+        if not isinstance(error, SaekitError) or self.path is None or not self.fresh:
+            return
+        if not any((self.path / "checkpoints").glob("step-*")):
+            for name in ("config.json", "log.jsonl"):
                 with suppress(OSError):
-                    (path / name).unlink()
-        raise
+                    (self.path / name).unlink()
+
+    def close(self) -> None:
+        """Write the dictionary of a finished run; close the log."""
+        if self.log is not None:
+            self.log.close()
+        if self.error is not None:
+            return
+        if not self.record and self.path is not None:  # a finished run was taken up again
+            self.record = (read_log(self.path) or [{}])[-1]
+        d = self.trainer.dictionary
+        d.card |= {"data": self.settings["data"], "training": {"config": asdict(self.config), "last": self.record}}
+        if self.finished:
+            for missed in filter(None, (t.coefficient.missed() for t in d.terms.values() if hasattr(t, "coefficient"))):
+                warnings.warn(f"{self.name + ': ' if self.name else ''}{missed}", stacklevel=4)
+            if self.path is not None:
+                native.save(d, self.path)
+
+    def result(self) -> Run:
+        """How it ended."""
+        why = None if self.error is None else str(self.error)
+        return Run(
+            self.trainer.dictionary, self.path, self.trainer.step_number, self.finished and not why, self.record, why
+        )
+
+
+def _attempt(job: _Job, action: Callable[[], None]) -> None:
+    """Do a part of a job's work; its failure ends this job alone."""
+    try:
+        action()
+    except (SaekitError, OSError, ValueError, RuntimeError, ArithmeticError) as error:
+        job.fail(error)
+
+
+def _run(jobs: Sequence[_Job], source: Source) -> None:
+    """Open every job, feed them all from one stream, close them."""
+    try:
+        for job in jobs:
+            _attempt(job, partial(job.open, source))
+        _loop(jobs, source)
     finally:
-        if log is not None:
-            log.close()
-    if not record and path is not None:  # a finished run was taken up again
-        record = (read_log(path) or [{}])[-1]
-    dictionary.card |= {"data": settings["data"], "training": {"config": asdict(config), "last": record}}
-    if path is not None and finished:
-        native.save(dictionary, path)
-    return Run(dictionary, path, trainer.step_number, finished, record)
+        for job in jobs:
+            _attempt(job, job.close)
+
+
+def _loop(jobs: Sequence[_Job], source: Source) -> None:
+    running = [job for job in jobs if job.error is None and not job.finished]
+    if not running:
+        return
+    first, config = min(job.trainer.step_number for job in running), running[0].config
+    batches = source.batches(running[0].points, config.batch_size, config.seed, first)
+    with _interruptible() as stopped:
+        for step in range(first, config.steps):
+            batch = next(batches)
+            peers = _peers(running)
+            for job in running:
+                if job.trainer.step_number == step:  # others were further when they were interrupted
+                    _attempt(job, partial(job.step, batch, peers.get(job.name, ())))
+            running = [job for job in running if job.error is None and not job.finished]
+            if stopped() is not None:
+                for job in running:
+                    _attempt(job, job.save)
+                return
+            if not running:
+                return
+
+
+def _peers(jobs: Sequence[_Job]) -> dict[str, tuple[Tensor, ...]]:
+    """For each dictionary that looks at others: their decoders, as they are before the step."""
+    looking = [job for job in jobs if any(getattr(t, "peers", False) for t in job.trainer.dictionary.terms.values())]
+    if not looking:
+        return {}
+    with torch.no_grad():
+        rows = {job.name: job.trainer.dictionary.atoms.rows().clone() for job in looking}
+    return {name: tuple(r for other, r in rows.items() if other != name) for name in rows}
 
 
 def _origin(source: Source) -> dict[str, Any]:
@@ -301,51 +415,3 @@ def _prepare(path: Path, settings: dict[str, Any], trainer: Trainer) -> None:
 def _diverged(dictionary: Dictionary) -> bool:
     """Whether a weight is NaN or so large that its products overflow."""
     return any(not p.detach().abs().max() < OVERFLOWS for p in dictionary.parameters())
-
-
-def _loop(
-    trainer: Trainer, source: Source, points: Sequence[str], config: TrainConfig,
-    path: Path | None, log: Log | None, on_step: Callable[[int, dict[str, float]], None] | None,
-) -> tuple[dict[str, float], bool]:  # fmt: skip
-    record: dict[str, float] = {}
-    batches = source.batches(points, config.batch_size, config.seed, trainer.step_number)
-    began, first = time.perf_counter(), trainer.step_number
-
-    def save() -> None:
-        if not torch.isfinite(metrics["loss"]):
-            raise SaekitError(
-                f"the loss is {metrics['loss'].item()} at step {trainer.step_number}; choose a smaller lr than {config.lr:.2e}"
-            )
-        if path is not None:
-            checkpoint.save(path / "checkpoints", trainer.step_number, trainer.state(), {})
-
-    with _interruptible() as stopped:
-        while trainer.step_number < config.steps:
-            batch = next(batches)
-            try:
-                metrics = trainer.step(batch)
-            except ValueError as error:  # kernels refuse weights that have run away
-                if isinstance(error, SaekitError) or not _diverged(trainer.dictionary):
-                    raise
-                raise SaekitError(
-                    f"the loss is no number any more after step {trainer.step_number}: the weights have run away; choose a smaller lr than {config.lr:.2e}"
-                ) from error
-            step = trainer.step_number
-            last = step == config.steps
-            if step % config.log_every == 0 or last or step == 1:
-                rate = (step - first) * config.batch_size / (time.perf_counter() - began)
-                record = {
-                    "step": step,
-                    "rows": step * config.batch_size,
-                    **{k: v.item() for k, v in metrics.items()},
-                }
-                if log is not None:
-                    log.write({**record, "rows_per_second": rate})
-                if on_step is not None:
-                    on_step(step, {**record, "rows_per_second": rate})
-            if last or step % (config.checkpoint_every or config.steps) == 0:
-                save()
-            if stopped() is not None and not last:
-                save()
-                return record, False
-    return record, True

@@ -9,8 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from saekit.kernels import Factors, adam_step, collect, gradient_norm
+from saekit.registry import nearest
+from saekit.types import SaekitError
 
 ADAM_BETAS = (0.9, 0.999)
+# name -> whether entries without a gradient stay where they are (SparseAdam, Wang et al. 2025, 2508.16929)
+OPTIMIZERS = {"adam": False, "sparse_adam": True}
 # no gradient of a feature that fires is this small; larger values slow rare features down
 ADAM_EPS = 1e-8
 
@@ -53,14 +57,25 @@ def rate_factor(step: int, steps: int | None, warmup: int, decay: float) -> floa
     return min(up, 1.0, left)
 
 
+def is_masked(optimizer: str) -> bool:
+    """Whether an optimizer's name means the masked step; raises for a name that is none."""
+    if optimizer not in OPTIMIZERS:
+        raise SaekitError(f"optimizer {optimizer!r} is unknown{nearest(optimizer, OPTIMIZERS)}")
+    return OPTIMIZERS[optimizer]
+
+
 class Adam:
     """Adam over the trained parameters, each in one fused pass; see :func:`saekit.kernels.adam_step`.
 
-    Rows of ``unit`` weights stay on the sphere. Gradients are those of ``collect`` (for weights,
+    Rows of ``unit`` weights stay on the sphere. ``masked`` moves only what has a gradient (SparseAdam).
+    Gradients are those of ``collect`` (for weights,
     as sums of outer products) and of ``.grad``.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], unit: Iterable[Tensor] = ()):
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], unit: Iterable[Tensor] = (), *, masked: bool = False
+    ):
+        self.masked = masked
         self.parameters = [p for p in parameters if p.requires_grad]
         self.unit = [any(p is u for u in unit) for p in self.parameters]
         self.moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in self.parameters]
@@ -85,9 +100,17 @@ class Adam:
             scale = min(1.0, clip / (gradient_norm(weights, grads, units).item() + 1e-6))
         for p, g, m, v, unit in found:
             adam_step(
-                p, g, m, v, rate=rate, step=step, betas=ADAM_BETAS, eps=ADAM_EPS, scale=scale, unit=unit
-            )
+                p, g, m, v, rate=rate, step=step, betas=ADAM_BETAS, eps=ADAM_EPS, scale=scale, unit=unit,
+                masked=self.masked,
+            )  # fmt: skip
             p.grad = None
+
+    def forget(self, which: Tensor) -> None:
+        """Clear the moments of some features, in every parameter that has a row or an entry for each."""
+        for p, moments in zip(self.parameters, self.moments, strict=True):
+            if len(p) == len(which):
+                for moment in moments:
+                    moment[which] = 0
 
     @staticmethod
     def _gradient(parameter: Tensor, factors: Factors | None) -> "Tensor | Factors | None":

@@ -14,7 +14,7 @@ from saekit.kernels.factors import Factors
 
 @torch.no_grad()
 def adam_step(
-    weight, gradient, m, v, *, rate, step, betas=(0.9, 0.999), eps=1e-8, scale=1.0, unit=False
+    weight, gradient, m, v, *, rate, step, betas=(0.9, 0.999), eps=1e-8, scale=1.0, unit=False, masked=False
 ):  # fmt: skip
     """One step of Adam on a weight, in place.
 
@@ -23,6 +23,8 @@ def adam_step(
     2^8), the short ones rounded stochastically; step counts from 1; the gradient is
     multiplied with ``scale`` (of a clip). With ``unit`` the rows stay on the sphere: the component
     of the gradient along a row is taken off before, and the row is brought back to norm 1 after.
+    ``masked`` leaves entries alone whose gradient is 0, while their moments decay (SparseAdam of
+    2508.16929): features that haven't fired for long aren't moved by what their moments still hold.
     """
     for name, state in (("m", m), ("v", v)):
         if state.shape != weight.shape or state.device != weight.device:
@@ -48,7 +50,7 @@ def adam_step(
         for _, _, values, matrix in gradient.terms:
             checks.finite(values, values=values)
             checks.finite(matrix, matrix=matrix)
-    run("adam", "adam_step", weight, weight.detach(), gradient, m, v, rate, step, betas, eps, scale, unit)
+    run("adam", "adam_step", weight, weight.detach(), gradient, m, v, rate, step, betas, eps, scale, unit, masked)
 
 
 @torch.no_grad()

@@ -23,13 +23,13 @@ def _gather(g, i, terms):
 @jit
 def _update(w, g, m, v, along, noise, numbers):
     """One row; ``along`` is its gradient's component along w, which is taken off."""
-    rate, scale, beta1, rest1, beta2, rest2, eps, correct1, correct2 = numbers
+    rate, idle, scale, beta1, rest1, beta2, rest2, eps, correct1, correct2 = numbers
     for j in range(len(w)):
         gradient = (g[j] - along * w[j]) * scale
         mean = beta1 * number(m[j]) + rest1 * gradient
         square = beta2 * number(v[j]) + rest2 * (gradient * gradient)
         m[j], v[j] = stored(m, mean, noise + np.uint32(j)), stored(v, square, noise - np.uint32(j))
-        w[j] -= rate * (mean * correct1) / (np.sqrt(square * correct2) + eps)
+        w[j] -= (rate if gradient != 0 else idle) * (mean * correct1) / (np.sqrt(square * correct2) + eps)
 
 
 @jit
@@ -73,10 +73,10 @@ def _array(state, signed):
     return state.view(kind.get(state.dtype, state.dtype)).numpy()
 
 
-def _numbers(rate, scale, betas, eps, step):
+def _numbers(rate, masked, scale, betas, eps, step):
     beta1, beta2 = betas
     exact = (
-        rate, scale, beta1, 1 - beta1, beta2, 1 - beta2, eps, 1 / (1 - beta1**step), 1 / (1 - beta2**step)
+        rate, 0.0 if masked else rate, scale, beta1, 1 - beta1, beta2, 1 - beta2, eps, 1 / (1 - beta1**step), 1 / (1 - beta2**step)
     )  # fmt: skip
     return tuple(np.float32(a) for a in exact)
 
@@ -89,9 +89,9 @@ def _terms(gradient, n_features):
     )
 
 
-def adam_step(weight, gradient, m, v, rate, step, betas, eps, scale, unit):
+def adam_step(weight, gradient, m, v, rate, step, betas, eps, scale, unit, masked):
     """In place; the gradient is dense or Factors. See the package."""
-    numbers = _numbers(rate, scale, betas, eps, step)
+    numbers = _numbers(rate, masked, scale, betas, eps, step)
     noise = np.uint32(step * 0x85EBCA6B & 0xFFFFFFFF)
     shape = (1, -1) if weight.ndim == 1 else weight.shape
     w, m, v = weight.view(shape).numpy(), _array(m.view(shape), True), _array(v.view(shape), False)

@@ -14,7 +14,7 @@ def _project(weight, gradient, unit):
     return gradient
 
 
-def adam_step(weight, gradient, m, v, rate, step, betas, eps, scale, unit):
+def adam_step(weight, gradient, m, v, rate, step, betas, eps, scale, unit, masked):
     """In place; the gradient is dense or Factors. See the package."""
     dtype = torch.float32 if weight.dtype.itemsize < 4 else weight.dtype  # computed in full, whatever is kept
     gradient = _project(weight, gradient, unit).to(dtype).mul(scale)
@@ -23,6 +23,8 @@ def adam_step(weight, gradient, m, v, rate, step, betas, eps, scale, unit):
     store(m, mean, True)
     store(v, square, False)
     root = square.div(1 - betas[1] ** step).sqrt_().add_(eps)
+    if masked:
+        mean = mean.masked_fill(gradient == 0, 0.0)
     new = weight.to(dtype, copy=True).addcdiv_(mean, root, value=-rate / (1 - betas[0] ** step))
     if unit:
         new.div_(torch.linalg.vector_norm(new, dim=-1, keepdim=True).clamp_(min=1e-12))

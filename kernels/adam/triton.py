@@ -37,13 +37,13 @@ def _row(
         g -= tl.sum(g * w, axis=0) * w
     rate, scale = tl.load(numbers), tl.load(numbers + 1)
     beta1, beta2, eps = tl.load(numbers + 2), tl.load(numbers + 3), tl.load(numbers + 4)
-    correct1, correct2 = tl.load(numbers + 5), tl.load(numbers + 6)
+    correct1, correct2, idle = tl.load(numbers + 5), tl.load(numbers + 6), tl.load(numbers + 7)
     g *= scale
     mean = beta1 * _restored(tl.load(m + at, mask=inside, other=0), SHORT_M, 127, SIGNED) + (1 - beta1) * g
     square = (
         beta2 * _restored(tl.load(v + at, mask=inside, other=0), SHORT_V, 255, UNSIGNED) + (1 - beta2) * g * g
     )
-    w -= rate * (mean * correct1) / (tl.sqrt(square * correct2) + eps)
+    w -= tl.where(g != 0, rate, idle) * (mean * correct1) / (tl.sqrt(square * correct2) + eps)
     if UNIT:
         w /= tl.maximum(tl.sqrt(tl.sum(w * w, axis=0)), 1e-12)
     tl.store(
@@ -87,14 +87,14 @@ def _short(value, BITS: tl.constexpr, noise, MOST: tl.constexpr, OFFSET: tl.cons
     return tl.where(value < 0, code | 128, code)
 
 
-def adam_step(weight, gradient, m, v, rate, step, betas, eps, scale, unit):
+def adam_step(weight, gradient, m, v, rate, step, betas, eps, scale, unit, masked):
     """In place; the gradient is dense or Factors. See the package."""
     if not isinstance(gradient, Factors) or weight.shape[1] > WIDEST:
-        return eager.adam_step(weight, gradient, m, v, rate, step, betas, eps, scale, unit)
+        return eager.adam_step(weight, gradient, m, v, rate, step, betas, eps, scale, unit, masked)
     rows, features, values, matrix = gradient.joined()
     entries = by_feature(rows, features, values, len(weight))
     numbers = weight.new_tensor(
-        [rate, scale, *betas, eps, 1 / (1 - betas[0] ** step), 1 / (1 - betas[1] ** step)],
+        [rate, scale, *betas, eps, 1 / (1 - betas[0] ** step), 1 / (1 - betas[1] ** step), 0.0 if masked else rate],
         dtype=eager.torch.float32,
     )
     _row[(len(weight),)](

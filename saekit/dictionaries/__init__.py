@@ -1,7 +1,7 @@
 """Dictionaries: four choices (wiring, selection, atoms, objective), each a table of small files."""
 
-from saekit.dictionaries.dictionary import Config as Config
+from saekit.dictionaries.config import Config as Config
 from saekit.dictionaries.dictionary import Dictionary as Dictionary
-from saekit.dictionaries.objective.forward import TrainState as TrainState
 from saekit.dictionaries.presets import PRESETS as PRESETS
 from saekit.dictionaries.presets import create as create
+from saekit.dictionaries.training import TrainState as TrainState

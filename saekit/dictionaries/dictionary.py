@@ -2,9 +2,7 @@
 
 import copy
 import dataclasses
-import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,151 +10,70 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from saekit.dictionaries.atoms import ATOMS
+from saekit.dictionaries.config import Config
+from saekit.dictionaries.normalisation import Moments, Normalisation
 from saekit.dictionaries.objective import OBJECTIVES
-from saekit.dictionaries.objective.forward import Forward, TrainState
 from saekit.dictionaries.selection import SELECTIONS
+from saekit.dictionaries.training import Forward, TrainState
 from saekit.dictionaries.wiring import WIRINGS
 from saekit.kernels import sparse_decode
-from saekit.records import check, fits, name_of
-from saekit.registry import Registry, nearest
 from saekit.types import ActivationBatch, Codes, Loss, SaekitError
-
-CHOICES = {"wiring": WIRINGS, "selection": SELECTIONS, "atoms": ATOMS, "objective": OBJECTIVES}
-Choice = tuple[str, Any]  # a row's name and its frozen config
-_NAMED = {"name": str}
-CONFIG = {
-    "n_features": int, "wiring": _NAMED, "selection": _NAMED, "atoms": _NAMED, "objective": [_NAMED]
-}  # fmt: skip
-
-
-def configure(table: Registry, name: str, options: Mapping[str, Any], unused: set[str]) -> Any:
-    """The config of one row, from those options that it has a field for; takes them off ``unused``."""
-    if name not in table:
-        raise SaekitError(f"{table.kind} {name!r} is unknown{nearest(name, table.table)}")
-    config = table[name].Config
-    mine = {f.name for f in fields(config)} & set(options)
-    missing = [
-        f.name
-        for f in fields(config)
-        if f.default is dataclasses.MISSING
-        and f.default_factory is dataclasses.MISSING
-        and f.name not in mine
-    ]
-    if missing:
-        raise SaekitError(f"{table.kind} {name!r} needs {missing[0]}; give {missing[0]}=...")
-    unused -= mine
-    for f in fields(config):
-        if f.name in mine and not fits(options[f.name], f.type):
-            raise SaekitError(
-                f"{f.name} = {options[f.name]!r} of {table.kind} {name!r} must be of type {name_of(f.type)}"
-            )
-    return config(**{key: options[key] for key in mine})
-
-
-@dataclass(frozen=True)
-class Config:
-    """The architecture of a dictionary: its width and the four choices."""
-
-    n_features: int
-    wiring: Choice
-    selection: Choice
-    atoms: Choice
-    objective: tuple[Choice, ...]
-
-    def __post_init__(self):
-        if not isinstance(self.n_features, int) or self.n_features < 1:
-            raise SaekitError(f"n_features = {self.n_features!r} must be a whole number of at least 1")
-        self.selection[1].check(self.n_features)
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON-able form; :meth:`from_json` inverts it."""
-
-        def plain(choice: Choice) -> dict[str, Any]:
-            return {"name": choice[0], **dataclasses.asdict(choice[1])}
-
-        return {
-            "n_features": self.n_features,
-            **{c: plain(getattr(self, c)) for c in ("wiring", "selection", "atoms")},
-            "objective": [plain(term) for term in self.objective],
-        }
-
-    @staticmethod
-    def from_json(data: Mapping[str, Any]) -> "Config":
-        """Read a config back; an unknown or missing field raises by name."""
-
-        def choice(kind: str, entry: Mapping[str, Any]) -> Choice:
-            options = {key: value for key, value in entry.items() if key != "name"}
-            unused = set(options)
-            name = entry["name"]
-            config = configure(CHOICES[kind], name, options, unused)
-            if unused:
-                field = sorted(unused)[0]
-                raise SaekitError(
-                    f"{kind} {name!r} has no field {field!r}{nearest(field, list(vars(config)))}"
-                )
-            return name, config
-
-        check(data, CONFIG, "the dictionary's config", "save the dictionary again")
-        for key in sorted(set(data) - set(CONFIG)):
-            raise SaekitError(
-                f"field {key!r} of the dictionary's config is unknown{nearest(key, list(CONFIG))}"
-            )
-        single = {c: choice(c, data[c]) for c in ("wiring", "selection", "atoms")}
-        return Config(
-            n_features=data["n_features"],
-            objective=tuple(choice("objective", t) for t in data["objective"]),
-            **single,
-        )
 
 
 class Dictionary(nn.Module):
     """A sparse dictionary: ``encode`` to :class:`Codes`, ``decode`` back.
 
-    Inputs are centred and scaled with the stored normalisation (so that the mean squared norm of
-    what is read is ``d_in``), and outputs scaled back; :meth:`to_inference` folds it away.
-    ``reads`` and ``writes`` name its hook points; ``card`` carries what is known about its
-    training (model, data, metrics).
+    Inputs are normalised (by default centred, and scaled so that the mean squared norm of what is read
+    is ``d_in``), and outputs brought back; :meth:`to_inference` folds it away. ``reads`` and ``writes``
+    name its hook points; ``card`` carries what is known about its training (model, data, metrics).
     """
 
-    mean_in: Tensor
-    scale_in: Tensor
-    mean_out: Tensor
-    scale_out: Tensor
-    normalised: Tensor
+    prepared: Tensor
 
     def __init__(self, config: Config, seed: int = 0):
         super().__init__()
         self.config, self.seed = config, seed
+        n = config.n_features
         self.wiring = WIRINGS[config.wiring[0]](config.wiring[1])
-        self.selection = SELECTIONS[config.selection[0]](config.selection[1])
-        self.terms = {name: OBJECTIVES[name](settings) for name, settings in config.objective}
-        d_in, d_out, n = self.wiring.d_in, self.wiring.d_out, config.n_features
+        d_in, d_out = self.wiring.d_in, self.wiring.d_out
+        self.selection = SELECTIONS[config.selection[0]](config.selection[1], n, d_in)
+        self.terms = nn.ModuleDict({name: OBJECTIVES[name](c, n) for name, c in config.objective})
         generator = torch.Generator().manual_seed(seed)
         directions = nn.functional.normalize(torch.randn(n, d_out, generator=generator), dim=-1)
-        self.atoms = ATOMS[config.atoms[0]](config.atoms[1], directions)
-        tied = self.atoms.tied
-        self.encoder = None if tied else nn.Parameter(self._tied_init(directions, d_in, generator))
-        self.b_enc = nn.Parameter(torch.zeros(n), requires_grad=not tied)
-        self.b_dec = nn.Parameter(torch.zeros(d_out), requires_grad=not tied)
-        for side, width in (("in", d_in), ("out", d_out)):
-            self.register_buffer(f"mean_{side}", torch.zeros(width))
-            self.register_buffer(f"scale_{side}", torch.ones(width))
-        self.register_buffer("normalised", torch.tensor(False))
+        self.atoms = ATOMS[config.atoms[0]](config.atoms[1], directions, generator)
+        tied, trained = self.atoms.tied, self.atoms.trained
+        self.encoder = None if tied else nn.Parameter(self._encoder_start(directions, d_in, generator))
+        biased = trained and not self.encoder_unit
+        self.b_enc = nn.Parameter(torch.zeros(n), requires_grad=biased)
+        self.b_dec = nn.Parameter(torch.zeros(d_out), requires_grad=biased)
+        self.norm_in = Normalisation(d_in, self.wiring.normalise)
+        self.norm_out = Normalisation(d_out, self.wiring.normalise)
+        self.register_buffer("prepared", torch.tensor(False))
         self.reads: tuple[str, ...] = ()
         self.writes: tuple[str, ...] = ()
         self.card: dict[str, Any] = {}
 
     @staticmethod
-    def _tied_init(directions: Tensor, d_in: int, generator: torch.Generator) -> Tensor:
+    def _encoder_start(directions: Tensor, d_in: int, generator: torch.Generator) -> Tensor:
         # an encoder that starts as the decoder's transpose avoids most early deaths (Gao et al. 2024)
         if directions.shape[1] == d_in:
             return directions.clone()
         return nn.functional.normalize(torch.randn(len(directions), d_in, generator=generator), dim=-1)
 
     @property
+    def encoder_unit(self) -> bool:
+        """Whether encoder rows have norm 1 and there are no biases, as a pursuit needs."""
+        return getattr(self.selection, "unit_encoder", False)
+
+    @property
     def device(self) -> torch.device:
         """Where its tensors are."""
-        return self.mean_in.device
+        return self.b_dec.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its tensors."""
+        return self.b_dec.dtype
 
     @property
     def n_features(self) -> int:
@@ -189,8 +106,7 @@ class Dictionary(nn.Module):
     def _read(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.d_in:
             raise SaekitError(f"the input's width {x.shape[-1]} is not the dictionary's d_in = {self.d_in}")
-        rows = x.reshape(-1, self.d_in).to(self.mean_in.dtype)
-        return (rows - self.mean_in).mul_(self.scale_in)
+        return self.norm_in(x.reshape(-1, self.d_in).to(self.dtype))
 
     def encode(self, x: Float[Tensor, "*shape d_in"]) -> Codes:
         """Codes by the inference rule: each row (or sequence) by itself."""
@@ -201,11 +117,8 @@ class Dictionary(nn.Module):
         self, codes: Codes, x: Float[Tensor, "*shape d_in"] | None = None
     ) -> Float[Tensor, "*shape d_out"]:
         """What the codes write, in the units of the model; ``x`` is for wirings that pass input through."""
-        y_hat = self._write(codes) / self.scale_out + self.mean_out
-        return y_hat.view(*codes.shape, self.d_out)
-
-    def _write(self, codes: Codes) -> Tensor:
-        return sparse_decode(codes.offsets, codes.indices, codes.values, self.atoms.rows()) + self.b_dec
+        y = sparse_decode(codes.offsets, codes.indices, codes.values, self.atoms.rows()) + self.b_dec
+        return self.norm_out.invert(y).view(*codes.shape, self.d_out)
 
     def forward(self, x: Float[Tensor, "*shape d_in"]) -> Float[Tensor, "*shape d_out"]:
         """The reconstruction, ``decode(encode(x))``, in the dtype of ``x``."""
@@ -216,78 +129,105 @@ class Dictionary(nn.Module):
     ) -> Loss:
         """The training loss of a batch of rows (or of the unmasked rows of an ActivationBatch)."""
         if isinstance(batch, ActivationBatch):
-            batch = batch.rows(self.reads[0]) if self.reads else batch.rows(next(iter(batch.activations)))
-        x = self._read(batch)
+            batch = batch.rows(self.reads[0] if self.reads else next(iter(batch.activations)))
+        x, state = self._read(batch), state or TrainState()
         target = self.wiring.target(batch)
-        y = x if target is batch else (target.to(x.dtype) - self.mean_out) * self.scale_out
-        state = state or TrainState()
-        k_aux = max(
-            (term.picks(self.d_out) for term in self.terms.values() if hasattr(term, "picks")), default=0
-        )
+        y = x if target is batch else self.norm_out(target.to(x.dtype))
+        k_aux = max((term.picks(self.d_out) for term in self.terms.values() if hasattr(term, "picks")), default=0)
         n_dead = int(state.dead.sum()) if k_aux and state.dead is not None else 0
-        codes, aux = self.selection.train_codes(
-            x, self._encoder_rows(), self.b_enc, state.dead if n_dead else None, min(k_aux, n_dead)
+        atoms = self.atoms.rows()
+        encoder = atoms if self.encoder is None else self.encoder
+        selected = self.selection.train_codes(x, encoder, self.b_enc, state, min(k_aux, n_dead))
+        forward = Forward(
+            x, y, selected, atoms, encoder, self.b_dec, state, self.atoms.unit, self.norm_out.invert
         )
-        forward = Forward(x, y, codes, aux, self.atoms.rows(), self.b_dec, state)
         terms = {name: term(forward) for name, term in self.terms.items()}
-        return Loss(torch.stack(list(terms.values())).sum(), terms, codes.detach())
+        assert forward.squared is not None  # set by the term that fits the data
+        left = forward.squared.sum() / (y - y.mean(0)).square().sum()
+        return Loss(torch.stack(list(terms.values())).sum(), terms, selected.codes.detach(), left.detach())
 
     def unit_weights(self) -> list[Tensor]:
         """The weights whose rows an optimizer has to keep on the sphere."""
-        return [self.atoms.weight] if self.atoms.unit else []
+        encoder = [self.encoder] if self.encoder_unit and self.encoder is not None else []
+        return [*([self.atoms.weight] if self.atoms.unit else []), *encoder]
 
     def after_step(self) -> None:
         """Restores the constraints of the atoms, after the step of an optimizer that doesn't keep them."""
         self.atoms.after_step()
 
+    def observe(self, codes: Codes, state: TrainState) -> None:
+        """After a step: let thresholds and coefficients learn from the codes of the batch."""
+        for part in (self.selection, *self.terms.values()):
+            if hasattr(part, "observe"):
+                part.observe(codes, state)
+
     @torch.no_grad()
     def set_normalisation(self, rows: "Float[Tensor, 'batch d_in'] | Iterable[Tensor]") -> None:
-        """Estimate the mean and the one scale that gives centred rows a mean squared norm of d_in.
+        """Estimate mean and scale (or whitening) of what is read and written.
 
         ``rows`` is a tensor, or an iterable of batches, of which one at a time is held.
         """
-        shifts: dict[str, Tensor] = {}  # sums are taken about the first batch's mean: no cancellation
-        totals: dict[str, Tensor] = {}
-        squares, n = {"in": 0.0, "out": 0.0}, 0
+        covariance = self.wiring.normalise == "whiten"
+        read, written = Moments(covariance), Moments(covariance)
         for x in (rows,) if isinstance(rows, Tensor) else rows:
-            n += len(x)
-            for side, values in (("in", x), ("out", self.wiring.target(x))):
-                values = values.to(self.device, torch.float64)
-                shift = shifts.setdefault(side, values.mean(0))
-                centred = values - shift
-                totals[side] = totals.get(side, 0) + centred.sum(0)
-                squares[side] += centred.square().sum().item()
-        for side, total in totals.items():
-            mean_square = squares[side] / n - (total / n).square().sum().item()
-            scale = math.sqrt(len(total) / mean_square) if mean_square > 0 else 1.0
-            getattr(self, f"mean_{side}").copy_(shifts[side] + total / n)
-            getattr(self, f"scale_{side}").fill_(scale)
-        self.normalised.fill_(True)
+            target = self.wiring.target(x)
+            read.add(x)
+            written = read if target is x else written
+            if target is not x:
+                written.add(target)
+        self.norm_in.fit(read)
+        self.norm_out.fit(written)
+
+    @property
+    def normalised(self) -> bool:
+        """Whether the normalisation has been set."""
+        return bool(self.norm_in.fitted)
+
+    @torch.no_grad()
+    def prepare(self, rows: Float[Tensor, "batch d_in"]) -> None:
+        """What depends on data before the first step: normalisation, atoms among data, first thresholds."""
+        if not self.normalised:
+            self.set_normalisation(rows)
+        if hasattr(self.atoms, "prepare"):
+            self.atoms.prepare(self.norm_out(self.wiring.target(rows).to(self.device, self.dtype)))
+            if self.encoder is not None and self.d_in == self.d_out:
+                self.encoder.copy_(nn.functional.normalize(self.atoms.rows(), dim=-1))
+        if hasattr(self.selection, "prepare"):
+            x = self._read(rows.to(self.device))
+            self.selection.prepare(x, self._encoder_rows(), self.b_enc)
+        self.prepared.fill_(True)
 
     @torch.no_grad()
     def to_inference(self) -> "Dictionary":
-        """The same function of raw activations with the normalisation folded into the weights.
+        """The same function of raw activations, with normalisation and thresholds folded into the weights.
 
-        Codes keep their values; the decoder's rows are no longer of unit norm, so atoms are free. A
-        pursuit works in the normalised space itself, so there nothing is folded.
+        Codes keep their values; the decoder's rows are no longer of unit norm, so atoms are free, and
+        rules that come down to a threshold per feature become a JumpReLU. A pursuit works in the
+        normalised space itself, so there nothing is folded.
         """
         if not self.selection.affine:
             return copy.deepcopy(self).eval()
-        chosen = {"wiring": self.config.wiring, "selection": self.config.selection}
-        folded = Dictionary(
-            Config(
-                self.n_features,
-                atoms=("free", ATOMS["free"].Config()),
-                objective=self.config.objective,
-                **chosen,
-            )
-        ).to(self.device)
-        encoder = self._encoder_rows().double() * self.scale_in.double()
+        name, settings = self.config.selection
+        weight, bias, state = self._encoder_rows(), self.b_enc, self.selection.state_dict()
+        if hasattr(self.selection, "thresholds"):
+            weight, bias, threshold = self.selection.thresholds(weight, bias)
+            name, settings, state = "jumprelu", SELECTIONS["jumprelu"].Config(), {"threshold": threshold}
+        return self._folded((name, settings), weight, bias, state)
+
+    def _folded(self, selection: tuple[str, Any], weight: Tensor, bias: Tensor, state: dict) -> "Dictionary":
+        wiring = (self.config.wiring[0], dataclasses.replace(self.config.wiring[1], normalise="none"))
+        fit = ("reconstruction", OBJECTIVES["reconstruction"].Config())
+        free = ("free", ATOMS["free"].Config())
+        folded = Dictionary(Config(self.n_features, wiring, selection, free, (fit,))).to(self.device)
         assert folded.encoder is not None  # free atoms are not tied
+        encoder, shift = self.norm_in.fold(weight)
         folded.encoder.copy_(encoder)
-        folded.b_enc.copy_(self.b_enc.double() - encoder @ self.mean_in.double())
-        folded.atoms.weight.copy_(self.atoms.rows().double() / self.scale_out.double())
-        folded.b_dec.copy_(self.b_dec.double() / self.scale_out.double() + self.mean_out.double())
-        folded.normalised.fill_(True)
+        folded.b_enc.copy_(bias.double() + shift)
+        folded.selection.load_state_dict(state)
+        if hasattr(folded.selection, "fold"):
+            folded.selection.fold(self.norm_in.fold)
+        folded.atoms.weight.copy_(self.norm_out.directions(self.atoms.rows().double()))
+        folded.b_dec.copy_(self.norm_out.invert(self.b_dec.double()[None])[0])
+        folded.prepared.fill_(True)
         folded.reads, folded.writes, folded.card = self.reads, self.writes, dict(self.card)
         return folded.eval()

@@ -2,15 +2,36 @@
 
 from typing import Any
 
-from saekit.dictionaries.dictionary import CHOICES, Config, Dictionary, configure
+from saekit.dictionaries.config import CHOICES, Config, configure
+from saekit.dictionaries.dictionary import Dictionary
 from saekit.registry import nearest
 from saekit.types import SaekitError
 
+TOPK = ("reconstruction", "auxk")
+
+# the four choices, and options that differ from their rows' defaults
 PRESETS: dict[str, dict[str, Any]] = {
-    "topk": {"selection": "topk", "atoms": "unit_norm", "objective": ("reconstruction", "auxk")},
+    "relu": {"selection": "relu", "atoms": "unit_norm", "objective": ("reconstruction", "l1")},
+    "topk": {"selection": "topk", "atoms": "unit_norm", "objective": TOPK},
+    "k_sparse": {"selection": "topk", "atoms": "tied", "objective": ("reconstruction",), "relu": False, "unit_norm": False},
+    "abstopk": {"selection": "abstopk", "atoms": "unit_norm", "objective": TOPK},
+    "groupmax": {"selection": "groupmax", "atoms": "unit_norm", "objective": TOPK},
+    "batchtopk": {"selection": "batchtopk", "atoms": "unit_norm", "objective": TOPK},
+    "jumprelu": {"selection": "jumprelu", "atoms": "unit_norm", "objective": ("reconstruction", "l0", "auxk")},
+    "tanh": {"selection": "jumprelu", "atoms": "unit_norm", "objective": ("reconstruction", "tanh", "auxk")},
+    "p_annealing": {"selection": "relu", "atoms": "unit_norm", "objective": ("reconstruction", "p_annealed")},
+    "gated": {"selection": "gated", "atoms": "unit_norm", "objective": ("reconstruction", "l1", "gate")},
+    "matryoshka": {"selection": "batchtopk", "atoms": "unit_norm", "objective": ("matryoshka", "auxk")},
+    "hierarchical_topk": {"selection": "topk", "atoms": "unit_norm", "objective": ("hierarchical", "auxk")},
+    "matching_pursuit": {"selection": "pursuit", "atoms": "tied", "objective": ("reconstruction",)},
+    "omp": {"selection": "omp", "atoms": "tied", "objective": ("reconstruction",)},
+    "switch": {"selection": "switch", "atoms": "unit_norm", "objective": ("reconstruction", "load_balance", "auxk")},
+    "archetypal": {"selection": "topk", "atoms": "archetypal", "objective": TOPK},
+    "relaxed_archetypal": {"selection": "topk", "atoms": "archetypal", "objective": TOPK, "delta": 0.01},
+    "frozen": {"selection": "topk", "atoms": "frozen", "objective": ("reconstruction",)},
     "random": {"selection": "topk", "atoms": "random", "objective": ("reconstruction",)},
     "random_omp": {"selection": "omp", "atoms": "random", "objective": ("reconstruction",)},
-}
+}  # fmt: skip
 
 
 def create(name: str, *, n_features: int, seed: int = 0, **options: Any) -> Dictionary:
@@ -18,26 +39,33 @@ def create(name: str, *, n_features: int, seed: int = 0, **options: Any) -> Dict
 
     ``name`` is a preset; ``options`` are the fields of its four choices (``d_in``, ``k``,
     ``k_aux``, ...), and ``wiring``, ``selection``, ``atoms`` or ``objective`` replace a choice of
-    the preset. An option that no choice has is refused.
+    the preset. An option goes to the first of wiring, selection, atoms and the terms of the objective
+    that has it; ``**{"auxk.coefficient": 0.1}`` names one. An option that no choice has is refused.
     """
     if name not in PRESETS:
         raise SaekitError(f"architecture {name!r} is unknown{nearest(name, PRESETS)}")
     chosen = {"wiring": "autoencoder", **PRESETS[name]}
+    own = {key: chosen.pop(key) for key in list(chosen) if key not in CHOICES}
     chosen |= {key: options.pop(key) for key in list(options) if key in CHOICES}
-    unused = set(options)
+    unused, default = set(options), set(own) - set(options)
+    left = own | options
     parts: dict[str, Any] = {}
     for choice, table in CHOICES.items():
         names = (chosen[choice],) if isinstance(chosen[choice], str) else tuple(chosen[choice])
-        built = tuple((n, configure(table, n, options, unused)) for n in names)
-        parts[choice] = built if choice == "objective" else built[0]
+        built = []
+        for row in names:
+            mine = {k.removeprefix(f"{row}."): v for k, v in left.items() if "." not in k or k.startswith(f"{row}.")}
+            here = set(mine)
+            built.append((row, configure(table, row, mine, here)))
+            for key in set(mine) - here:  # taken: no later choice gets it
+                for given in (key, f"{row}.{key}"):
+                    left.pop(given, None)
+                    unused.discard(given)
+        parts[choice] = tuple(built) if choice == "objective" else built[0]
+    unused -= default
     if unused:
-        known = sorted(
-            {
-                f
-                for _, c in (*parts["objective"], *(parts[p] for p in parts if p != "objective"))
-                for f in vars(c)
-            }
-        )
+        rows = (*parts["objective"], *(parts[p] for p in parts if p != "objective"))
+        known = sorted({f for _, c in rows for f in vars(c)})
         field = sorted(unused)[0]
-        raise SaekitError(f"option {field!r} is not one of {name!r}{nearest(field, known)}")
+        raise SaekitError(f"option {field!r} is not one of {name!r}{nearest(field.rpartition('.')[2], known)}")
     return Dictionary(Config(n_features=n_features, **parts), seed=seed)

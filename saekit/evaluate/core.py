@@ -249,7 +249,7 @@ def evaluate(
         hats = {name: run.observe(x, owners, shift) for name, run in runs.items()}
         if logits is not None:
             baseline = (
-                torch.zeros_like(x) if ablation == "zero" else dictionary.mean_out.to(x.dtype).expand_as(x)
+                torch.zeros_like(x) if ablation == "zero" else dictionary.norm_out.mean.to(x.dtype).expand_as(x)
             )
             _language(view, stream, batch, given, logits, {**hats, "ablated": baseline}, runs, index)
         done += batch.mask.numel()

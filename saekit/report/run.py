@@ -222,7 +222,7 @@ def _promoted(dictionary: Dictionary, view: Model, features: list[int]) -> Tenso
         if name.rsplit(".", 1)[-1] in ("ln_f", "norm", "final_layer_norm")
     ]
     gain = norms[-1].weight if norms and norms[-1].weight.shape == (dictionary.d_out,) else 1.0
-    written = dictionary.W_dec[features] / dictionary.scale_out
+    written = dictionary.norm_out.directions(dictionary.W_dec[features])
     if norms and isinstance(norms[-1], torch.nn.LayerNorm):  # an RMS norm does not centre
         written = written - written.mean(-1, keepdim=True)
     logits = (written.to(head.weight.dtype) * gain) @ head.weight.T

@@ -16,10 +16,13 @@ class Free(nn.Module):
     """A decoder row per feature, of any norm."""
 
     Config = FreeConfig
-    unit = False  # whether the optimizer keeps the rows on the sphere
+    unit = False
     tied = False
+    trained = True
 
-    def __init__(self, config: FreeConfig, directions: Float[Tensor, "feature d_out"]):
+    def __init__(
+        self, config: FreeConfig, directions: Float[Tensor, "feature d_out"], generator: torch.Generator
+    ):
         super().__init__()
         self.weight = nn.Parameter(directions)
 
@@ -27,6 +30,5 @@ class Free(nn.Module):
         """The decoder, one row per feature."""
         return self.weight
 
-    @torch.no_grad()
     def after_step(self) -> None:
         """Nothing to restore."""

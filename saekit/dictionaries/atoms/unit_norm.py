@@ -20,10 +20,13 @@ class UnitNorm(nn.Module):
     """A decoder row of norm 1 per feature."""
 
     Config = UnitNormConfig
-    unit = True  # whether the optimizer keeps the rows on the sphere
+    unit = True
     tied = False
+    trained = True
 
-    def __init__(self, config: UnitNormConfig, directions: Float[Tensor, "feature d_out"]):
+    def __init__(
+        self, config: UnitNormConfig, directions: Float[Tensor, "feature d_out"], generator: torch.Generator
+    ):
         super().__init__()
         self.weight = nn.Parameter(directions)
         self.after_step()

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from saekit.dictionaries.objective.forward import Forward
+from saekit.dictionaries.training import Forward
 from saekit.kernels import squared_error
 from saekit.types import SaekitError
 
@@ -28,27 +28,31 @@ class AuxKConfig:
             raise SaekitError(f"k_aux = {self.k_aux} must be at least 1; leave it out for d_out / 2")
 
 
-class AuxK:
+class AuxK(nn.Module):
     """``coefficient * d_out * sum ||e - e_hat||^2 / sum ||e - mean(e)||^2``, 0 while nothing is dead."""
 
     Config = AuxKConfig
+    fit = False
+    needs = frozenset({"dead"})
 
-    def __init__(self, config: AuxKConfig):
+    def __init__(self, config: AuxKConfig, n_features: int):
+        super().__init__()
         self.config = config
 
     def picks(self, d_out: int) -> int:
         """How many dead features of a row the term asks for."""
         return self.config.k_aux or max(1, d_out // 2)
 
-    def __call__(self, forward: Forward) -> Float[Tensor, ""]:
+    def forward(self, forward: Forward) -> Float[Tensor, ""]:
         """The weighted term, in the unit of the reconstruction's."""
-        aux, (_, error) = forward.aux, forward.reconstruction
-        if aux is None:
+        dead, error = forward.selected.dead, forward.error
+        assert error is not None  # the fit has gone before
+        if dead is None:
             return error.new_zeros(())
         residual, d_out = -error, error.shape[1]
         variance = (residual - residual.mean(0)).square().sum()
         zero = torch.zeros_like(forward.b_dec)
-        squared, _ = squared_error(aux.offsets, aux.indices, aux.values, forward.atoms, zero, residual)
+        squared, _ = squared_error(dead.offsets, dead.indices, dead.values, forward.atoms, zero, residual)
         term = squared.sum() / variance
         # a residual of zero has nothing to teach
         return self.config.coefficient * d_out * torch.nan_to_num(term, nan=0.0, posinf=0.0)

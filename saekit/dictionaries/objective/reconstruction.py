@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from saekit.dictionaries.objective.forward import Forward
+from saekit.dictionaries.training import Forward
+from saekit.kernels import squared_error
 
 
 @dataclass(frozen=True)
@@ -13,14 +14,21 @@ class ReconstructionConfig:
     """Nothing to choose."""
 
 
-class Reconstruction:
+class Reconstruction(nn.Module):
     """``mean_rows ||y - y_hat||^2``."""
 
     Config = ReconstructionConfig
+    fit = True
+    needs: frozenset[str] = frozenset()
 
-    def __init__(self, config: ReconstructionConfig):
-        self.config = config
+    def __init__(self, config: ReconstructionConfig, n_features: int):
+        super().__init__()
 
-    def __call__(self, forward: Forward) -> Float[Tensor, ""]:
+    def forward(self, forward: Forward) -> Float[Tensor, ""]:
         """The term; range [0, inf), about d_out for a reconstruction by the mean."""
-        return forward.reconstruction[0].mean()
+        c = forward.codes
+        squared, forward.error = squared_error(
+            c.offsets, c.indices, c.values, forward.atoms, forward.b_dec, forward.y
+        )
+        forward.squared = squared.detach()
+        return squared.mean()

@@ -7,10 +7,11 @@ Gram-Schmidt, and the coefficients come from one triangular solve at the end.
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from saekit.dictionaries.selection.topk import check_k
+from saekit.dictionaries.training import Selected, TrainState
 from saekit.types import Codes
 
 BLOCK = 512  # rows pursued at a time: the [block, n_features] correlations should stay in cache
@@ -32,9 +33,12 @@ class OMP(nn.Module):
     """Pursuit over the encoder's atoms (of unit norm) in input space, steps in order of choice."""
 
     Config = OMPConfig
-    affine = False  # whether codes depend on the input through W x + b alone
+    offers = frozenset({"ranked"})
+    affine = False
+    tied_only = True  # codes are cut from the graph: an encoder of its own would never be trained
+    unit_encoder = True
 
-    def __init__(self, config: OMPConfig):
+    def __init__(self, config: OMPConfig, n_features: int, d_in: int):
         super().__init__()
         self.config = config
 
@@ -45,8 +49,8 @@ class OMP(nn.Module):
         W_enc: Float[Tensor, "feature d_in"],
         b_enc: Float[Tensor, " feature"],
     ) -> Codes:
-        """Codes of the rows: k entries each; the bias only shifts which atom is chosen."""
-        parts = [self._pursue(block, W_enc, b_enc) for block in x.split(BLOCK)]
+        """Codes of the rows: k entries each, in the order of the steps; the bias is not used."""
+        parts = [self._pursue(block, W_enc) for block in x.split(BLOCK)]
         indices = torch.cat([p[0] for p in parts]) if parts else x.new_zeros(0, self.config.k).long()
         values = torch.cat([p[1] for p in parts]) if parts else x.new_zeros(0, self.config.k)
         return Codes.from_rectangular(indices, values, W_enc.shape[0])
@@ -56,13 +60,13 @@ class OMP(nn.Module):
         x: Float[Tensor, "rows d_in"],
         W_enc: Float[Tensor, "feature d_in"],
         b_enc: Float[Tensor, " feature"],
-        dead: Bool[Tensor, " feature"] | None = None,
+        state: TrainState,
         k_aux: int = 0,
-    ) -> tuple[Codes, Codes | None]:
-        """The same codes; a pursuit has no pre-activations of dead features to offer."""
-        return self(x, W_enc, b_enc), None
+    ) -> Selected:
+        """The same codes, cut from the graph: the decoder alone is trained, by what they leave."""
+        return Selected(self(x, W_enc, b_enc))
 
-    def _pursue(self, x: Tensor, atoms: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    def _pursue(self, x: Tensor, atoms: Tensor) -> tuple[Tensor, Tensor]:
         rows, k = x.shape[0], self.config.k
         indices = torch.zeros(rows, k, dtype=torch.int64, device=x.device)
         basis = x.new_zeros(rows, k, x.shape[1])
@@ -71,7 +75,7 @@ class OMP(nn.Module):
         coordinates = x.new_zeros(rows, k)
         residual = x.clone()
         for step in range(k):
-            scores = torch.addmm(bias, residual, atoms.T).abs_().scatter_(1, indices[:, :step], -1.0)
+            scores = (residual @ atoms.T).abs_().scatter_(1, indices[:, :step], -1.0)
             best = scores.argmax(-1)
             indices[:, step] = best
             atom = atoms[best]

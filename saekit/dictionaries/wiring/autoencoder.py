@@ -6,18 +6,24 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
+from saekit.dictionaries.normalisation import check_kind
 from saekit.types import SaekitError
 
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """``d_in`` is the width of the hook point."""
+    """``d_in`` is the width of the hook point.
+
+    ``normalise``: "scale" (centred, one scale), "whiten", "centre" or "none".
+    """
 
     d_in: int
+    normalise: str = "scale"
 
     def __post_init__(self):
         if self.d_in < 1:
             raise SaekitError(f"d_in = {self.d_in} must be at least 1")
+        check_kind(self.normalise)
 
 
 class Autoencoder:
@@ -27,6 +33,7 @@ class Autoencoder:
 
     def __init__(self, config: AutoencoderConfig):
         self.d_in = self.d_out = config.d_in
+        self.normalise = config.normalise
 
     def sites(self, hook_points: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """``(reads, writes)``: the hook points, of those given, that this wiring reads and writes."""

@@ -1,0 +1,179 @@
+"""The exam that every dictionary takes, importable for dictionaries that are made elsewhere.
+
+``CONTRACT`` is a table of laws; each takes ``make()``, which gives the same fresh dictionary at each call,
+rows to train on, and an empty folder, and raises AssertionError where the law doesn't hold:
+
+    from saekit.contract import examine
+    examine(lambda: saekit.create("topk", d_in=16, n_features=64, k=4, selection="mine"), rows, folder)
+"""
+
+import copy
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saekit import metrics
+from saekit.dictionaries import Config, Dictionary, TrainState
+from saekit.hub import native
+from saekit.trainers import train
+
+Make = Callable[[], Dictionary]
+STEPS, BATCH = 8, 64
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+def _prepared(make: Make, rows: Tensor) -> Dictionary:
+    d = make()
+    d.prepare(rows)
+    if d.atoms.trained:  # thresholds and other statistics of training take their first values
+        d.observe(d.loss(rows[:BATCH]).codes, TrainState())
+    return d
+
+
+def _quietly(*given: Any, **options: Any) -> None:
+    """Train; so short a run may well miss the L0 that was asked for."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        train(*given, **options)
+
+
+def shapes(make: Make, rows: Float[Tensor, "batch d_in"], folder: Path) -> None:
+    """Codes and outputs keep the leading shape of the input; codes are sorted into rows; an empty batch is one."""
+    d = _prepared(make, rows)
+    x = rows[:12].view(3, 4, -1)
+    codes = d.encode(x)
+    assert codes.shape == (3, 4) and codes.n_features == d.n_features and codes.offsets.shape == (13,)
+    assert codes.indices.dtype == torch.int32 and bool((codes.indices < d.n_features).all())
+    assert d.decode(codes, x).shape == (3, 4, d.d_out) and d(x).shape == (3, 4, d.d_out)
+    assert d.encode(rows[:0]).rows == 0 and d(rows[:0]).shape == (0, d.d_out)
+
+
+def rows_are_independent(make: Make, rows: Float[Tensor, "batch d_in"], folder: Path) -> None:
+    """``encode`` is a function of its own row alone, whatever the batch; no feature has two codes in a row."""
+    d = _prepared(make, rows)
+    whole = d.encode(rows[:40]).to_dense()
+    alone = torch.cat([d.encode(row[None]).to_dense() for row in rows[:40]])
+    torch.testing.assert_close(whole, alone, **CLOSE)
+    codes = d.encode(rows)
+    key = (codes.row_ids() * d.n_features + codes.indices)[codes.values != 0]
+    assert len(key.unique()) == len(key)
+
+
+def sparse_equals_dense(make: Make, rows: Float[Tensor, "batch d_in"], folder: Path) -> None:
+    """Decoding codes equals the dense product with the decoder."""
+    d = _prepared(make, rows)
+    codes = d.encode(rows[:50])
+    dense = d.norm_out.invert(codes.to_dense() @ d.W_dec + d.b_dec)
+    torch.testing.assert_close(d.decode(codes, rows[:50]), dense, rtol=1e-4, atol=1e-4 * float(rows.abs().max()))
+
+
+def inference_is_the_same_function(make: Make, rows: Float[Tensor, "batch d_in"], folder: Path) -> None:
+    """``to_inference`` keeps codes and outputs to 1e-5 relative, but for codes at the edge of being chosen."""
+    d = _prepared(make, rows)
+    folded = d.to_inference()
+    a, b = d.encode(rows).to_dense(), folded.encode(rows).to_dense()
+    size = a.abs().max()
+    moved = ((a != 0) != (b != 0)).any(1)
+    assert moved.double().mean() <= 0.02, "supports differ"
+    assert ((a - b)[~moved].abs() <= 2e-5 * size).all(), "codes differ"
+    x, y = d(rows)[~moved], folded(rows)[~moved]
+    assert ((x - y).abs() <= 2e-5 * rows.abs().max()).all(), "outputs differ"
+
+
+def saved_is_loaded(make: Make, rows: Float[Tensor, "batch d_in"], folder: Path) -> None:
+    """Saving and loading gives the same config, the same bits, and so the same outputs."""
+    d = _prepared(make, rows)
+    d.reads = d.writes = ("blocks.1.hook_resid_post",)
+    d.card = {"data": {"kind": "test"}}
+    for one in (d, d.to_inference()):
+        native.save(one, folder / "d")
+        back = native.load(folder / "d")
+        assert back.config == one.config and back.reads == one.reads and back.card == one.card
+        assert Config.from_json(one.config.to_json()) == one.config
+        for key, value in one.state_dict().items():
+            assert torch.equal(value, back.state_dict()[key]), key
+        assert torch.equal(one(rows[:20]), back(rows[:20]))
+
+
+def gradients_reach_every_parameter(make: Make, rows: Float[Tensor, "batch d_in"], folder: Path) -> None:
+    """The loss is the sum of its terms, and trains every parameter with finite gradients."""
+    d = _prepared(make, rows)
+    dead = torch.zeros(d.n_features, dtype=torch.bool)
+    dead[-2:] = True
+    peer = torch.randn(d.n_features, d.d_out, generator=torch.Generator().manual_seed(0))
+    loss = d.loss(rows, TrainState(step=5, steps=10, dead=dead, peers=(peer,)))
+    torch.testing.assert_close(loss.total, sum(loss.terms.values()))
+    loss.total.backward()
+    for key, parameter in d.named_parameters():
+        if parameter.requires_grad:
+            grad = parameter.grad
+            assert grad is not None and bool(grad.isfinite().all()) and bool(grad.abs().sum() > 0), key
+    for name, term in loss.terms.items():
+        assert bool(term > 0), f"{name} is {term.item()}"
+
+
+def loss_changes_nothing(make: Make, rows: Float[Tensor, "batch d_in"], folder: Path) -> None:
+    """Computing a loss twice gives the same bits and leaves every tensor as it was."""
+    d = _prepared(make, rows)
+    before = copy.deepcopy(d.state_dict())
+    first, second = d.loss(rows, TrainState(step=3, steps=10)), d.loss(rows, TrainState(step=3, steps=10))
+    assert torch.equal(first.total, second.total)
+    for key, value in d.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def resume_is_exact(make: Make, rows: Float[Tensor, "batch d_in"], folder: Path) -> None:
+    """A run that goes on from its checkpoint ends with the same bytes as one that was never interrupted."""
+
+    def run(out: Path) -> bytes:
+        _quietly(make(), rows, STEPS, BATCH, out, checkpoint_every=STEPS // 2, lr=1e-3, dead_after=BATCH)
+        return (out / "dictionary.safetensors").read_bytes()
+
+    whole = run(folder / "whole")
+    assert run(folder / "again") == whole, "not deterministic"
+    (folder / "again" / "dictionary.safetensors").unlink()
+    last = folder / "again" / "checkpoints" / f"step-{STEPS:08d}"
+    for file in last.iterdir():
+        file.unlink()
+    last.rmdir()
+    assert run(folder / "again") == whole
+
+
+def training_helps(make: Make, rows: Float[Tensor, "batch d_in"], folder: Path) -> None:
+    """A short training lowers the error of the fresh dictionary."""
+    fresh = _prepared(make, rows)
+    d = make()
+    _quietly(d, rows, 150, 256, lr=3e-3)
+    assert metrics.fvu(rows, d(rows).detach()) < metrics.fvu(rows, fresh(rows).detach())
+
+
+CONTRACT = {
+    law.__name__: law
+    for law in (
+        shapes, rows_are_independent, sparse_equals_dense, inference_is_the_same_function, saved_is_loaded,
+        gradients_reach_every_parameter, loss_changes_nothing, resume_is_exact, training_helps,
+    )
+}  # fmt: skip
+UNTRAINED = ("shapes", "rows_are_independent", "sparse_equals_dense", "inference_is_the_same_function", "saved_is_loaded")
+
+
+def laws(dictionary: Dictionary) -> list[str]:
+    """The laws that apply: those of training only where there is something to train."""
+    trained = any(p.requires_grad for p in dictionary.parameters())
+    return [name for name in CONTRACT if trained or name in UNTRAINED]
+
+
+def examine(make: Make, rows: Float[Tensor, "batch d_in"], folder: "str | Path") -> None:
+    """Put a dictionary to every law; ``rows`` should number 500 or more."""
+    for name in laws(make()):
+        inner = Path(folder) / name
+        inner.mkdir(parents=True)
+        try:
+            CONTRACT[name](make, rows, inner)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from error

@@ -1,0 +1,121 @@
+"""Normalisation of what a dictionary reads or writes: centred, and scaled or whitened; folds away exactly."""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from saekit.registry import nearest
+from saekit.types import SaekitError
+
+KINDS = ("none", "centre", "scale", "whiten")
+FLOOR = 1e-4  # of the mean variance: directions with less are not blown up further
+
+
+def check_kind(kind: str) -> None:
+    """Raise unless it is a kind of normalisation."""
+    if kind not in KINDS:
+        raise SaekitError(f"normalise {kind!r} is unknown{nearest(kind, list(KINDS))}")
+
+
+class Normalisation(nn.Module):
+    """``(x - mean) * scale``, after which rows have a mean squared norm of d; ``(x - mean) W`` for whitening.
+
+    ``none`` leaves rows as they are and ``centre`` only takes the mean off. Whitening (as SAELens'
+    covariance whitening, 2511.13981) is symmetric (ZCA), so that directions stay recognisable.
+    """
+
+    mean: Tensor
+    scale: Tensor
+    whitening: Tensor
+    unwhitening: Tensor
+    fitted: Tensor
+
+    def __init__(self, d: int, kind: str):
+        super().__init__()
+        self.kind = kind
+        self.register_buffer("mean", torch.zeros(d))
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("fitted", torch.tensor(kind == "none"))
+        if kind == "whiten":
+            self.register_buffer("whitening", torch.eye(d))
+            self.register_buffer("unwhitening", torch.eye(d))
+
+    def forward(self, x: Float[Tensor, "rows d"]) -> Float[Tensor, "rows d"]:
+        """Rows in normalised space."""
+        if self.kind == "none":
+            return x
+        centred = x - self.mean
+        return centred @ self.whitening.to(x.dtype) if self.kind == "whiten" else centred.mul_(self.scale)
+
+    def invert(self, y: Float[Tensor, "rows d"]) -> Float[Tensor, "rows d"]:
+        """Rows back in the units of the data."""
+        if self.kind == "none":
+            return y
+        return self.directions(y) + self.mean
+
+    def directions(self, rows: Float[Tensor, "feature d"]) -> Float[Tensor, "feature d"]:
+        """Directions that are written in normalised space, in the units of the data."""
+        return rows @ self.unwhitening.to(rows.dtype) if self.kind == "whiten" else rows / self.scale
+
+    def fold(
+        self, weight: Float[Tensor, "feature d"]
+    ) -> tuple[Float[Tensor, "feature d"], Float[Tensor, " feature"]]:
+        """``(weight', bias)`` of float64 with ``weight' x + bias = weight normalised(x)``."""
+        weight = weight.double()
+        weight = weight @ self.whitening.double().T if self.kind == "whiten" else weight * self.scale.double()
+        return weight, -weight @ self.mean.double()
+
+    @torch.no_grad()
+    def fit(self, moments: "Moments") -> None:
+        """Take it from the moments of rows of the data."""
+        self.fitted.fill_(True)
+        if self.kind == "none" or moments.n == 0:
+            return
+        d = len(self.mean)
+        self.mean.copy_(moments.mean())
+        if self.kind == "scale":
+            variance = moments.variance()
+            self.scale.fill_(math.sqrt(d / variance) if variance > 0 else 1.0)
+        if self.kind == "whiten":
+            values, vectors = torch.linalg.eigh(moments.covariance())
+            spread = (values.clamp(min=0) + FLOOR * values.mean().clamp(min=1e-30)).sqrt()
+            self.whitening.copy_(vectors / spread @ vectors.T)
+            self.unwhitening.copy_(vectors * spread @ vectors.T)
+
+
+class Moments:
+    """Mean, variance and, on request, covariance of rows that come in batches; in fp64."""
+
+    def __init__(self, covariance: bool = False):
+        self.n, self._products = 0, 0.0 if covariance else None
+        self._shift: Tensor | None = None  # sums are taken about the first batch's mean: no cancellation
+        self._total: Tensor | float = 0.0
+        self._square = 0.0
+
+    @torch.no_grad()
+    def add(self, x: Float[Tensor, "rows d"]) -> None:
+        """Take a batch of rows in."""
+        x = x.double().cpu()
+        if self._shift is None:
+            self._shift = x.mean(0)
+        centred = x - self._shift
+        self.n += len(x)
+        self._total = self._total + centred.sum(0)
+        self._square += centred.square().sum().item()
+        if self._products is not None:
+            self._products = self._products + centred.T @ centred
+
+    def mean(self) -> Float[Tensor, " d"]:
+        """Mean row."""
+        return self._shift + self._total / self.n
+
+    def variance(self) -> float:
+        """Mean squared distance from the mean row."""
+        return self._square / self.n - torch.as_tensor(self._total / self.n).square().sum().item()
+
+    def covariance(self) -> Float[Tensor, "d d"]:
+        """Covariance matrix."""
+        off = torch.as_tensor(self._total) / self.n
+        return self._products / self.n - torch.outer(off, off)

@@ -1,0 +1,52 @@
+"""HierarchicalTopK: the first code of a row alone, the first two, ..., all k must each reconstruct.
+
+Balagansky et al. 2025 (2505.24473). One dictionary then serves every k up to the one it was trained
+with: ``encode`` with the largest and cut rows short.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from saekit.dictionaries.training import Forward
+from saekit.kernels import budget_error
+from saekit.types import SaekitError
+
+
+@dataclass(frozen=True)
+class HierarchicalConfig:
+    """``budgets``: the numbers of codes that must serve by themselves; None takes all of 1..k."""
+
+    budgets: tuple[int, ...] | None = None
+
+    def __post_init__(self):
+        b = self.budgets
+        if b is not None and (not b or b[0] < 1 or sorted(set(b)) != list(b)):
+            raise SaekitError(f"budgets = {b} must rise from at least 1")
+
+
+class Hierarchical(nn.Module):
+    """``mean over budgets of mean_rows ||y - y_hat_budget||^2``."""
+
+    Config = HierarchicalConfig
+    fit = True
+    needs = frozenset({"ranked"})
+
+    def __init__(self, config: HierarchicalConfig, n_features: int):
+        super().__init__()
+        self.config = config
+
+    def forward(self, forward: Forward) -> Float[Tensor, ""]:
+        """The term; range [0, inf)."""
+        indices, values = forward.codes.rectangular()
+        shares, k = None, values.shape[1]
+        if self.config.budgets is not None:
+            chosen = {min(b, k) for b in self.config.budgets}
+            shares = [1 / len(chosen) if j in chosen else 0.0 for j in range(1, k + 1)]
+        total, squared = budget_error(indices, values, forward.atoms, forward.b_dec, forward.y, shares)
+        forward.squared = squared[:, -1]
+        with torch.no_grad():
+            forward.error = forward.output() - forward.y
+        return total.mean()

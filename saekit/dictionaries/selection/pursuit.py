@@ -1,0 +1,90 @@
+"""Matching pursuit: atoms are taken one by one, each by what the ones before have left unexplained.
+
+MP-SAE (Costa et al. 2025, 2506.03093). Features that are correlated, or that hold within others, stay
+apart, since the part of one that another has explained is gone before it is measured.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from saekit.dictionaries.training import Selected, TrainState
+from saekit.kernels import pursuit_encode
+from saekit.types import Codes, SaekitError
+
+
+@dataclass(frozen=True)
+class PursuitConfig:
+    """``k`` steps per row, one atom each; ``k_inference`` steps at inference (default: k).
+
+    A row stops early where its residual's norm has fallen to ``tolerance`` of its own.
+    """
+
+    k: int
+    k_inference: int | None = None
+    tolerance: float = 0.0
+
+    def check(self, n_features: int) -> None:
+        """Raise unless the choice is possible."""
+        for name, value in (("k", self.k), ("k_inference", self.k_inference)):
+            if value is not None and value < 1:
+                raise SaekitError(f"{name} = {value} must be at least 1; it counts the steps of the pursuit")
+        if not 0 <= self.tolerance < 1:
+            raise SaekitError(f"tolerance = {self.tolerance} must lie in 0..1; it is a share of a row's norm")
+
+
+class Pursuit(nn.Module):
+    """Pursuit over the encoder's atoms in input space; a function of its own row alone."""
+
+    Config = PursuitConfig
+    offers = frozenset({"values", "ranked"})
+    affine = False
+    unit_encoder = True
+
+    def __init__(self, config: PursuitConfig, n_features: int, d_in: int):
+        super().__init__()
+        self.config = config
+
+    def forward(
+        self,
+        x: Float[Tensor, "rows d_in"],
+        W_enc: Float[Tensor, "feature d_in"],
+        b_enc: Float[Tensor, " feature"],
+    ) -> Codes:
+        """Codes of the rows, in the order of the steps; the bias is not used."""
+        return self._pursue(x, W_enc, self.config.k_inference or self.config.k)
+
+    def train_codes(
+        self,
+        x: Float[Tensor, "rows d_in"],
+        W_enc: Float[Tensor, "feature d_in"],
+        b_enc: Float[Tensor, " feature"],
+        state: TrainState,
+        k_aux: int = 0,
+    ) -> Selected:
+        """The same codes; a pursuit has no pre-activations of dead features to offer."""
+        return Selected(self._pursue(x, W_enc, self.config.k))
+
+    def _pursue(self, x: Tensor, W_enc: Tensor, k: int) -> Codes:
+        values, indices, residual = pursuit_encode(x, W_enc, k)
+        if self.config.tolerance:
+            # ||r_t||^2 = ||r_(t+1)||^2 + z_t^2 for atoms of norm 1, summed from the end
+            step = values.detach().square()
+            before = residual.detach().square().sum(1, keepdim=True) + step.flip(1).cumsum(1).flip(1)
+            limit = self.config.tolerance**2 * x.square().sum(1, keepdim=True)
+            values = values * (before > limit)
+        return Codes.from_rectangular(indices, _merged(indices, values), len(W_enc))
+
+
+def _merged(indices: Tensor, values: Tensor) -> Tensor:
+    """Values of atoms taken again, added to the first time: a feature has one code per row."""
+    order = indices.sort(dim=1).values
+    again = (order[:, 1:] == order[:, :-1]).any(1).nonzero()[:, 0]
+    if len(again) == 0:
+        return values
+    same = indices[again, :, None] == indices[again, None, :]
+    # [rows, first, later]: the first entry of each atom collects
+    first = same & ~torch.tril(same, -1).any(2, keepdim=True)
+    return values.index_copy(0, again, torch.einsum("rfl,rl->rf", first.to(values.dtype), values[again]))

@@ -1,0 +1,101 @@
+"""What crosses between the four choices in training: what is known, what was selected, one forward pass."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from saekit.kernels import sparse_decode
+from saekit.types import Codes
+
+Downstream = Callable[[Tensor], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """What training knows beside the batch.
+
+    ``step`` of ``steps`` (None where the end is unknown); ``seed`` of everything random in the loss;
+    ``dead`` features; ``peers``, the decoders of dictionaries trained beside this one, cut from the
+    graph; ``downstream`` carries an output on through the model (end-to-end training).
+    """
+
+    step: int = 0
+    steps: int | None = None
+    seed: int = 0
+    dead: Bool[Tensor, " feature"] | None = None
+    peers: tuple[Tensor, ...] = ()
+    downstream: Downstream | None = None
+
+    def ramp(self, share: float) -> float:
+        """From 0 to 1 over the first ``share`` of the run; 1 where its length is unknown."""
+        if self.steps is None or share <= 0:
+            return 1.0
+        return min(1.0, (self.step + 1) / max(1.0, share * self.steps))
+
+    def generator(self, purpose: int) -> torch.Generator:
+        """Random numbers that depend on seed, step and purpose alone, so that a resumed run draws the same."""
+        key = (self.seed * 1_000_003 + self.step) * 8 + purpose
+        return torch.Generator().manual_seed(key % (1 << 31))
+
+
+@dataclass(frozen=True)
+class Selected:
+    """The codes of a training batch, and what terms of the objective may need beside them.
+
+    ``dead``: codes of the dead features with the largest pre-activations (AuxK). ``on``:
+    ``1[u > threshold]`` of every entry of the codes, differentiable in the threshold (JumpReLU).
+    ``gate``: ReLU of the gate's pre-activations (gated). ``routes``: probability of each expert
+    (switch).
+    """
+
+    codes: Codes
+    dead: Codes | None = None
+    on: Float[Tensor, " nnz"] | None = None
+    gate: Codes | None = None
+    routes: Float[Tensor, "rows expert"] | None = None
+
+
+@dataclass
+class Forward:
+    """One forward pass in normalised space: input, target, what was selected, the parameters.
+
+    The term that fits the data stands first in the objective and sets ``squared``, the squared
+    error of each row, and ``error``, output less target, both cut from the graph.
+    """
+
+    x: Float[Tensor, "batch d_in"]
+    y: Float[Tensor, "batch d_out"]
+    selected: Selected
+    atoms: Float[Tensor, "feature d_out"]
+    encoder: Float[Tensor, "feature d_in"]
+    b_dec: Float[Tensor, " d_out"]
+    state: TrainState
+    unit: bool = True  # whether atoms have norm 1
+    to_model: Callable[[Tensor], Tensor] = field(default=lambda y: y)  # to the units of the model
+    squared: Float[Tensor, " batch"] | None = None
+    error: Float[Tensor, "batch d_out"] | None = None
+
+    @property
+    def codes(self) -> Codes:
+        """The codes of the batch."""
+        return self.selected.codes
+
+    @property
+    def penalised(self) -> Codes:
+        """The codes that penalties fall on: the gate's, where there is one."""
+        return self.selected.codes if self.selected.gate is None else self.selected.gate
+
+    def output(self) -> Float[Tensor, "batch d_out"]:
+        """The reconstruction, differentiable; in normalised space."""
+        c = self.codes
+        return sparse_decode(c.offsets, c.indices, c.values, self.atoms) + self.b_dec
+
+    def sizes(self, codes: Codes) -> Float[Tensor, " nnz"]:
+        """``|z| * ||d||`` of every entry: what it adds to the output, whatever the scale of its atom."""
+        values = codes.values.abs()
+        if self.unit:
+            return values
+        return values * torch.linalg.vector_norm(self.atoms, dim=-1)[codes.indices.long()]

@@ -1,0 +1,103 @@
+"""Every selection with every kind of atoms, fit, penalty and normalisation: what has a meaning passes the contract."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+
+import saekit
+from saekit.contract import CONTRACT, laws
+from saekit.dictionaries import Dictionary
+from saekit.dictionaries.atoms import ATOMS
+from saekit.dictionaries.objective import OBJECTIVES
+from saekit.dictionaries.selection import SELECTIONS
+from saekit.types import SaekitError
+
+FITS = [name for name in OBJECTIVES if OBJECTIVES[name].fit]
+PENALTIES = ["none", *(n for n in OBJECTIVES if n not in (*FITS, "end_to_end"))]  # it needs a model: test_end_to_end
+NORMALISE = ["scale", "none", "centre", "whiten"]
+TRAINED = [name for name in ATOMS if ATOMS[name].trained]
+FACTORS = (list(SELECTIONS), TRAINED, FITS, PENALTIES, NORMALISE)
+Combination = tuple[str, str, str, str, str]
+
+RANKED = {"topk", "abstopk", "pursuit", "omp", "switch"}
+STEERED = {"l1", "l0", "l0_target", "tanh", "p_annealed"}
+FREE_L0 = {"relu", "jumprelu", "gated"}
+
+
+def meaningful(selection: str, atoms: str, fit: str, penalty: str, normalise: str) -> bool:
+    """What should be possible, said once more in other words than the code's."""
+    allowed = {
+        "auxk": selection not in ("pursuit", "omp"),
+        "l0": selection == "jumprelu",
+        "l0_target": selection == "jumprelu",
+        "gate": selection == "gated",
+        "load_balance": selection == "switch",
+    }
+    if selection == "omp" and (atoms != "tied" or penalty in ("l1", "tanh", "p_annealed")):
+        return False
+    return (fit != "hierarchical" or selection in RANKED) and allowed.get(penalty, True)
+
+
+def make(selection: str, atoms: str, fit: str, penalty: str, normalise: str) -> Dictionary:
+    terms = tuple(dict.fromkeys((fit, *([penalty] * (penalty != "none")), *(["gate"] * (selection == "gated")))))
+    k = {"k": 4} if selection not in FREE_L0 or penalty in STEERED else {}
+    experts = {"experts": 4} if selection == "switch" else {}
+    return saekit.create(
+        "topk", d_in=16, n_features=64, selection=selection, atoms=atoms, objective=terms, normalise=normalise,
+        seed=1, **k, **experts,
+    )  # fmt: skip
+
+
+def pairwise() -> list[Combination]:
+    """A greedy covering array: every meaningful pair of two factors' values occurs in some combination."""
+    every = [c for c in itertools.product(*FACTORS) if meaningful(*c)]
+
+    def pairs(c: Combination) -> set[tuple[int, str, int, str]]:
+        return {(i, c[i], j, c[j]) for i, j in itertools.combinations(range(5), 2)}
+
+    wanted, chosen = set().union(*map(pairs, every)), []
+    while wanted:
+        # looking at each 7th keeps the search short; all are looked at where those bring nothing
+        best = max(every[len(chosen) % 7 :: 7], key=lambda c: len(pairs(c) & wanted))
+        if not pairs(best) & wanted:
+            best = max(every, key=lambda c: len(pairs(c) & wanted))
+        chosen.append(best)
+        wanted -= pairs(best)
+    return chosen
+
+
+@pytest.mark.parametrize("combination", pairwise(), ids="-".join)
+def test_a_combination_keeps_the_contract(
+    combination: Combination, planted_rows: torch.Tensor, tmp_path: Path, one_thread: None
+) -> None:
+    for law in laws(make(*combination)):
+        if law != "training_helps":  # presets show that; a pair of choices needn't suit each other
+            (tmp_path / law).mkdir()
+            CONTRACT[law](lambda: make(*combination), planted_rows, tmp_path / law)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("selection", list(SELECTIONS))
+def test_all_combinations_keep_the_contract(
+    selection: str, planted_rows: torch.Tensor, tmp_path: Path, one_thread: None
+) -> None:
+    for i, c in enumerate(itertools.product([selection], *FACTORS[1:])):
+        if meaningful(*c):
+            for law in laws(make(*c)):
+                if law != "training_helps":
+                    folder = tmp_path / f"{i}-{law}"
+                    folder.mkdir()
+                    CONTRACT[law](lambda c=c: make(*c), planted_rows, folder)
+
+
+def test_a_meaningless_combination_is_refused_with_its_reason() -> None:
+    for c in itertools.product(*FACTORS):
+        if c[4] != "scale" or c[3] == "l0_target":  # normalisation excludes nothing; l0_target wants k first
+            continue
+        if meaningful(*c):
+            make(*c)
+        else:
+            with pytest.raises(SaekitError, match=f"objective '.*' with selection '{c[0]}'|selection 'omp' sends"):
+                make(*c)

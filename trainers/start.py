@@ -1,0 +1,70 @@
+"""Where a dictionary's atoms begin, when not at random directions. One function and one line each."""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from saekit.dictionaries import Dictionary
+from saekit.registry import nearest
+from saekit.types import SaekitError
+
+VARIANCE = 0.99  # share of the data's variance that the active subspace holds
+
+
+def check_start(name: str) -> None:
+    """Raise unless it is a row of the table."""
+    if name not in STARTS:
+        raise SaekitError(f"start {name!r} is unknown{nearest(name, list(STARTS))}")
+
+
+@torch.no_grad()
+def begin(dictionary: Dictionary, name: str, rows: Float[Tensor, "batch d_in"]) -> None:
+    """Move atoms and encoder of a fresh dictionary to where they shall begin; the normalisation must be set."""
+    check_start(name)
+    weight = getattr(dictionary.atoms, "weight", None)
+    if not isinstance(weight, torch.nn.Parameter):
+        raise SaekitError(
+            f"start = {name!r} needs atoms that are trained one by one, and those of {dictionary.config.atoms[0]!r} aren't; leave it out"
+        )
+    y = dictionary.norm_out(dictionary.wiring.target(rows).to(weight))
+    STARTS[name](dictionary, y)
+    if dictionary.encoder is not None and dictionary.d_in == dictionary.d_out:
+        dictionary.encoder.copy_(weight)
+
+
+def active_subspace(dictionary: Dictionary, y: Float[Tensor, "batch d_out"]) -> None:
+    """Project every atom onto the directions that hold 99 % of the variance (Wang et al. 2025, 2508.16929).
+
+    Where activations fill few of their dimensions, as attention outputs do, most of a random atom's
+    length lies where there is no data, and features that are so handicapped die. Rows are brought back
+    to norm 1, which the paper's code leaves out.
+    """
+    weight = dictionary.atoms.weight
+    basis = _basis(y)
+    weight.copy_(normalize(weight @ basis @ basis.T, dim=-1))
+
+
+def _basis(y: Tensor) -> Float[Tensor, "d_out kept"]:
+    centred = (y - y.mean(0)).double()
+    values, vectors = torch.linalg.eigh(centred.T @ centred)
+    share = values.flip(0).clamp(min=0).cumsum(0) / values.clamp(min=0).sum().clamp(min=1e-300)
+    kept = int((share < VARIANCE).sum()) + 1
+    return vectors.flip(1)[:, :kept].to(y)
+
+
+def data(dictionary: Dictionary, y: Float[Tensor, "batch d_out"]) -> None:
+    """Begin each atom at the direction of a row of the data, drawn without repetition while there are enough."""
+    weight = dictionary.atoms.weight
+    generator = torch.Generator().manual_seed(dictionary.seed)
+    n, have = len(weight), len(y)
+    order = torch.cat([torch.randperm(have, generator=generator) for _ in range(-(-n // have))])[:n]
+    weight.copy_(normalize(y[order.to(y.device)], dim=-1))
+
+
+STARTS: dict[str, Callable[[Dictionary, Tensor], None]] = {
+    "active_subspace": active_subspace,
+    "data": data,
+}

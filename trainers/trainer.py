@@ -1,0 +1,118 @@
+"""One dictionary in training: a step is loss, backward, update, constraints, counts."""
+
+from contextlib import nullcontext
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from saekit.dictionaries import Dictionary, TrainState
+from saekit.dictionaries.training import Downstream
+from saekit.kernels import serial
+from saekit.trainers import dead, optim
+from saekit.types import ActivationBatch, SaekitError
+
+
+class Trainer:
+    """One dictionary in training. ``step`` takes a batch and returns metrics that stay on the device.
+
+    Without :func:`train` it takes its normalisation from the first batch and, with ``steps`` left
+    out, a constant rate after warm-up.
+    """
+
+    def __init__(
+        self,
+        dictionary: Dictionary,
+        lr: float | None = None,
+        *,
+        steps: int | None = None,
+        warmup: int | None = None,
+        decay: float = 0.3,
+        clip: float | None = None,
+        dead_after: int | None = None,
+        optimizer: str = "adam",
+        resample_every: int | None = None,
+        seed: int = 0,
+        device: "str | torch.device | None" = None,
+    ):
+        self.dictionary = dictionary.to(device) if device else dictionary
+        self.lr = lr if lr is not None else optim.learning_rate(dictionary.n_features, steps).value
+        self.steps, self.decay, self.clip = steps, decay, clip
+        self.warmup = warmup if warmup is not None else int(optim.warmup_steps(steps).value)
+        self.dead_after = dead_after if dead_after is not None else dead.DEAD_AFTER
+        self.resample_every, self.seed = resample_every, seed
+        if resample_every is not None:
+            dead.check_resampling(dictionary)
+        self.step_number = 0
+        self.silent = torch.zeros(dictionary.n_features, dtype=torch.int64, device=dictionary.device)
+        self.optimizer = optim.Adam(
+            self.dictionary.parameters(), self.dictionary.unit_weights(), masked=optim.is_masked(optimizer)
+        )
+
+    def step(
+        self,
+        x: "Float[Tensor, 'batch d_in'] | ActivationBatch",
+        *,
+        peers: tuple[Tensor, ...] = (),
+        downstream: Downstream | None = None,
+    ) -> dict[str, Tensor]:
+        """One optimisation step on a batch of rows.
+
+        ``peers`` and ``downstream`` are for objectives that look beyond the dictionary; see
+        :class:`~saekit.dictionaries.TrainState`.
+        """
+        d = self.dictionary
+        if isinstance(x, ActivationBatch):
+            x = x.rows(d.reads[0] if d.reads else next(iter(x.activations)))
+        if x.ndim != 2 or x.shape[1] != d.d_in:
+            raise SaekitError(f"batch has shape {tuple(x.shape)}; expected [rows, d_in = {d.d_in}]")
+        x = x.to(self.silent.device, d.dtype)
+        if self.step_number == 0 and not d.prepared:
+            d.prepare(x)
+        rate = self.lr * optim.rate_factor(self.step_number, self.steps, self.warmup, self.decay)
+        state = TrainState(self.step_number, self.steps, self.seed, self.dead, peers, downstream)
+        # torch's threads would spin beside the kernels' own
+        with serial() if x.device.type == "cpu" and downstream is None else nullcontext():
+            return self._step(x, rate, state)
+
+    @property
+    def dead(self) -> Bool[Tensor, " feature"]:
+        """Which features count as dead."""
+        return dead.dead(self.silent, self.dead_after)
+
+    def _step(self, x: Tensor, rate: float, state: TrainState) -> dict[str, Tensor]:
+        d = self.dictionary
+        with self.optimizer.collect() as factors:
+            loss = d.loss(x, state)
+            loss.total.backward()
+        self.optimizer.step(factors, rate, self.step_number + 1, self.clip)
+        if not d.atoms.unit:  # those the optimizer has kept on the sphere
+            d.after_step()
+        d.observe(loss.codes, state)
+        dead.update(self.silent, loss.codes.firing_counts(), len(x))
+        self.step_number += 1
+        if self.resample_every is not None and self.step_number % self.resample_every == 0:
+            dead.resample(d, self.dead, x, state, self.optimizer)
+            self.silent.masked_fill_(self.dead, 0)
+        active = (loss.codes.values != 0).sum() / loss.codes.rows
+        out = {"loss": loss.total.detach(), **{k: v.detach() for k, v in loss.terms.items()}}
+        share = state.dead.float().mean() if state.dead is not None else torch.zeros(())
+        return {**out, "fvu": loss.fvu, "l0": active, "dead_share": share, "lr": torch.tensor(rate)}
+
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor that the next step depends on."""
+        out = {f"dictionary.{k}": v for k, v in self.dictionary.state_dict().items()}
+        out["silent"] = self.silent
+        for i, (m, v) in enumerate(self.optimizer.moments):
+            out[f"optimizer.{i}.m"], out[f"optimizer.{i}.v"] = m, v
+        return out
+
+    def restore(self, tensors: dict[str, Tensor], step: int) -> None:
+        """Take the state of :meth:`state` back."""
+        own = {k.removeprefix("dictionary."): v for k, v in tensors.items() if k.startswith("dictionary.")}
+        self.dictionary.load_state_dict(own)
+        self.silent.copy_(tensors["silent"])
+        for i, (m, v) in enumerate(self.optimizer.moments):
+            m.copy_(tensors[f"optimizer.{i}.m"])
+            v.copy_(tensors[f"optimizer.{i}.v"])
+        self.step_number = step
