@@ -12,7 +12,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -145,6 +145,30 @@ class TensorSource:
         """Shape and digest."""
         data = self.rows.detach().cpu().contiguous().view(torch.uint8).numpy()
         return {"kind": "tensor", "rows": self.n_rows, "sha256": hashlib.sha256(data.tobytes()).hexdigest()}
+
+
+class DrawnSource:
+    """Rows drawn anew for each batch: ``draw(batch_size, step, seed)`` gives ``[batch_size, width]``."""
+
+    def __init__(self, draw: Callable[[int, int, int], Tensor], width: int, name: str):
+        self.draw, self._width, self.name, self.n_rows = draw, width, name, None
+
+    def width(self, hook_point: str | None) -> int:
+        """Width of the rows."""
+        return self._width
+
+    def batches(
+        self, hook_points: Sequence[str], batch_size: int, seed: int, start: int = 0
+    ) -> Iterator[Tensor]:
+        """Endless batches, each a function of seed and step."""
+        step = start
+        while True:
+            yield self.draw(batch_size, step, seed)
+            step += 1
+
+    def identity(self) -> dict[str, Any]:
+        """The name that the drawer was given."""
+        return {"kind": "drawn", "name": self.name}
 
 
 def _end(entry: Mapping[str, Any]) -> int:

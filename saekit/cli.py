@@ -16,6 +16,7 @@ VERBS = {
     "train": "saekit.verbs.train:train",
     "eval": "saekit.verbs.evaluate:evaluate",
     "dashboard": "saekit.verbs.dashboard:dashboard",
+    "reproduce": "saekit.verbs.reproduce:reproduce",
     "bench": "saekit.verbs.bench:bench",
     "doctor": "saekit.verbs.doctor:doctor",
 }

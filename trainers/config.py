@@ -22,7 +22,7 @@ class TrainConfig:
 
     ``steps`` of ``batch_size`` rows; ``lr`` peak rate of Adam, with ``warmup`` steps up and the
     last ``decay`` share of the run down to zero; ``clip`` limits the gradient's norm;
-    ``dead_after`` rows without firing make a feature dead; ``optimizer`` is "adam" or "sparse_adam";
+    ``dead_after`` rows without firing make a feature dead; ``optimizer`` is "adam" or "sparse_adam", with ``betas``;
     ``start`` names where atoms begin (a row of ``saekit.trainers.start.STARTS``; None: random
     directions); dead features are resampled ``resample_every`` so many steps; ``seed`` fixes the
     order of the data and everything random in the loss.
@@ -36,6 +36,7 @@ class TrainConfig:
     clip: float | None = None
     dead_after: int | None = None
     optimizer: str = "adam"
+    betas: tuple[float, ...] = (0.9, 0.999)
     start: str | None = None
     resample_every: int | None = None
     seed: int = 0
@@ -44,6 +45,8 @@ class TrainConfig:
     wandb: str | None = None
 
     def __post_init__(self):
+        if isinstance(self.betas, list):  # as JSON has it
+            object.__setattr__(self, "betas", tuple(self.betas))
         check_types(self)
         for name in ("steps", "batch_size", "log_every", "checkpoint_every", "dead_after", "resample_every"):
             value = getattr(self, name)
@@ -58,6 +61,8 @@ class TrainConfig:
             if value is not None and not 0 < value < float("inf"):
                 raise SaekitError(f"{name} = {value!r} must be a number above 0")
         optim.is_masked(self.optimizer)
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise SaekitError(f"betas = {self.betas!r} must be two numbers in 0..1, without 1")
         if self.start is not None:
             check_start(self.start)
         if not 0 <= self.decay <= 1:

@@ -214,7 +214,7 @@ class _Job:
             dictionary.reads, dictionary.writes = dictionary.wiring.sites(points)
         trainer = Trainer(
             dictionary, config.lr, steps=config.steps, warmup=config.warmup, decay=config.decay,
-            clip=config.clip, dead_after=config.dead_after, optimizer=config.optimizer,
+            clip=config.clip, dead_after=config.dead_after, optimizer=config.optimizer, betas=config.betas,
             resample_every=config.resample_every, seed=config.seed, device=device,
         )  # fmt: skip
         settings = {

@@ -12,7 +12,6 @@ from saekit.kernels import Factors, adam_step, collect, gradient_norm
 from saekit.registry import nearest
 from saekit.types import SaekitError
 
-ADAM_BETAS = (0.9, 0.999)
 # name -> whether entries without a gradient stay where they are (SparseAdam, Wang et al. 2025, 2508.16929)
 OPTIMIZERS = {"adam": False, "sparse_adam": True}
 # no gradient of a feature that fires is this small; larger values slow rare features down
@@ -73,9 +72,14 @@ class Adam:
     """
 
     def __init__(
-        self, parameters: Iterable[nn.Parameter], unit: Iterable[Tensor] = (), *, masked: bool = False
+        self,
+        parameters: Iterable[nn.Parameter],
+        unit: Iterable[Tensor] = (),
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        masked: bool = False,
     ):
-        self.masked = masked
+        self.betas, self.masked = betas, masked
         self.parameters = [p for p in parameters if p.requires_grad]
         self.unit = [any(p is u for u in unit) for p in self.parameters]
         self.moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in self.parameters]
@@ -100,7 +104,7 @@ class Adam:
             scale = min(1.0, clip / (gradient_norm(weights, grads, units).item() + 1e-6))
         for p, g, m, v, unit in found:
             adam_step(
-                p, g, m, v, rate=rate, step=step, betas=ADAM_BETAS, eps=ADAM_EPS, scale=scale, unit=unit,
+                p, g, m, v, rate=rate, step=step, betas=self.betas, eps=ADAM_EPS, scale=scale, unit=unit,
                 masked=self.masked,
             )  # fmt: skip
             p.grad = None

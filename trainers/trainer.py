@@ -31,6 +31,7 @@ class Trainer:
         clip: float | None = None,
         dead_after: int | None = None,
         optimizer: str = "adam",
+        betas: tuple[float, float] = (0.9, 0.999),
         resample_every: int | None = None,
         seed: int = 0,
         device: "str | torch.device | None" = None,
@@ -46,8 +47,9 @@ class Trainer:
         self.step_number = 0
         self.silent = torch.zeros(dictionary.n_features, dtype=torch.int64, device=dictionary.device)
         self.optimizer = optim.Adam(
-            self.dictionary.parameters(), self.dictionary.unit_weights(), masked=optim.is_masked(optimizer)
-        )
+            self.dictionary.parameters(), self.dictionary.unit_weights(), betas=betas,
+            masked=optim.is_masked(optimizer),
+        )  # fmt: skip
 
     def step(
         self,

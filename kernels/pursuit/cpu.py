@@ -8,6 +8,7 @@ from saekit.kernels.jit import dot, jit
 from saekit.kernels.threads import count, parallel
 
 BLOCK = 512  # rows pursued together: the product is faster with many
+SMALL = 1 << 23  # multiplications of a step's product that one thread does alone
 ROWS, COLUMNS = 64, 64  # of a range that a thread takes backwards
 
 
@@ -68,7 +69,9 @@ def pursue(x, weight, k, shortlist):
             products.block(start, end, [selection])
             _take(start, end, *found, w, r, v, i, step)
 
-    parallel(work, len(x), max(1, min(BLOCK, -(-len(x) // count()))))
+    # threads that mostly call into Python wait for each other longer than a small product takes
+    share = len(x) if len(x) * weight.numel() < SMALL else -(-len(x) // count())
+    parallel(work, len(x), max(1, min(BLOCK, share)))
     return values, residual, indices
 
 

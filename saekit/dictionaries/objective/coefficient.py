@@ -1,8 +1,10 @@
 """The weight of a penalty: fixed, or steered so that a wanted number of features is active.
 
 Penalties know sparsity only through a coefficient, and what coefficient gives what L0 depends on the
-data. With ``k`` an integral controller looks for it: each step multiplies the coefficient by
-``(average L0 / k)^gain`` (as SynthSAEBench's trainers do, in logarithms).
+data. With ``k`` a controller looks for it. It is a proportional-integral one on logarithms (SynthSAEBench's
+trainers use the integral part): with ``e = log(L0 / target)`` each step adds ``INTEGRAL e + PROPORTIONAL
+(e - e before)`` to the coefficient's logarithm. The target comes down from the first L0 to k over the first
+``descent`` of the run: a coefficient that has to do so at once overshoots, and kills features.
 """
 
 import math
@@ -17,27 +19,30 @@ from saekit.types import Codes, SaekitError
 
 LIMITS = (1e-6, 1e6)  # of a steered coefficient
 AVERAGE = 20  # steps that the controller's view of L0 looks back on
+PROPORTIONAL, INTEGRAL = 1.0, 0.02
 
 
 @dataclass(frozen=True)
 class PenaltyConfig:
     """``coefficient`` of the penalty, reached after ``warmup`` (a share of the run).
 
-    With ``k`` it is where the coefficient starts, which is then steered until k features are active per
-    row on average.
+    With ``k`` it is where the coefficient starts, which is then steered so that the number of active
+    features per row comes to k over the first ``descent`` of the run.
     """
 
     coefficient: float = 1.0
     k: float | None = None
     warmup: float = 0.05
+    descent: float = 0.3
 
     def __post_init__(self):
         if not 0 <= self.coefficient < float("inf"):
             raise SaekitError(f"coefficient = {self.coefficient} must be a number of at least 0")
         if self.k is not None and not (self.k > 0 and self.coefficient > 0):
             raise SaekitError(f"k = {self.k} and coefficient = {self.coefficient} must be above 0")
-        if not 0 <= self.warmup <= 1:
-            raise SaekitError(f"warmup = {self.warmup} must lie in 0..1; it is a share of the run")
+        for name, share in (("warmup", self.warmup), ("descent", self.descent)):
+            if not 0 <= share <= 1:
+                raise SaekitError(f"{name} = {share} must lie in 0..1; it is a share of the run")
 
     def check(self, n_features: int) -> None:
         """Raise unless so many features can be active."""
@@ -50,12 +55,15 @@ class Coefficient(nn.Module):
 
     value: Tensor
     l0: Tensor
+    first: Tensor
 
     def __init__(self, config: PenaltyConfig):
         super().__init__()
         self.config = config
         self.register_buffer("value", torch.tensor(float(config.coefficient)))
         self.register_buffer("l0", torch.zeros(()))  # running mean; 0 before the first step
+        self.register_buffer("first", torch.zeros(()))  # the L0 of the first step
+        self.register_buffer("before", torch.zeros(()))  # the error of the step before
 
     def forward(self, state: TrainState) -> Float[Tensor, ""]:
         """The weight at a step."""
@@ -64,15 +72,18 @@ class Coefficient(nn.Module):
     @torch.no_grad()
     def observe(self, codes: Codes, state: TrainState) -> None:
         """Take a batch's L0 into account."""
-        now = (codes.values != 0).sum() / max(1, codes.rows)
-        self.l0.copy_(torch.where(self.l0 > 0, torch.lerp(self.l0, now, 1 / AVERAGE), now))
-        if self.config.k is not None:
-            ratio = (self.l0 / self.config.k).clamp(0.1, 10.0)
-            self.value.mul_(ratio ** self._gain(state)).clamp_(*LIMITS)
-
-    def _gain(self, state: TrainState) -> float:
-        # the coefficient may change e-fold in a hundredth of the run, and in no less than 50 steps
-        return 1 / max(50.0, (state.steps or 10_000) / 100)
+        now = ((codes.values != 0).sum() / max(1, codes.rows)).clamp(min=1e-3)
+        fresh = self.l0 == 0
+        self.l0.copy_(torch.where(fresh, now, torch.lerp(self.l0, now, 1 / AVERAGE)))
+        if self.config.k is None:
+            return
+        self.first.copy_(torch.where(fresh, now, self.first))
+        done = state.ramp(self.config.descent)
+        target = (1 - done) * self.first.log() + done * math.log(self.config.k)
+        error = self.l0.log() - target
+        change = INTEGRAL * error + PROPORTIONAL * (error - self.before) * (~fresh)
+        self.before.copy_(error)
+        self.value.mul_(change.exp()).clamp_(*LIMITS)
 
     def missed(self) -> str | None:
         """Why the wanted L0 was not reached, or None where it was (within 10 %)."""

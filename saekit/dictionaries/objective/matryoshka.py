@@ -2,7 +2,9 @@
 
 The first features must stand for what is general, since they have to serve without the rest; so a
 child's feature can't absorb its parent. Prefixes are fixed, or drawn anew each step (Nabeshima's
-variant: lengths by a Pareto law, so that every length counts and none is a border).
+variant: lengths by a Pareto law, so that every length counts and none is a border). Drawn prefixes are
+of the features in the order of their importance, ``E[z^2]``, so a general feature needn't move to a
+low index to be in them.
 """
 
 from dataclasses import dataclass
@@ -11,11 +13,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from saekit.dictionaries.training import Forward
+from saekit.dictionaries.training import Forward, TrainState
 from saekit.kernels import nested_error
-from saekit.types import SaekitError
+from saekit.types import Codes, SaekitError
 
 PURPOSE = 1  # of its random numbers
+MEMORY = 20  # steps that the importance of features looks back on
 
 
 @dataclass(frozen=True)
@@ -57,21 +60,34 @@ class Matryoshka(nn.Module):
 
     Config = MatryoshkaConfig
     fit = True
+    importance: Tensor
     needs: frozenset[str] = frozenset()
 
     def __init__(self, config: MatryoshkaConfig, n_features: int):
         super().__init__()
         self.config = config
+        if config.random:
+            self.register_buffer("importance", torch.zeros(n_features))
 
     def forward(self, forward: Forward) -> Float[Tensor, ""]:
         """The term; range [0, inf)."""
         c, n = forward.codes, len(forward.atoms)
-        prefixes = self._drawn(forward, n) if self.config.random else self.config.fixed(n)
+        indices, atoms, prefixes = c.indices, forward.atoms, self.config.fixed(n)
+        if self.config.random:
+            order = self.importance.argsort(descending=True, stable=True)
+            indices, atoms, prefixes = order.argsort().int()[indices.long()], atoms[order], self._drawn(forward, n)
         total, squared, forward.error = nested_error(
-            c.offsets, c.indices, c.values, forward.atoms, forward.b_dec, forward.y, prefixes
+            c.offsets, indices, c.values, atoms, forward.b_dec, forward.y, prefixes
         )
         forward.squared = squared[-1]
         return total.mean()
+
+    @torch.no_grad()
+    def observe(self, codes: Codes, state: TrainState) -> None:
+        """Follow the importance of features."""
+        if self.config.random:
+            now = torch.zeros_like(self.importance).index_add_(0, codes.indices.long(), codes.values.square())
+            self.importance.lerp_(now / max(1, codes.rows), 1 / MEMORY)
 
     def _drawn(self, forward: Forward, n: int) -> list[int]:
         uniform = torch.rand(self.config.levels - 1, generator=forward.state.generator(PURPOSE))

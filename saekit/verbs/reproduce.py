@@ -1,0 +1,80 @@
+"""``saekit reproduce``: a paper's claim at laptop scale, with the paper's number, ours and the controls."""
+
+import json
+import textwrap
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from saekit.registry import nearest
+from saekit.types import SaekitError
+from saekit.verbs.console import Json, Seed, duration, finite, progress, result, say
+
+
+def reproduce(
+    name: Annotated[
+        str | None, typer.Argument(help="A paper's name; left out: list them.", show_default=False)
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Seeds to train with.", min=1)] = 3,
+    out: Annotated[
+        str | None, typer.Option(help="Folder for result.json and figure.html; default: reproduce/NAME.")
+    ] = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Rerun a paper's claim at laptop scale: claim, paper's number, ours over seeds, control, holds or not.
+
+    Example: `saekit reproduce matryoshka`
+    """
+    from saekit.activations import write_atomic
+    from saekit.papers import PAPERS
+
+    if name is None:
+        result(list(PAPERS), as_json, "\n".join(PAPERS))
+        return
+    if name not in PAPERS:
+        raise SaekitError(f"paper {name!r} is unknown{nearest(name, PAPERS.table)}")
+    folder = Path(out or f"reproduce/{name}")
+    began = time.monotonic()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SaekitError(f"out {str(folder)!r} can't be written: {error.strerror}; choose another folder") from None
+    with progress(name, "runs") as draw:
+        found = PAPERS[name](range(seed, seed + seeds), draw)
+    data = {"name": name, "seeds": seeds, "seconds": time.monotonic() - began, **found.to_json()}
+    write_atomic(folder / "result.json", json.dumps(finite(data), indent=1, default=_plain).encode())
+    import plotly.graph_objects as go
+    import plotly.io
+
+    page = plotly.io.to_html(go.Figure(found.figure), include_plotlyjs=True, full_html=True)
+    write_atomic(folder / "figure.html", page.encode())
+    if not found.holds:
+        say(f"{name}: not every claim holds at this scale")
+    result(json.loads(json.dumps(finite(data), default=_plain)), as_json, table(found, data["seconds"], folder))
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist()  # what plotly keeps as arrays
+
+
+def table(found: Any, seconds: float, folder: Path) -> str:
+    """The reproduction as people read it."""
+    lines = [found.title, found.source, *textwrap.wrap(found.setting, 110), ""]
+    for claim in found.claims:
+        spread = ""
+        if claim.interval is not None:
+            low, high = claim.interval
+            spread = f" [{low:.3g}, {high:.3g}]"
+        shown = ", ".join(f"{v:.3g}" for v in claim.ours) if len(claim.ours) <= 5 else f"n = {len(claim.ours)}"
+        lines += textwrap.wrap(f"{'HOLDS' if claim.holds else 'DOES NOT HOLD'}  {claim.text}", 110, subsequent_indent="  ")
+        lines.append(f"    ours {claim.mean:.4g}{spread} ({shown}); demanded: {claim.demand}")
+        if claim.control:
+            mean = sum(claim.control) / len(claim.control)
+            lines.append(f"    {claim.control_name}: {mean:.4g} ({', '.join(f'{v:.3g}' for v in claim.control[:5])})")
+        lines += textwrap.wrap(f"paper: {claim.paper}", 106, initial_indent="    ", subsequent_indent="      ")
+    for note in found.notes:
+        lines += ["", *textwrap.wrap(note, 110)]
+    return "\n".join([*lines, "", f"{folder}/result.json, {folder}/figure.html; {duration(seconds)}"])
