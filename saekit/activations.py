@@ -103,7 +103,7 @@ def shuffled(positions: np.ndarray, n: int, seed: int) -> np.ndarray:
     return out.astype(np.int64)
 
 
-def _order(n: int, batch_size: int, seed: int, start: int) -> Iterator[np.ndarray]:
+def shuffled_rows(n: int, batch_size: int, seed: int, start: int) -> Iterator[np.ndarray]:
     """Row numbers of batch ``start``, ``start + 1``, ...: every epoch a new permutation, no row skipped."""
     step = start
     while True:
@@ -138,7 +138,7 @@ class TensorSource:
         self, hook_points: Sequence[str], batch_size: int, seed: int, start: int = 0
     ) -> Iterator[Tensor]:
         """Endless batches in a seeded order."""
-        for rows in _order(self.n_rows, batch_size, seed, start):
+        for rows in shuffled_rows(self.n_rows, batch_size, seed, start):
             yield self.rows[torch.from_numpy(rows)]
 
     def identity(self) -> dict[str, Any]:
@@ -316,7 +316,7 @@ class Store:
         self, hook_points: Sequence[str], batch_size: int, seed: int, start: int = 0
     ) -> Iterator[Tensor]:
         """Endless batches of unmasked rows of one hook point, globally shuffled with the seed."""
-        for rows in _order(self.n_rows, batch_size, seed, start):
+        for rows in shuffled_rows(self.n_rows, batch_size, seed, start):
             yield (
                 torch.cat([self.gather(h, rows) for h in hook_points], -1)
                 if len(hook_points) > 1

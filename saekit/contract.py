@@ -24,7 +24,7 @@ from saekit.trainers import train
 
 Make = Callable[[], Dictionary]
 STEPS, BATCH = 8, 64
-CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
 
 
 def _prepared(make: Make, rows: Tensor) -> Dictionary:
@@ -69,7 +69,9 @@ def sparse_equals_dense(make: Make, rows: Float[Tensor, "batch d_in"], folder: P
     d = _prepared(make, rows)
     codes = d.encode(rows[:50])
     dense = d.norm_out.invert(codes.to_dense() @ d.W_dec + d.b_dec)
-    torch.testing.assert_close(d.decode(codes, rows[:50]), dense, rtol=1e-4, atol=1e-4 * float(rows.abs().max()))
+    torch.testing.assert_close(
+        d.decode(codes, rows[:50]), dense, rtol=1e-4, atol=1e-4 * float(rows.abs().max())
+    )
 
 
 def inference_is_the_same_function(make: Make, rows: Float[Tensor, "batch d_in"], folder: Path) -> None:
@@ -159,7 +161,13 @@ CONTRACT = {
         gradients_reach_every_parameter, loss_changes_nothing, resume_is_exact, training_helps,
     )
 }  # fmt: skip
-UNTRAINED = ("shapes", "rows_are_independent", "sparse_equals_dense", "inference_is_the_same_function", "saved_is_loaded")
+UNTRAINED = (
+    "shapes",
+    "rows_are_independent",
+    "sparse_equals_dense",
+    "inference_is_the_same_function",
+    "saved_is_loaded",
+)
 
 
 def laws(dictionary: Dictionary) -> list[str]:

@@ -124,3 +124,17 @@ def capture(run: Callable[[], Any], sites: Mapping[str, Site], stop: bool = True
             f"hook point {missing[0]!r} ({sites[missing[0]].path}) did not run in the forward pass; choose a module that does"
         )
     return {name: seen[name] for name in sites}
+
+
+def spliced(site_mask: Tensor, replacement: Tensor) -> Callable[[Tensor], Tensor]:
+    """An intervention that replaces the unmasked positions and leaves the others as they are."""
+
+    def function(x: Tensor) -> Tensor:
+        new = replacement.reshape(x.shape).to(x.dtype)
+        if x.shape[:2] == site_mask.shape:  # behind positions may come heads
+            kept = site_mask.reshape(*site_mask.shape, *[1] * (x.ndim - 2))
+        else:
+            kept = site_mask.reshape(x.shape[:-1])[..., None]
+        return torch.where(kept.to(x.device), new, x)
+
+    return function

@@ -15,7 +15,10 @@ from saekit.dictionaries.selection import SELECTIONS
 from saekit.types import SaekitError
 
 FITS = [name for name in OBJECTIVES if OBJECTIVES[name].fit]
-PENALTIES = ["none", *(n for n in OBJECTIVES if n not in (*FITS, "end_to_end"))]  # it needs a model: test_end_to_end
+PENALTIES = [
+    "none",
+    *(n for n in OBJECTIVES if n not in (*FITS, "end_to_end")),
+]  # it needs a model: test_end_to_end
 NORMALISE = ["scale", "none", "centre", "whiten"]
 TRAINED = [name for name in ATOMS if ATOMS[name].trained]
 FACTORS = (list(SELECTIONS), TRAINED, FITS, PENALTIES, NORMALISE)
@@ -41,7 +44,9 @@ def meaningful(selection: str, atoms: str, fit: str, penalty: str, normalise: st
 
 
 def make(selection: str, atoms: str, fit: str, penalty: str, normalise: str) -> Dictionary:
-    terms = tuple(dict.fromkeys((fit, *([penalty] * (penalty != "none")), *(["gate"] * (selection == "gated")))))
+    terms = tuple(
+        dict.fromkeys((fit, *([penalty] * (penalty != "none")), *(["gate"] * (selection == "gated"))))
+    )
     k = {"k": 4} if selection not in FREE_L0 or penalty in STEERED else {}
     experts = {"experts": 4} if selection == "switch" else {}
     return saekit.create(
@@ -99,5 +104,7 @@ def test_a_meaningless_combination_is_refused_with_its_reason() -> None:
         if meaningful(*c):
             make(*c)
         else:
-            with pytest.raises(SaekitError, match=f"objective '.*' with selection '{c[0]}'|selection 'omp' sends"):
+            with pytest.raises(
+                SaekitError, match=f"objective '.*' with selection '{c[0]}'|selection 'omp' sends"
+            ):
                 make(*c)

@@ -12,7 +12,6 @@ from saekit.dictionaries import PRESETS, Dictionary, TrainState
 from saekit.types import Codes, SaekitError
 
 
-
 @pytest.fixture(params=PRESETS)
 def name(request: pytest.FixtureRequest) -> str:
     return request.param

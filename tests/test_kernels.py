@@ -555,7 +555,15 @@ def test_adam_equals_its_reference(unit: bool, dtype: torch.dtype, factored: boo
                 torch.randn(50, 33, generator=g, dtype=dtype),
             )
         dense = f.dense(70)
-        options = {"rate": 0.01, "step": step, "betas": (0.9, 0.99), "eps": 1e-8, "scale": 0.7, "unit": unit, "masked": masked}
+        options = {
+            "rate": 0.01,
+            "step": step,
+            "betas": (0.9, 0.99),
+            "eps": 1e-8,
+            "scale": 0.7,
+            "unit": unit,
+            "masked": masked,
+        }
         norm = kernels.gradient_norm([mine[0]], [f if factored else dense], [unit])
         along = (dense * mine[0]).sum(-1, keepdim=True) * mine[0] if unit else 0
         torch.testing.assert_close(norm, (dense - along).norm(), rtol=1e-4, atol=1e-4)

@@ -69,11 +69,13 @@ class TrainConfig:
             raise SaekitError(f"decay = {self.decay!r} must lie in 0..1; it is a share of the run")
 
 
-def resolve(config: TrainConfig, n_features: int) -> tuple[TrainConfig, dict[str, str]]:
-    """The config with every open value chosen, and the reasons."""
+def resolve(
+    config: TrainConfig, n_features: int, rows_per_item: int = 1
+) -> tuple[TrainConfig, dict[str, str]]:
+    """The config with every open value chosen, and the reasons; ``batch_size`` counts items of so many rows."""
     lr = optim.learning_rate(n_features, config.steps)
     warmup = optim.warmup_steps(config.steps)
-    silent = dead.dead_after(config.steps * config.batch_size)
+    silent = dead.dead_after(config.steps * config.batch_size * rows_per_item)
     values = asdict(config)
     reasons = {}
     for key, chosen in (("lr", lr), ("warmup", warmup), ("dead_after", silent)):

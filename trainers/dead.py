@@ -35,7 +35,9 @@ def check_resampling(dictionary: Dictionary) -> None:
     """Raise unless features have atoms of their own that can be written anew."""
     name = dictionary.config.atoms[0]
     if not isinstance(getattr(dictionary.atoms, "weight", None), torch.nn.Parameter):
-        raise SaekitError(f"resample_every needs atoms that are trained one by one, and those of {name!r} aren't; leave it out")
+        raise SaekitError(
+            f"resample_every needs atoms that are trained one by one, and those of {name!r} aren't; leave it out"
+        )
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ from saekit.trainers.log import Log
 from saekit.trainers.log import read as read_log
 from saekit.trainers.start import begin
 from saekit.trainers.trainer import Trainer
-from saekit.types import SaekitError
+from saekit.types import ActivationBatch, SaekitError
 
 NORMALISATION_ROWS = 1 << 15
 OVERFLOWS = 1e15  # of a weight; a thousand of them make a row that kernels refuse
@@ -165,13 +165,17 @@ def train_many(
         raise SaekitError("dictionaries is empty; give at least one as {name: dictionary}")
     source, jobs, each = as_source(source), [], each or {}
     for name in sorted(set(each) - set(dictionaries)):
-        raise SaekitError(f"each names {name!r}, which is not a dictionary{nearest(name, list(dictionaries))}")
+        raise SaekitError(
+            f"each names {name!r}, which is not a dictionary{nearest(name, list(dictionaries))}"
+        )
     for name, dictionary in dictionaries.items():
         if not name or Path(name).name != name:
             raise SaekitError(f"the name {name!r} of a dictionary can't be a folder's; choose another")
         own = dict(each.get(name, {}))
         for key in sorted({"steps", "batch_size", "seed"} & set(own)):
-            raise SaekitError(f"{key} = {own[key]!r} of {name!r} alone would need a stream of its own; give it for all")
+            raise SaekitError(
+                f"{key} = {own[key]!r} of {name!r} alone would need a stream of its own; give it for all"
+            )
         path = Path(out) / name if out is not None else None
         given = options | own | {"steps": steps, "batch_size": batch_size}
         jobs.append(_Job.of(name, dictionary, source, path, device, given))
@@ -192,6 +196,7 @@ class _Job:
     path: Path | None
     settings: dict[str, Any]
     fresh: bool
+    rows: int  # of a batch
     log: Log | None = None
     on_step: Callable[[int, dict[str, float]], None] | None = None
     record: dict[str, float] = field(default_factory=dict)
@@ -208,7 +213,8 @@ class _Job:
         known = [f.name for f in fields(TrainConfig)]
         for key in sorted(set(options) - set(known)):
             raise SaekitError(f"option {key!r} is not one of train's{nearest(key, known)}")
-        config, reasons = resolve(TrainConfig(**options), dictionary.n_features)
+        rows_per_item = getattr(source, "rows_per_item", 1)
+        config, reasons = resolve(TrainConfig(**options), dictionary.n_features, rows_per_item)
         points = check(dictionary, source, config)
         if not dictionary.reads and points != ("x",):
             dictionary.reads, dictionary.writes = dictionary.wiring.sites(points)
@@ -222,7 +228,7 @@ class _Job:
             "init_seed": dictionary.seed, "init": weights_digest(dictionary), "hook_points": list(points), "data": source.identity(), "source": _origin(source),
         }  # fmt: skip
         fresh = path is not None and not (path / "config.json").exists()
-        return _Job(name, trainer, config, points, path, settings, fresh)
+        return _Job(name, trainer, config, points, path, settings, fresh, config.batch_size * rows_per_item)
 
     @property
     def finished(self) -> bool:
@@ -238,7 +244,11 @@ class _Job:
         if not d.prepared:
             if not d.normalised:
                 d.set_normalisation(_sample(source, self.points, self.config))
-            if self.config.start is not None or hasattr(d.atoms, "prepare") or hasattr(d.selection, "prepare"):
+            if (
+                self.config.start is not None
+                or hasattr(d.atoms, "prepare")
+                or hasattr(d.selection, "prepare")
+            ):
                 rows = torch.cat(list(_sample(source, self.points, self.config))).to(d.device, d.dtype)
                 if self.config.start is not None:
                     begin(d, self.config.start, rows)
@@ -246,7 +256,7 @@ class _Job:
             d.prepared.fill_(True)
         self.began = (time.perf_counter(), self.trainer.step_number)
 
-    def step(self, batch: Tensor, peers: tuple[Tensor, ...]) -> None:
+    def step(self, batch: "Tensor | ActivationBatch", peers: tuple[Tensor, ...]) -> None:
         """One step, with what is due after it."""
         trainer, config = self.trainer, self.config
         try:
@@ -260,9 +270,9 @@ class _Job:
         step = trainer.step_number
         if step % config.log_every == 0 or self.finished or step == 1:
             since, first = self.began
-            rate = (step - first) * config.batch_size / (time.perf_counter() - since)
+            rate = (step - first) * self.rows / (time.perf_counter() - since)
             metrics = {k: v.item() for k, v in self.metrics.items()}
-            self.record = {"step": step, "rows": step * config.batch_size, **metrics}
+            self.record = {"step": step, "rows": step * self.rows, **metrics}
             shown = {**self.record, "rows_per_second": rate}
             if self.log is not None:
                 self.log.write(shown)
@@ -304,9 +314,14 @@ class _Job:
         if not self.record and self.path is not None:  # a finished run was taken up again
             self.record = (read_log(self.path) or [{}])[-1]
         d = self.trainer.dictionary
-        d.card |= {"data": self.settings["data"], "training": {"config": asdict(self.config), "last": self.record}}
+        d.card |= {
+            "data": self.settings["data"],
+            "training": {"config": asdict(self.config), "last": self.record},
+        }
         if self.finished:
-            for missed in filter(None, (t.coefficient.missed() for t in d.terms.values() if hasattr(t, "coefficient"))):
+            for missed in filter(
+                None, (t.coefficient.missed() for t in d.terms.values() if hasattr(t, "coefficient"))
+            ):
                 warnings.warn(f"{self.name + ': ' if self.name else ''}{missed}", stacklevel=4)
             if self.path is not None:
                 native.save(d, self.path)
@@ -315,7 +330,12 @@ class _Job:
         """How it ended."""
         why = None if self.error is None else str(self.error)
         return Run(
-            self.trainer.dictionary, self.path, self.trainer.step_number, self.finished and not why, self.record, why
+            self.trainer.dictionary,
+            self.path,
+            self.trainer.step_number,
+            self.finished and not why,
+            self.record,
+            why,
         )
 
 
@@ -362,7 +382,9 @@ def _loop(jobs: Sequence[_Job], source: Source) -> None:
 
 def _peers(jobs: Sequence[_Job]) -> dict[str, tuple[Tensor, ...]]:
     """For each dictionary that looks at others: their decoders, as they are before the step."""
-    looking = [job for job in jobs if any(getattr(t, "peers", False) for t in job.trainer.dictionary.terms.values())]
+    looking = [
+        job for job in jobs if any(getattr(t, "peers", False) for t in job.trainer.dictionary.terms.values())
+    ]
     if not looking:
         return {}
     with torch.no_grad():
@@ -384,7 +406,10 @@ def _origin(source: Source) -> dict[str, Any]:
 
 def _sample(source: Source, points: Sequence[str], config: TrainConfig) -> Iterator[Tensor]:
     """The first batches of the run, about as many rows as a normalisation needs."""
-    batches = source.batches(points, config.batch_size, config.seed)
+    batches = (
+        batch.rows(points[0]) if isinstance(batch, ActivationBatch) else batch
+        for batch in source.batches(points, config.batch_size, config.seed)
+    )
     n = max(1, -(-min(NORMALISATION_ROWS, source.n_rows or NORMALISATION_ROWS) // config.batch_size))
     return islice(batches, n)
 

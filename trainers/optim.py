@@ -76,7 +76,7 @@ class Adam:
         parameters: Iterable[nn.Parameter],
         unit: Iterable[Tensor] = (),
         *,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[float, ...] = (0.9, 0.999),
         masked: bool = False,
     ):
         self.betas, self.masked = betas, masked

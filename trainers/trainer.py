@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saekit.dictionaries import Dictionary, TrainState
-from saekit.dictionaries.training import Downstream
+from saekit.harvest import ContinuedBatch
 from saekit.kernels import serial
 from saekit.trainers import dead, optim
 from saekit.types import ActivationBatch, SaekitError
@@ -31,7 +31,7 @@ class Trainer:
         clip: float | None = None,
         dead_after: int | None = None,
         optimizer: str = "adam",
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[float, ...] = (0.9, 0.999),
         resample_every: int | None = None,
         seed: int = 0,
         device: "str | torch.device | None" = None,
@@ -56,14 +56,16 @@ class Trainer:
         x: "Float[Tensor, 'batch d_in'] | ActivationBatch",
         *,
         peers: tuple[Tensor, ...] = (),
-        downstream: Downstream | None = None,
     ) -> dict[str, Tensor]:
         """One optimisation step on a batch of rows.
 
-        ``peers`` and ``downstream`` are for objectives that look beyond the dictionary; see
-        :class:`~saekit.dictionaries.TrainState`.
+        ``peers`` are the decoders of dictionaries trained beside this one, for objectives that look at
+        them; a ContinuedBatch brings the model behind it along.
         """
+        downstream = None
         d = self.dictionary
+        if isinstance(x, ContinuedBatch):
+            downstream = x.downstream
         if isinstance(x, ActivationBatch):
             x = x.rows(d.reads[0] if d.reads else next(iter(x.activations)))
         if x.ndim != 2 or x.shape[1] != d.d_in:

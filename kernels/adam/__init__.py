@@ -50,7 +50,22 @@ def adam_step(
         for _, _, values, matrix in gradient.terms:
             checks.finite(values, values=values)
             checks.finite(matrix, matrix=matrix)
-    run("adam", "adam_step", weight, weight.detach(), gradient, m, v, rate, step, betas, eps, scale, unit, masked)
+    run(
+        "adam",
+        "adam_step",
+        weight,
+        weight.detach(),
+        gradient,
+        m,
+        v,
+        rate,
+        step,
+        betas,
+        eps,
+        scale,
+        unit,
+        masked,
+    )
 
 
 @torch.no_grad()

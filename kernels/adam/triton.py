@@ -94,7 +94,15 @@ def adam_step(weight, gradient, m, v, rate, step, betas, eps, scale, unit, maske
     rows, features, values, matrix = gradient.joined()
     entries = by_feature(rows, features, values, len(weight))
     numbers = weight.new_tensor(
-        [rate, scale, *betas, eps, 1 / (1 - betas[0] ** step), 1 / (1 - betas[1] ** step), 0.0 if masked else rate],
+        [
+            rate,
+            scale,
+            *betas,
+            eps,
+            1 / (1 - betas[0] ** step),
+            1 / (1 - betas[1] ** step),
+            0.0 if masked else rate,
+        ],
         dtype=eager.torch.float32,
     )
     _row[(len(weight),)](

@@ -47,9 +47,7 @@ def configure(table: Registry, name: str, options: Mapping[str, Any], unused: se
     if missing:
         raise SaekitError(f"{table.kind} {name!r} needs {missing[0]}; give {missing[0]}=...")
     unused -= mine
-    values = {
-        key: tuple(options[key]) if isinstance(options[key], list) else options[key] for key in mine
-    }
+    values = {key: tuple(options[key]) if isinstance(options[key], list) else options[key] for key in mine}
     for f in fields(config):
         if f.name in mine and not fits(values[f.name], f.type):
             raise SaekitError(

@@ -29,6 +29,9 @@ class Dictionary(nn.Module):
     """
 
     prepared: Tensor
+    selection: Any  # rows of the tables: see their packages for what they have
+    atoms: Any
+    terms: Any
 
     def __init__(self, config: Config, seed: int = 0):
         super().__init__()
@@ -133,7 +136,9 @@ class Dictionary(nn.Module):
         x, state = self._read(batch), state or TrainState()
         target = self.wiring.target(batch)
         y = x if target is batch else self.norm_out(target.to(x.dtype))
-        k_aux = max((term.picks(self.d_out) for term in self.terms.values() if hasattr(term, "picks")), default=0)
+        k_aux = max(
+            (term.picks(self.d_out) for term in self.terms.values() if hasattr(term, "picks")), default=0
+        )
         n_dead = int(state.dead.sum()) if k_aux and state.dead is not None else 0
         atoms = self.atoms.rows()
         encoder = atoms if self.encoder is None else self.encoder

@@ -89,22 +89,21 @@ class Moments:
     """Mean, variance and, on request, covariance of rows that come in batches; in fp64."""
 
     def __init__(self, covariance: bool = False):
-        self.n, self._products = 0, 0.0 if covariance else None
-        self._shift: Tensor | None = None  # sums are taken about the first batch's mean: no cancellation
-        self._total: Tensor | float = 0.0
+        self.n, self.covariances = 0, covariance
+        self._shift = self._total = self._products = torch.zeros(())
         self._square = 0.0
 
     @torch.no_grad()
     def add(self, x: Float[Tensor, "rows d"]) -> None:
         """Take a batch of rows in."""
         x = x.double().cpu()
-        if self._shift is None:
-            self._shift = x.mean(0)
+        if self.n == 0:
+            self._shift = x.mean(0)  # sums are taken about the first batch's mean: no cancellation
         centred = x - self._shift
         self.n += len(x)
         self._total = self._total + centred.sum(0)
         self._square += centred.square().sum().item()
-        if self._products is not None:
+        if self.covariances:
             self._products = self._products + centred.T @ centred
 
     def mean(self) -> Float[Tensor, " d"]:
@@ -113,9 +112,9 @@ class Moments:
 
     def variance(self) -> float:
         """Mean squared distance from the mean row."""
-        return self._square / self.n - torch.as_tensor(self._total / self.n).square().sum().item()
+        return self._square / self.n - (self._total / self.n).square().sum().item()
 
     def covariance(self) -> Float[Tensor, "d d"]:
         """Covariance matrix."""
-        off = torch.as_tensor(self._total) / self.n
+        off = self._total / self.n
         return self._products / self.n - torch.outer(off, off)

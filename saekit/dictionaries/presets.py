@@ -54,7 +54,11 @@ def create(name: str, *, n_features: int, seed: int = 0, **options: Any) -> Dict
         names = (chosen[choice],) if isinstance(chosen[choice], str) else tuple(chosen[choice])
         built = []
         for row in names:
-            mine = {k.removeprefix(f"{row}."): v for k, v in left.items() if "." not in k or k.startswith(f"{row}.")}
+            mine = {
+                k.removeprefix(f"{row}."): v
+                for k, v in left.items()
+                if "." not in k or k.startswith(f"{row}.")
+            }
             here = set(mine)
             built.append((row, configure(table, row, mine, here)))
             for key in set(mine) - here:  # taken: no later choice gets it
@@ -67,5 +71,7 @@ def create(name: str, *, n_features: int, seed: int = 0, **options: Any) -> Dict
         rows = (*parts["objective"], *(parts[p] for p in parts if p != "objective"))
         known = sorted({f for _, c in rows for f in vars(c)})
         field = sorted(unused)[0]
-        raise SaekitError(f"option {field!r} is not one of {name!r}{nearest(field.rpartition('.')[2], known)}")
+        raise SaekitError(
+            f"option {field!r} is not one of {name!r}{nearest(field.rpartition('.')[2], known)}"
+        )
     return Dictionary(Config(n_features=n_features, **parts), seed=seed)

@@ -10,7 +10,7 @@ from torch import Tensor
 from saekit.kernels import sparse_decode
 from saekit.types import Codes
 
-Downstream = Callable[[Tensor], Mapping[str, Tensor]]
+Downstream = Callable[[Tensor, bool], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from saekit import metrics, records
 from saekit.dictionaries import Dictionary, create
 from saekit.evaluate.measure import Measure, Resampler
 from saekit.harvest import HarvestConfig, Stream
-from saekit.hooks import intervene
+from saekit.hooks import intervene, spliced
 from saekit.models import load_model
 from saekit.types import ActivationBatch, SaekitError
 
@@ -93,20 +93,6 @@ class _Sums:
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.columns[name]
-
-
-def _spliced(site_mask: Tensor, replacement: Tensor) -> Callable[[Tensor], Tensor]:
-    """An intervention that replaces the unmasked positions and leaves the others as they are."""
-
-    def function(x: Tensor) -> Tensor:
-        new = replacement.reshape(x.shape).to(x.dtype)
-        if x.shape[:2] == site_mask.shape:  # behind positions may come heads
-            kept = site_mask.reshape(*site_mask.shape, *[1] * (x.ndim - 2))
-        else:
-            kept = site_mask.reshape(x.shape[:-1])[..., None]
-        return torch.where(kept.to(x.device), new, x)
-
-    return function
 
 
 class _Evaluation:
@@ -249,7 +235,9 @@ def evaluate(
         hats = {name: run.observe(x, owners, shift) for name, run in runs.items()}
         if logits is not None:
             baseline = (
-                torch.zeros_like(x) if ablation == "zero" else dictionary.norm_out.mean.to(x.dtype).expand_as(x)
+                torch.zeros_like(x)
+                if ablation == "zero"
+                else dictionary.norm_out.mean.to(x.dtype).expand_as(x)
             )
             _language(view, stream, batch, given, logits, {**hats, "ablated": baseline}, runs, index)
         done += batch.mask.numel()
@@ -299,7 +287,7 @@ def _language(
     full = torch.zeros(*mask.shape, next(iter(replacements.values())).shape[-1], device=logits.device)
     for name, rows in replacements.items():
         full[mask.to(full.device)] = rows.float()
-        with intervene([(site, _spliced(mask, full))]):
+        with intervene([(site, spliced(mask, full))]):
             changed = view.logits(given)[:, :-1][counted.to(logits.device)]
         ce = metrics.cross_entropy(changed, targets).cpu()
         if name == "ablated":

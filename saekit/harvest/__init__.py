@@ -1,5 +1,7 @@
 """Model + text -> activations: a live stream, or a store on disk."""
 
+from saekit.harvest.sequences import ContinuedBatch as ContinuedBatch
+from saekit.harvest.sequences import SequenceSource as SequenceSource
 from saekit.harvest.store import bytes_per_token as bytes_per_token
 from saekit.harvest.store import check_writable as check_writable
 from saekit.harvest.store import harvest as harvest

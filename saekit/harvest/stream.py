@@ -155,7 +155,7 @@ class Stream:
                 continue
             if self._enough(done):
                 return
-            out = self._batch(batch, capture(partial(self.model, given), self.sites))
+            out = self.masked(batch, capture(partial(self.model, given), self.sites))
             done += out.mask.numel()
             yield out
 
@@ -179,9 +179,9 @@ class Stream:
                     self.model(given)
 
             found = capture(run, self.sites, stop=not logits)
-            yield self._batch(batch, found), output[0] if output else None, given
+            yield self.masked(batch, found), output[0] if output else None, given
 
-    def _batch(self, batch: ActivationBatch, found: Mapping[str, Tensor]) -> ActivationBatch:
+    def masked(self, batch: ActivationBatch, found: Mapping[str, Tensor]) -> ActivationBatch:
         """The activations with their mask; the first batch sets what counts as an outlier."""
         grid = batch.mask.shape
         acts = {name: _positions(name, a, grid) for name, a in found.items()}

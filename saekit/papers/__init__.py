@@ -20,6 +20,7 @@ PAPERS = Registry(
         "gated": "saekit.papers.gated:reproduce",
         "p-annealing": "saekit.papers.p_annealing:reproduce",
         "synth-sae-bench": "saekit.papers.synth_sae_bench:reproduce",
+        "synth-sae-bench-16k": "saekit.papers.synth_sae_bench:reproduce_full",
         "sparse-but-wrong": "saekit.papers.sparse_but_wrong:reproduce",
         "end-to-end": "saekit.papers.end_to_end:reproduce",
         "mutual-regularisation": "saekit.papers.mutual_regularisation:reproduce",

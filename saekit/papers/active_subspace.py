@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -16,7 +18,7 @@ from saekit.trainers import train
 D, ACTIVE, FEATURES, WIDTH, K = 64, 16, 128, 1024, 8
 STEPS, BATCH, LAST = 800, 256, 200
 NOISE = 0.003
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "random, Adam": {},
     "random, SparseAdam": {"optimizer": "sparse_adam"},
     "active subspace, Adam": {"start": "active_subspace"},
@@ -44,11 +46,13 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
     error: dict[str, list[float]] = {name: [] for name in KINDS}
     for i, seed in enumerate(seeds):
         directions = _directions(seed)
-        source = DrawnSource(lambda rows, step, s, v=directions: _draw(v, rows, step, s), D, "subspace")
+        source = DrawnSource(partial(_draw, directions), D, "subspace")
         x = _draw(directions, 8192, 1 << 30, 0)
         for j, (name, options) in enumerate(KINDS.items()):
             d = create("topk", d_in=D, n_features=WIDTH, k=K, seed=seed, objective=("reconstruction",))
-            run = train(d, source, STEPS, BATCH, seed=seed, lr=1e-3, decay=0.0, dead_after=LAST * BATCH, **options)
+            run = train(
+                d, source, STEPS, BATCH, seed=seed, lr=1e-3, decay=0.0, dead_after=LAST * BATCH, **options
+            )
             dead[name].append(run.metrics["dead_share"])
             error[name].append(metrics.fvu(x, d(x).detach()))
             tell(i * len(KINDS) + j + 1, len(seeds) * len(KINDS), name)

@@ -30,7 +30,10 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
             fvu[name].append(metrics.fvu(x, d(x)))
         batch = ds["BatchTopK"]
         spread.append(batch.encode(x).l0().double().std().item())
-        rows = [batch.selection.train_codes(batch.norm_in(r[None]), batch.encoder, batch.b_enc, TrainState()) for r in x[:64]]
+        rows = [
+            batch.selection.train_codes(batch.norm_in(r[None]), batch.encoder, batch.b_enc, TrainState())
+            for r in x[:64]
+        ]
         top = make(world, "topk", WIDTH, seed, k=K)
         each = [top.selection(batch.norm_in(r[None]), batch.encoder, batch.b_enc) for r in x[:64]]
         pairs = zip(rows, each, strict=True)
@@ -50,4 +53,3 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
         figure=bars("Error at equal L0", "FVU", {"FVU": fvu}),
         notes=["L0: " + ", ".join(f"{name} {sum(v) / len(v):.2f}" for name, v in l0.items()) + "."],
     )  # fmt: skip
-

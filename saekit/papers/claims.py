@@ -1,7 +1,7 @@
 """What a reproduction says: a claim, the paper's number, ours over seeds, a control, and whether it holds."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,7 +91,9 @@ class Reproduction:
         }  # fmt: skip
 
 
-def figure(title: str, x: str, y: str, lines: dict[str, tuple[Sequence[Any], Sequence[float]]], **layout: Any) -> dict[str, Any]:
+def figure(
+    title: str, x: str, y: str, lines: Mapping[str, tuple[Sequence[Any], Sequence[float]]], **layout: Any
+) -> dict[str, Any]:
     """A line chart as JSON: ``lines`` maps a name to its x and y values."""
     import plotly.graph_objects as go
 
@@ -99,12 +101,19 @@ def figure(title: str, x: str, y: str, lines: dict[str, tuple[Sequence[Any], Seq
     for name, (xs, ys) in lines.items():
         drawn.add_scatter(x=list(xs), y=list(ys), name=name, mode="lines+markers")
     drawn.update_layout(
-        title=title, xaxis_title=x, yaxis_title=y, template="plotly_white", legend={"orientation": "h", "y": -0.2}, **layout
+        title=title,
+        xaxis_title=x,
+        yaxis_title=y,
+        template="plotly_white",
+        legend={"orientation": "h", "y": -0.2},
+        **layout,
     )
     return drawn.to_plotly_json()
 
 
-def bars(title: str, y: str, groups: dict[str, dict[str, Sequence[float]]], **layout: Any) -> dict[str, Any]:
+def bars(
+    title: str, y: str, groups: Mapping[str, Mapping[str, Sequence[float]]], **layout: Any
+) -> dict[str, Any]:
     """A bar chart as JSON: ``groups`` maps a name to ``{bar: values over seeds}``; whiskers span the seeds."""
     import plotly.graph_objects as go
 

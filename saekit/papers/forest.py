@@ -53,4 +53,3 @@ def measure(forest: Forest, d: Dictionary) -> dict[str, float]:
         "l0": metrics.l0(d.encode(x)),
         "fvu": metrics.fvu(x, d(x).detach()),
     }
-

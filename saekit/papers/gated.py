@@ -16,7 +16,9 @@ WIDTH, K, STEPS = 128, 6, 1500
 @torch.no_grad()
 def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
     """Gated beside L1 at equal L0, on features that the dictionary has room for."""
-    world = PlantedWorld(PlantedConfig(n_features=96, d_in=64, roots=0, correlation=0.0, p_max=0.1, p_min=0.03, seed=1))
+    world = PlantedWorld(
+        PlantedConfig(n_features=96, d_in=64, roots=0, correlation=0.0, p_max=0.1, p_min=0.03, seed=1)
+    )
     x, true = world.evaluation_set(16384)
     kinds = {"gated": "gated", "L1": "relu", "p-annealed": "p_annealing"}
     short: dict[str, list[float]] = {name: [] for name in kinds}
@@ -28,7 +30,9 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
             fit_all(world, ds, STEPS, seed=seed)
         for name, d in ds.items():
             folded, codes = d.to_inference(), d.encode(x)
-            short[name].append(shrinkage(folded.W_dec, world.directions, codes, true, folded.b_dec - world.bias))
+            short[name].append(
+                shrinkage(folded.W_dec, world.directions, codes, true, folded.b_dec - world.bias)
+            )
             l0[name].append(metrics.l0(codes))
             fvu[name].append(metrics.fvu(x, d.decode(codes)))
         tell(i + 1, len(seeds), "seeds")

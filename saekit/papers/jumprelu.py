@@ -17,7 +17,9 @@ TARGETS = (4, 8, 16)
 BANDWIDTH = 0.05  # of the test of gradients: narrow enough for the limit, wide enough for many rows
 
 
-def threshold_gradients(d: Dictionary, x: Float[Tensor, "rows d_in"], penalty: float) -> tuple[Tensor, Tensor]:
+def threshold_gradients(
+    d: Dictionary, x: Float[Tensor, "rows d_in"], penalty: float
+) -> tuple[Tensor, Tensor]:
     """Gradient of the expected loss by the thresholds: pseudo-gradients, and differences of the loss itself.
 
     The expected loss is smooth in a threshold, since rows lie to both sides of it. Its difference over the
@@ -25,6 +27,7 @@ def threshold_gradients(d: Dictionary, x: Float[Tensor, "rows d_in"], penalty: f
     slopes, at the code and at 0, times the code.
     """
     d.zero_grad()
+    assert d.encoder is not None  # of its own
     x = d.norm_in(x)
     selection = type(d.selection)(type(d.selection.config)(bandwidth=BANDWIDTH), d.n_features, d.d_in)
     # away from where training ended: there the gradients are 0 but for noise
@@ -60,7 +63,11 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
     fvu: dict[str, dict[str, list[float]]] = {"JumpReLU": {}, "TopK": {}}
     relative, cosine = [], []
     for i, seed in enumerate(seeds):
-        ds = {f"{name}-{k}": make(world, name, WIDTH, seed, k=k) for k in TARGETS for name in ("jumprelu", "topk")}
+        ds = {
+            f"{name}-{k}": make(world, name, WIDTH, seed, k=k)
+            for k in TARGETS
+            for name in ("jumprelu", "topk")
+        }
         fit_all(world, ds, STEPS, seed=seed)
         for k in TARGETS:
             mine = ds[f"jumprelu-{k}"]

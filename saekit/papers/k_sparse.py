@@ -54,7 +54,8 @@ def support_recovery(beyond: bool, seed: int, rows: int = 500) -> float:
 
 def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
     """Digits classified by k-sparse codes, over k and alpha, beside raw pixels; and the theorem."""
-    raw, errors = [], {(k, a): [] for k in KS for a in ALPHAS}
+    raw: list[float] = []
+    errors: dict[tuple[int, int], list[float]] = {(k, a): [] for k in KS for a in ALPHAS}
     for i, seed in enumerate(seeds):
         data = digits(seed)
         raw.append(classification_error(data.train, data.train_labels, data.test, data.test_labels))
@@ -66,7 +67,9 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
     mean = {key: sum(v) / len(v) for key, v in errors.items()}
     best = min(((k, a) for k in (10, 25) for a in ALPHAS), key=lambda key: mean[key])
     inner = min((k for k in KS[1:-1]), key=lambda k: mean[k, 1])
-    ends = [min(a, b) - c for a, b, c in zip(errors[KS[0], 1], errors[KS[-1], 1], errors[inner, 1], strict=True)]
+    ends = [
+        min(a, b) - c for a, b, c in zip(errors[KS[0], 1], errors[KS[-1], 1], errors[inner, 1], strict=True)
+    ]
     gain = [mean[k, 2] - mean[k, 1] for k in (5, 10)]
     return Reproduction(
         title="k-sparse codes classify digits better than pixels do",

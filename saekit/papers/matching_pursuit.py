@@ -1,6 +1,7 @@
 """Matching pursuit keeps correlated and nested features apart (MP-SAE, 2506.03093)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,10 +14,10 @@ from saekit.testbed.forest import Forest, ForestConfig
 
 STEPS, COSINE = 3000, 0.4
 # the paper's rates and moments
-ADAM = {"steps": STEPS, "lr": 3e-2, "betas": (0.5, 0.9375)}
-CONTROL = {"steps": 2000, "lr": 3e-3}
+ADAM: dict[str, Any] = {"steps": STEPS, "lr": 3e-2, "betas": (0.5, 0.9375)}
+CONTROL: dict[str, Any] = {"steps": 2000, "lr": 3e-3}
 # no centring: with the mean taken off, features would no longer add up from zero
-PURSUIT = {"k": 16, "tolerance": 0.05, "normalise": "none"}
+PURSUIT: dict[str, Any] = {"k": 16, "tolerance": 0.05, "normalise": "none"}
 
 
 def residuals(d: Dictionary, x: Tensor) -> tuple[float, float]:
@@ -39,7 +40,7 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
     """Pursuit, L1 and BatchTopK on a tree whose siblings have cosine 0.4."""
     forest = Forest(ForestConfig(cosine=COSINE, magnitude=1.5, spread=0.25))
     x = forest.batch(5000, HELD_OUT)[0]
-    kinds = {
+    kinds: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         "pursuit": ("matching_pursuit", ADAM, PURSUIT),
         "L1": ("relu", CONTROL, {"coefficient": 0.5}),
         "BatchTopK": ("batchtopk", CONTROL, {"k": 1, "k_start": 3}),

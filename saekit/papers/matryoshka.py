@@ -1,6 +1,7 @@
 """Matryoshka: nested prefixes keep parents' features from being absorbed by their children's (2503.17547)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from saekit.papers.claims import Claim, Reproduction, Tell, bars
 from saekit.papers.forest import measure, trained
@@ -13,18 +14,23 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
     """An L1 dictionary with and without random prefixes on Nabeshima's tree."""
     forest = Forest(ForestConfig())
     # L1 alone reaches its L0 only by absorption, which needs fewer codes; see the note
-    kinds = {
+    kinds: dict[str, dict[str, Any]] = {
         "L1": {"coefficient": 0.5},
         "Matryoshka": {"objective": ("matryoshka", "l1"), "random": True, "levels": 10, "k": forest.l0},
     }
     found: dict[str, list[dict[str, float]]] = {name: [] for name in kinds}
     for i, seed in enumerate(seeds):
         for j, (name, options) in enumerate(kinds.items()):
-            found[name].append(measure(forest, trained(forest, "relu", seed, {"steps": STEPS, "lr": 3e-3}, **options)))
+            found[name].append(
+                measure(forest, trained(forest, "relu", seed, {"steps": STEPS, "lr": 3e-3}, **options))
+            )
             tell(2 * i + j + 1, 2 * len(seeds), name)
     ours = {key: [m[key] for m in found["Matryoshka"]] for key in found["L1"][0]}
     plain = {key: [m[key] for m in found["L1"]] for key in found["L1"][0]}
-    shown = {name: {key: [m[key] for m in ms] for key in ("absorption", "recall", "matched")} for name, ms in found.items()}
+    shown = {
+        name: {key: [m[key] for m in ms] for key in ("absorption", "recall", "matched")}
+        for name, ms in found.items()
+    }
     return Reproduction(
         title="Matryoshka dictionaries do not absorb parents into children",
         source="Bussmann, Nabeshima, Karvonen and Nanda 2025, arXiv 2503.17547, section 4.1",

@@ -28,7 +28,9 @@ def make(world: PlantedWorld, preset: str, n_features: int, seed: int, **options
     return create(preset, d_in=world.config.d_in, n_features=n_features, seed=seed, **options)
 
 
-def fit(world: PlantedWorld, d: Dictionary, steps: int, batch_size: int = 512, seed: int = 0, **options: Any) -> Dictionary:
+def fit(
+    world: PlantedWorld, d: Dictionary, steps: int, batch_size: int = 512, seed: int = 0, **options: Any
+) -> Dictionary:
     """Train a dictionary on a world; where L0 was missed the claim's own number says so."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
@@ -37,7 +39,12 @@ def fit(world: PlantedWorld, d: Dictionary, steps: int, batch_size: int = 512, s
 
 
 def fit_all(
-    world: PlantedWorld, dictionaries: dict[str, Dictionary], steps: int, batch_size: int = 512, seed: int = 0, **options: Any
+    world: PlantedWorld,
+    dictionaries: dict[str, Dictionary],
+    steps: int,
+    batch_size: int = 512,
+    seed: int = 0,
+    **options: Any,
 ) -> None:
     """Train several dictionaries on one stream of a world."""
     with warnings.catch_warnings():
@@ -55,7 +62,9 @@ def cut(codes: Codes, k: int) -> Codes:
 
 
 @torch.no_grad()
-def reconstruct(d: Dictionary, x: Float[Tensor, "rows d_in"], k: int | None = None) -> Float[Tensor, "rows d_in"]:
+def reconstruct(
+    d: Dictionary, x: Float[Tensor, "rows d_in"], k: int | None = None
+) -> Float[Tensor, "rows d_in"]:
     """The dictionary's output, from all codes or from the first k of each row."""
     codes = d.encode(x)
     return d.decode(codes if k is None else cut(codes, k), x)

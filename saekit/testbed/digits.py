@@ -28,7 +28,10 @@ def digits(seed: int) -> Digits:
 
 
 def classification_error(
-    train: Float[Tensor, "rows d"], labels: Int[Tensor, " rows"], test: Float[Tensor, "held_out d"], truth: Int[Tensor, " held_out"]
+    train: Float[Tensor, "rows d"],
+    labels: Int[Tensor, " rows"],
+    test: Float[Tensor, "held_out d"],
+    truth: Int[Tensor, " held_out"],
 ) -> float:
     """Share of held-out digits that a logistic regression on these features gets wrong, in percent."""
     from sklearn.linear_model import LogisticRegression

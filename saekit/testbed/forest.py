@@ -59,7 +59,10 @@ class Forest:
         eye = torch.eye(n)
         families = [_leaning(family, config.cosine) for family in eye[top:].split(config.branching)]
         self.directions: Float[Tensor, "feature d_in"] = torch.cat([eye[:top], *families])
-        self.l0 = config.roots * config.p_root * (1 + config.branching * config.p_child) + config.singles * config.p_single
+        self.l0 = (
+            config.roots * config.p_root * (1 + config.branching * config.p_child)
+            + config.singles * config.p_single
+        )
 
     def batch(self, rows: int, seed: int) -> tuple[Float[Tensor, "rows d_in"], Codes]:
         """Activations and their true codes; a function of rows and seed."""

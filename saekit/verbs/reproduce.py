@@ -41,7 +41,9 @@ def reproduce(
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SaekitError(f"out {str(folder)!r} can't be written: {error.strerror}; choose another folder") from None
+        raise SaekitError(
+            f"out {str(folder)!r} can't be written: {error.strerror}; choose another folder"
+        ) from None
     with progress(name, "runs") as draw:
         found = PAPERS[name](range(seed, seed + seeds), draw)
     data = {"name": name, "seeds": seeds, "seconds": time.monotonic() - began, **found.to_json()}
@@ -53,7 +55,9 @@ def reproduce(
     write_atomic(folder / "figure.html", page.encode())
     if not found.holds:
         say(f"{name}: not every claim holds at this scale")
-    result(json.loads(json.dumps(finite(data), default=_plain)), as_json, table(found, data["seconds"], folder))
+    result(
+        json.loads(json.dumps(finite(data), default=_plain)), as_json, table(found, data["seconds"], folder)
+    )
 
 
 def _plain(value: Any) -> Any:
@@ -68,13 +72,21 @@ def table(found: Any, seconds: float, folder: Path) -> str:
         if claim.interval is not None:
             low, high = claim.interval
             spread = f" [{low:.3g}, {high:.3g}]"
-        shown = ", ".join(f"{v:.3g}" for v in claim.ours) if len(claim.ours) <= 5 else f"n = {len(claim.ours)}"
-        lines += textwrap.wrap(f"{'HOLDS' if claim.holds else 'DOES NOT HOLD'}  {claim.text}", 110, subsequent_indent="  ")
+        shown = (
+            ", ".join(f"{v:.3g}" for v in claim.ours) if len(claim.ours) <= 5 else f"n = {len(claim.ours)}"
+        )
+        lines += textwrap.wrap(
+            f"{'HOLDS' if claim.holds else 'DOES NOT HOLD'}  {claim.text}", 110, subsequent_indent="  "
+        )
         lines.append(f"    ours {claim.mean:.4g}{spread} ({shown}); demanded: {claim.demand}")
         if claim.control:
             mean = sum(claim.control) / len(claim.control)
-            lines.append(f"    {claim.control_name}: {mean:.4g} ({', '.join(f'{v:.3g}' for v in claim.control[:5])})")
-        lines += textwrap.wrap(f"paper: {claim.paper}", 106, initial_indent="    ", subsequent_indent="      ")
+            lines.append(
+                f"    {claim.control_name}: {mean:.4g} ({', '.join(f'{v:.3g}' for v in claim.control[:5])})"
+            )
+        lines += textwrap.wrap(
+            f"paper: {claim.paper}", 106, initial_indent="    ", subsequent_indent="      "
+        )
     for note in found.notes:
         lines += ["", *textwrap.wrap(note, 110)]
     return "\n".join([*lines, "", f"{folder}/result.json, {folder}/figure.html; {duration(seconds)}"])

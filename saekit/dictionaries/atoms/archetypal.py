@@ -49,6 +49,7 @@ class Archetypal(nn.Module):
     tied = False
     trained = True
     points: Tensor
+    given: Tensor
 
     def __init__(
         self, config: ArchetypalConfig, directions: Float[Tensor, "feature d_out"], generator: torch.Generator

@@ -56,6 +56,7 @@ class Coefficient(nn.Module):
     value: Tensor
     l0: Tensor
     first: Tensor
+    before: Tensor
 
     def __init__(self, config: PenaltyConfig):
         super().__init__()

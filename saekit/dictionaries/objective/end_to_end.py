@@ -45,7 +45,7 @@ class EndToEnd(nn.Module):
             raise SaekitError(
                 "objective 'end_to_end' needs the model behind the activations; train on SequenceSource(model, text, hook_point)"
             )
-        effects = forward.state.downstream(forward.to_model(forward.output()))
+        effects = forward.state.downstream(forward.to_model(forward.output()), self.config.later > 0)
         total = self.config.kl * effects["kl"]
         if self.config.later:
             total = total + self.config.later * effects["later"]

@@ -75,7 +75,11 @@ class Matryoshka(nn.Module):
         indices, atoms, prefixes = c.indices, forward.atoms, self.config.fixed(n)
         if self.config.random:
             order = self.importance.argsort(descending=True, stable=True)
-            indices, atoms, prefixes = order.argsort().int()[indices.long()], atoms[order], self._drawn(forward, n)
+            indices, atoms, prefixes = (
+                order.argsort().int()[indices.long()],
+                atoms[order],
+                self._drawn(forward, n),
+            )
         total, squared, forward.error = nested_error(
             c.offsets, indices, c.values, atoms, forward.b_dec, forward.y, prefixes
         )
