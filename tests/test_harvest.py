@@ -537,7 +537,11 @@ def test_the_store_is_shuffled_globally(stored: Store) -> None:
     mask = torch.cat([b.mask for b in stored.sequences()])
     sequence = torch.arange(len(mask))[:, None].expand_as(mask)[mask].numpy()
     order = np.concatenate(
-        list(itertools.islice(importlib.import_module("saekit.activations")._order(n, 100, 0, 0), n // 100))
+        list(
+            itertools.islice(
+                importlib.import_module("saekit.activations").shuffled_rows(n, 100, 0, 0), n // 100
+            )
+        )
     )
     rows = torch.cat(list(itertools.islice(stored.batches([POINT], 100, seed=0), n // 100)))
     assert torch.equal(rows, stored.gather(POINT, order))

@@ -93,13 +93,11 @@ def test_matching_is_one_to_one_and_mmcs_is_not() -> None:
 
 
 def test_the_best_matching_is_not_the_greedy_one() -> None:
-    a, b = torch.eye(2), F.normalize(torch.tensor([[1.0, 0.9], [1.0, 0.1]]), dim=1)
-    # greedy would take (a0, b1) and (a1, b0); so does the best; turned round, greedy loses
-    both = F.normalize(torch.tensor([[1.0, 0.2], [1.0, -2.0]]), dim=1)
-    greedy = (both[0, 0] + both[1, 1]) / 2
-    best = max(greedy, (both[0, 1] + both[1, 0]) / 2)
-    assert stability(a, both) == pytest.approx(best.item(), abs=1e-6)
-    assert stability(a, b) == pytest.approx(((b[1, 0] + b[0, 1]) / 2).item(), abs=1e-6)
+    b = F.normalize(torch.tensor([[1.0, 0.2], [1.0, -2.0]]), dim=1)
+    # greedy takes (e1, b0) at 0.98 and is left with (e2, b1) at -0.89
+    best = (b[1, 0] + b[0, 1]).item() / 2
+    assert best > (b[0, 0] + b[1, 1]).item() / 2
+    assert stability(torch.eye(2), b) == pytest.approx(best, abs=1e-6)
 
 
 def test_mmcs_is_at_least_stability_for_the_smaller_side() -> None:
@@ -432,7 +430,9 @@ def test_bad_directions_and_ranks() -> None:
     for rows, n in ((0, 1), (6, [])):
         with pytest.raises(SaekitError, match="has no rank"):
             decoder_projection(normal(rows, 3), atoms, torch.zeros(3), n)
-    for bad in (torch.full((9, 2), 0.1).double(), normal(1, 4), torch.full((3, 2), math.inf), nan):
+    constant = torch.full((11, 2), 0.1, dtype=torch.float64)  # its mean in float64 is not quite 0.1
+    assert (constant - constant.mean(0)).any()
+    for bad in (constant, normal(1, 4), torch.full((3, 2), math.inf), nan):
         with pytest.raises(SaekitError, match="x has no variance or is not finite"):
             effective_rank(bad)
     for share in (0, 1.5, math.nan):
@@ -544,6 +544,14 @@ def test_hedging_ignores_order_scale_sign_and_dead_rows() -> None:
     assert hedging(other, -7 * truth[order]) == pytest.approx(base, rel=1e-5)
     assert hedging(torch.cat([torch.zeros(3, 12), decoder]), truth) == pytest.approx(base, rel=1e-9)
     assert math.isnan(hedging(torch.zeros(2, 12), truth))
+    # a dead row is nobody's feature: true feature 0 stays unmatched
+    assert hedging(torch.tensor([[0.0, 0, 0], [0.5, 1, 0]]), torch.eye(3)) == pytest.approx(0.2)
+
+
+def test_directions_that_float32_cannot_tell_apart_are_one() -> None:
+    v = F.normalize(normal(1, 20), dim=1)
+    truth = torch.cat([v, v + 1e-8 * normal(1, 20, seed=1)])
+    assert hedging(v + 1e-7 * normal(1, 20, seed=2), truth) == pytest.approx(0, abs=1e-6)
 
 
 def cosine_nearest(decoder: torch.Tensor, truth: torch.Tensor) -> list[int]:

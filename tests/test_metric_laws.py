@@ -185,10 +185,9 @@ def test_training_documents_are_not_called_held_out(tiny_gpt2, small_store) -> N
     assert report.about["split"] == "all"
 
 
-def test_activations_with_heads_are_spliced(tiny_gpt2) -> None:
+def test_activations_with_heads_arespliced(tiny_gpt2) -> None:
     """Replacing a site by itself changes nothing, whatever axes stand behind the positions."""
-    from saekit.evaluate.core import _spliced
-    from saekit.hooks import Site, intervene
+    from saekit.hooks import Site, intervene, spliced
 
     class Heads(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -196,7 +195,7 @@ def test_activations_with_heads_are_spliced(tiny_gpt2) -> None:
 
     heads, x = Heads(), torch.randn(2, 5, 32)
     mask = torch.rand(2, 5) < 0.5
-    with intervene([(Site(heads, "out", "heads"), _spliced(mask, torch.zeros(2, 5, 32)))]):
+    with intervene([(Site(heads, "out", "heads"), spliced(mask, torch.zeros(2, 5, 32)))]):
         out = heads(x)
     assert torch.equal(out, torch.where(mask[..., None, None], 0, x.unflatten(-1, (4, 8))))
 

@@ -45,8 +45,6 @@ class TrainConfig:
     wandb: str | None = None
 
     def __post_init__(self):
-        if isinstance(self.betas, list):  # as JSON has it
-            object.__setattr__(self, "betas", tuple(self.betas))
         check_types(self)
         for name in ("steps", "batch_size", "log_every", "checkpoint_every", "dead_after", "resample_every"):
             value = getattr(self, name)

@@ -148,6 +148,8 @@ def _repeat(path: Path) -> tuple[Any, Any, dict[str, Any]]:
     from saekit.trainers import TrainConfig, read_config, weights_digest
 
     data = read_config(path)
+    if "betas" in data["train"]:
+        data["train"]["betas"] = tuple(data["train"]["betas"])  # JSON has lists alone
     TrainConfig(**data["train"])
     dictionary = Dictionary(Config.from_json(data["dictionary"]), seed=data["init_seed"])
     dictionary.reads, dictionary.writes = dictionary.wiring.sites(data["hook_points"])

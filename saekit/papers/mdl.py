@@ -1,0 +1,74 @@
+"""Interpretability as compression: description length has an inner minimum over the width (2410.11179)."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from saekit import metrics
+from saekit.dictionaries import create
+from saekit.evaluate.mdl import coarsest_precision, description_length
+from saekit.papers.claims import Claim, Reproduction, Tell, figure
+from saekit.testbed.digits import digits
+from saekit.trainers import train_many
+from saekit.types import Codes
+
+WIDTHS = (16, 32, 64, 128, 256, 512, 1024)
+KS = (2, 3, 4, 6, 8, 12, 16)
+VARIANCE, TOLERANCE = 0.8, 0.01  # explained before, and lost by, rounding the codes
+STEPS, BATCH, LR = 500, 128, 3e-3
+
+
+def bernoulli(seed: int) -> float:
+    """Relative error of the length of 50 planted independent features of one size, against sum H(p)."""
+    g = torch.Generator().manual_seed(seed)
+    p = 0.02 + 0.3 * torch.rand(50, generator=g)
+    codes = Codes.from_dense((torch.rand(40_000, 50, generator=g) < p).float())
+    truth = sum(-q * math.log2(q) - (1 - q) * math.log2(1 - q) for q in p.tolist())
+    return abs(description_length(codes, 1.0) / truth - 1)
+
+
+@torch.no_grad()
+def shortest(width: int, seed: int, x: torch.Tensor) -> float:
+    """The shortest description at this width, over k, of those that explain enough of the digits; in bits."""
+    ks = [k for k in KS if k < width]
+    ds = {f"k{k}": create("topk", d_in=64, n_features=width, k=k, seed=seed) for k in ks}
+    with torch.enable_grad():
+        train_many(ds, x, STEPS, BATCH, seed=seed, lr=LR)
+    lengths = []
+    for d in ds.values():
+        codes = d.encode(x)
+        if metrics.explained_variance(x, d.decode(codes)) < VARIANCE + TOLERANCE:
+            continue
+        lengths.append(description_length(codes, coarsest_precision(codes, d.decode, x, TOLERANCE)))
+    return min(lengths, default=math.inf)
+
+
+def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
+    """Bits per digit by the width of the dictionary, at equal distortion."""
+    lengths: dict[int, list[float]] = {w: [] for w in WIDTHS}
+    for i, seed in enumerate(seeds):
+        data = digits(seed)
+        x = torch.cat([data.train, data.test])
+        for j, width in enumerate(WIDTHS):
+            lengths[width].append(shortest(width, seed, x))
+            tell(i * len(WIDTHS) + j + 1, len(seeds) * len(WIDTHS), f"{width} features")
+    mean = {w: sum(v) / len(v) for w, v in lengths.items()}
+    best = min(WIDTHS, key=lambda w: mean[w])
+    narrow, wide = (
+        [lengths[end][i] / lengths[best][i] for i in range(len(seeds))] for end in (WIDTHS[0], WIDTHS[-1])
+    )
+    inner = 1.0 if WIDTHS[0] < best < WIDTHS[-1] else 0.0
+    return Reproduction(
+        title="Description length has an inner minimum over the width",
+        source="Ayonrinde, Pearce and Sharkey 2024, arXiv 2410.11179",
+        setting=f"scikit-learn's digits; TopK of {WIDTHS[0]} to {WIDTHS[-1]} features, the best k of {KS[0]} to {KS[-1]}, {STEPS} steps of {BATCH}; at least {VARIANCE:.0%} of variance explained after rounding",
+        claims=[
+            Claim("the shortest description is at an inner width (1 is yes)", "MNIST: neither whole digits nor pixels (figure)", [inner], ">=", 1.0, [float(best)], "that width"),
+            Claim(f"{WIDTHS[0]} features over the shortest", "longer at both ends (figure)", narrow, ">=", 1.1),
+            Claim(f"{WIDTHS[-1]} features over the shortest", "longer at both ends (figure)", wide, ">=", 1.1),
+            Claim("length of planted independent features against their entropy (share off)", "an identity in expectation", [bernoulli(s) for s in seeds], "<=", 0.02),
+        ],
+        figure=figure("Bits to describe a digit", "features", "bits per digit", {"description length": (WIDTHS, [mean[w] for w in WIDTHS])}, xaxis={"type": "log"}),
+        notes=[", ".join(f"{w}: {mean[w]:.1f} bits" for w in WIDTHS) + "."],
+    )  # fmt: skip

@@ -1,0 +1,66 @@
+"""Sparse but wrong: an L0 that is off mixes correlated features, and the decoder tells (2508.16560)."""
+
+from collections.abc import Sequence
+
+import torch
+
+from saekit import metrics
+from saekit.evaluate.geometry import decoder_projection, mean_decoder_cosine
+from saekit.papers.claims import Claim, Reproduction, Tell, figure
+from saekit.papers.planted import fit_all, make
+from saekit.testbed.planted import PlantedConfig, PlantedWorld
+from saekit.testbed.recovery import mcc
+
+WIDTH, STEPS, BATCH = 50, 1500, 512
+SHARE = 0.3  # of the latents: the rank at which the projection is read
+
+
+@torch.no_grad()
+def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
+    """BatchTopK dictionaries at every k around the true L0, on correlated features."""
+    world = PlantedWorld(
+        PlantedConfig(n_features=50, d_in=100, exponent=0.5, p_max=0.34, p_min=0.05, rank=10, correlation=0.2, roots=0, magnitude_mean=(1.0, 1.0), magnitude_std=(0.0, 0.0), bias=0.0, seed=3)
+    )  # fmt: skip
+    x = world.evaluation_set(8192)[0]
+    true_l0 = float(world.rates.sum())
+    ks = sorted({max(1, round(true_l0 + step)) for step in (-4, -3, -2, -1, 0, 1, 2, 3, 4, 6)})
+    rank = round(SHARE * WIDTH)
+    cosine: dict[int, list[float]] = {k: [] for k in ks}
+    projection: dict[int, list[float]] = {k: [] for k in ks}
+    recovered: dict[int, list[float]] = {k: [] for k in ks}
+    error: dict[int, list[float]] = {k: [] for k in ks}
+    for i, seed in enumerate(seeds):
+        ds = {f"k{k}": make(world, "batchtopk", WIDTH, seed, k=k) for k in ks}
+        with torch.enable_grad():
+            fit_all(world, ds, STEPS, BATCH, seed=seed, lr=3e-3)
+        for k in ks:
+            d = ds[f"k{k}"]
+            cosine[k].append(mean_decoder_cosine(d.W_dec))
+            projection[k].append(decoder_projection(d.norm_in(x), d.W_dec, d.b_dec, rank))
+            recovered[k].append(mcc(d.W_dec, world.directions))
+            error[k].append(metrics.fvu(x, d(x)))
+        tell(i + 1, len(seeds), "seeds")
+
+    def off(table: dict[int, list[float]]) -> list[float]:
+        return [abs(min(ks, key=lambda k: table[k][i]) - true_l0) for i in range(len(seeds))]
+
+    by_error = [abs(min(ks, key=lambda k: error[k][i]) - true_l0) for i in range(len(seeds))]
+    names = {
+        "decoder cosine": cosine,
+        "decoder projection": projection,
+        "recovery (MCC)": recovered,
+        "FVU": error,
+    }
+    means = {n: [sum(t[k]) / len(t[k]) for k in ks] for n, t in names.items()}
+    scaled = {n: [v / max(values) for v in values] for n, values in means.items()}
+    return Reproduction(
+        title="The decoder tells the true L0",
+        source="Chanin and Garriga-Alonso 2025, arXiv 2508.16560",
+        setting=f"50 correlated features in 100 dimensions, {true_l0:.1f} active on average; BatchTopK of {WIDTH} latents at k = {ks[0]} to {ks[-1]}, {STEPS} steps of {BATCH} rows, one stream for all",
+        claims=[
+            Claim("the k of the smallest mean |cosine| between atoms, against the true L0 (distance)", "minimal near the true L0 (figure)", off(cosine), "<=", 2.0, by_error, "the k of the smallest error"),
+            Claim(f"the k of the smallest decoder projection at rank {rank} per row, against the true L0 (distance)", "minimal near the true L0 (figure)", off(projection), "<=", 2.0, by_error, "the k of the smallest error"),
+        ],
+        figure=figure("Diagnostics by k, each as a share of its largest value", "k", "share of the largest", {n: (ks, v) for n, v in scaled.items()}),
+        notes=[f"True L0 {true_l0:.2f}. " + "; ".join(f"{n}: " + ", ".join(f"{k}: {v:.3f}" for k, v in zip(ks, values, strict=True)) for n, values in means.items()) + "."],
+    )  # fmt: skip
