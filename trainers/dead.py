@@ -9,7 +9,7 @@ from saekit.trainers.optim import Adam, Chosen
 from saekit.types import SaekitError
 
 DEAD_AFTER = 10_000_000
-ENCODER_SHARE = 0.2  # of the live features' mean norm, for the encoder of a resampled one
+ENCODER_SHARE = 0.2  # of the live features' mean norm, for the encoder of a resampled one behind a ReLU
 PURPOSE = 3  # of the random numbers
 
 
@@ -51,7 +51,8 @@ def resample(
     """Give dead features new directions: rows that are reconstructed badly (Bricken et al. 2023, appendix).
 
     Rows are drawn with probability proportional to their squared loss; the atom is the row's direction,
-    the encoder the same with a fifth of the live ones' mean norm, the bias 0, the moments cleared.
+    the encoder the same, the bias 0, the moments cleared. The encoder gets a fifth of the live ones' mean
+    norm, so that it doesn't disturb; where features compete by rank, their whole norm, or it would never win.
     """
     if not dead.any():
         return
@@ -63,8 +64,9 @@ def resample(
     read = torch.nn.functional.normalize(dictionary.norm_in(rows), dim=-1)
     if dictionary.encoder is not None:
         live = dictionary.encoder[~dead]
+        share = ENCODER_SHARE if "free_l0" in dictionary.selection.offers else 1.0
         size = live.norm(dim=-1).mean() if len(live) else torch.ones(())
-        dictionary.encoder[dead] = read * (1 if dictionary.encoder_unit else ENCODER_SHARE * size)
+        dictionary.encoder[dead] = read * (1 if dictionary.encoder_unit else share * size)
     dictionary.atoms.weight[dead] = written
     dictionary.b_enc[dead] = 0
     optimizer.forget(dead)

@@ -1,0 +1,70 @@
+"""The frame of ``saekit reproduce``; the claims themselves are run by ``pytest -m slow``."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from saekit.papers import PAPERS
+from saekit.papers.claims import Claim, Reproduction, bars, figure
+from saekit.verbs.reproduce import table
+
+
+def claim(*ours: float, sign: str = "<=", bound: float = 1.0) -> Claim:
+    return Claim("error", "0.9 (table 1)", ours, sign, bound, [2.0], "control")
+
+
+def test_a_claim_holds_by_its_mean() -> None:
+    assert claim(0.5, 1.4).holds and not claim(0.5, 1.6).holds and not claim(math.nan).holds
+    assert claim(2.0, sign=">").holds and not claim(1.0, sign=">").holds and claim(1.0, sign=">=").holds
+    assert not claim(1.0, sign="<").holds
+
+
+def test_its_interval_is_students() -> None:
+    low, high = claim(1.0, 2.0, 3.0).interval
+    assert (low + high) / 2 == pytest.approx(2) and high - 2 == pytest.approx(4.3027 / math.sqrt(3), rel=1e-4)
+    assert claim(1.0).interval is None
+
+
+def test_a_reproduction_is_json_and_a_table() -> None:
+    drawn = bars("t", "y", {"a": {"x": [1.0, 2.0]}})
+    found = Reproduction("title", "source", "setting", [claim(0.5), claim(5.0)], drawn, ["a note"])
+    data = json.loads(json.dumps(found.to_json(), default=lambda a: a.tolist()))
+    assert not data["holds"] and [c["holds"] for c in data["claims"]] == [True, False]
+    assert data["claims"][0]["control"] == {"name": "control", "values": [2.0]}
+    text = table(found, 3.0, Path("x"))
+    assert (
+        "HOLDS  error" in text
+        and "DOES NOT HOLD  error" in text
+        and "a note" in text
+        and "demanded: at most 1" in text
+    )
+    assert figure("t", "x", "y", {"a": ([1], [2.0])})["data"][0]["name"] == "a"
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "saekit.cli", "reproduce", *arguments], capture_output=True, text=True
+    )
+
+
+def test_the_command_lists_and_refuses(tmp_path: Path) -> None:
+    assert run().stdout.split() == list(PAPERS)
+    bad = run("matryoska", "--out", str(tmp_path / "x"))
+    assert bad.returncode == 2 and "did you mean 'matryoshka'" in bad.stderr and not (tmp_path / "x").exists()
+    assert run("matryoshka", "--seeds", "0").returncode == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", [name for name in PAPERS if name not in ("synth-sae-bench", "synth-sae-bench-16k")]
+)
+def test_the_claims_hold(name: str, tmp_path: Path) -> None:
+    done = run(name, "--out", str(tmp_path), "--json")
+    data = json.loads(done.stdout)
+    assert [c["claim"] for c in data["claims"] if not c["holds"]] == []
+    assert (tmp_path / "figure.html").stat().st_size > 10_000
+    assert json.loads((tmp_path / "result.json").read_text())["name"] == name

@@ -1,0 +1,272 @@
+"""What the architectures share beyond the contract: steering of L0, streams, starts, resampling, end-to-end, plug-ins."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+import saekit
+from saekit.activations import DrawnSource, TensorSource
+from saekit.contract import examine
+from saekit.dictionaries import TrainState
+from saekit.dictionaries.surgery import with_objective
+from saekit.harvest import SequenceSource
+from saekit.testbed.forest import Forest, ForestConfig
+from saekit.trainers import checkpoint
+from saekit.types import SaekitError
+
+
+@pytest.fixture
+def rows() -> torch.Tensor:
+    """4000 rows in 32 dimensions, sums of about 4 of 64 directions, far off-centre."""
+    g = torch.Generator().manual_seed(3)
+    atoms = normalize(torch.randn(64, 32, generator=g), dim=-1)
+    on = torch.rand(4000, 64, generator=g) < 1 / 16
+    return (on * (1 + torch.rand(4000, 64, generator=g))) @ atoms + 30.0
+
+
+def make(name: str, **options) -> saekit.Dictionary:
+    return saekit.create(name, **{"d_in": 32, "n_features": 128, "k": 4, "seed": 0, **options})
+
+
+@pytest.mark.parametrize("name", ["topk", "batchtopk", "jumprelu", "relu", "gated", "p_annealing", "tanh"])
+def test_requested_l0_is_met_and_few_features_die_far_off_centre(name: str, rows: torch.Tensor) -> None:
+    d = make(name, n_features=64)
+    run = saekit.train(d, rows, steps=1200, batch_size=512, lr=2e-3)
+    l0 = saekit.metrics.l0(d.encode(rows))
+    assert l0 == pytest.approx(4, rel=0.1)
+    if name in ("topk", "batchtopk", "jumprelu"):
+        assert run.metrics["dead_share"] < 0.05
+
+
+def test_a_dial_that_saturates_says_so(rows: torch.Tensor) -> None:
+    with pytest.warns(UserWarning, match="k = 60 was asked for and L0 is"):
+        saekit.train(make("jumprelu", k=60, n_features=64), rows, steps=60, batch_size=256)
+
+
+def test_many_from_one_stream_are_each_as_if_alone(rows: torch.Tensor, tmp_path: Path) -> None:
+    names = ("topk", "batchtopk", "matching_pursuit")
+    options = {"steps": 9, "batch_size": 200, "lr": 1e-3, "checkpoint_every": 3}
+    together = saekit.train_many({n: make(n) for n in names}, rows, out=tmp_path / "many", **options)
+    for name in names:
+        alone = saekit.train(make(name), rows, out=tmp_path / name, **options)
+        assert together[name].finished and together[name].metrics == alone.metrics
+        files = [p / "dictionary.safetensors" for p in (tmp_path / name, tmp_path / "many" / name)]
+        assert files[0].read_bytes() == files[1].read_bytes()
+        assert saekit.load(tmp_path / "many" / name).config == make(name).config
+
+
+def test_one_failure_leaves_the_others_alone(rows: torch.Tensor, tmp_path: Path) -> None:
+    runs = saekit.train_many(
+        {"good": make("topk"), "bad": make("topk")}, rows, 30, 200, tmp_path, each={"bad": {"lr": 1e30}}
+    )
+    assert runs["good"].finished and runs["good"].error is None
+    assert not runs["bad"].finished and "smaller lr" in runs["bad"].error
+    assert not (tmp_path / "bad" / "config.json").exists()  # free for another try
+    assert (tmp_path / "good" / "dictionary.safetensors").exists()
+
+
+def test_runs_that_were_interrupted_at_different_steps_go_on(rows: torch.Tensor, tmp_path: Path) -> None:
+    options = {"steps": 8, "batch_size": 200, "lr": 1e-3, "checkpoint_every": 2}
+    saekit.train_many({"a": make("topk"), "b": make("abstopk")}, rows, out=tmp_path, **options)
+    wanted = {n: (tmp_path / n / "dictionary.safetensors").read_bytes() for n in "ab"}
+    for name, keep in (("a", 1), ("b", 2)):
+        (tmp_path / name / "dictionary.safetensors").unlink()
+        for old in sorted((tmp_path / name / "checkpoints").iterdir())[keep:]:
+            for file in old.iterdir():
+                file.unlink()
+            old.rmdir()
+    assert checkpoint.latest(tmp_path / "a" / "checkpoints")[1]["step"] == 6
+    saekit.train_many({"a": make("topk"), "b": make("abstopk")}, rows, out=tmp_path, **options)
+    for name in "ab":
+        assert (tmp_path / name / "dictionary.safetensors").read_bytes() == wanted[name]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"dictionaries": {}}, "dictionaries is empty"),
+        ({"dictionaries": {"a/b": "topk"}}, "can't be a folder's"),
+        ({"each": {"c": {}}}, "each names 'c'"),
+        ({"each": {"a": {"seed": 3}}}, "seed = 3 of 'a' alone"),
+    ],
+)
+def test_bad_sets_are_refused(given: dict, words: str, rows: torch.Tensor, tmp_path: Path) -> None:
+    dictionaries = {name: make(kind) for name, kind in given.get("dictionaries", {"a": "topk"}).items()}
+    with pytest.raises(SaekitError, match=words):
+        saekit.train_many(dictionaries, rows, 2, 100, tmp_path / "x", each=given.get("each"))
+    assert not (tmp_path / "x").exists()
+
+
+def test_peers_see_each_other_as_they_were_before_the_step(rows: torch.Tensor) -> None:
+    def pair(order: str) -> dict[str, torch.Tensor]:
+        ds = {n: make("topk", objective=("reconstruction", "mutual"), seed="ab".index(n)) for n in order}
+        saekit.train_many(ds, rows, 5, 200, lr=1e-2)
+        return {n: d.W_dec.detach() for n, d in ds.items()}
+
+    one, other = pair("ab"), pair("ba")
+    assert all(torch.equal(one[n], other[n]) for n in "ab")
+
+
+def test_starting_in_the_active_subspace_leaves_no_length_outside(rows: torch.Tensor) -> None:
+    g = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(32, 6, generator=g)).Q
+    flat = torch.randn(2000, 6, generator=g) @ basis.T + 3
+    d = make("topk")
+    saekit.train(d, flat, 1, 500, lr=1e-9, start="active_subspace")
+    outside = d.W_dec - d.W_dec @ basis @ basis.T
+    assert outside.norm(dim=1).max() < 1e-3 and d.W_dec.norm(dim=1).sub(1).abs().max() < 1e-5
+    torch.testing.assert_close(d.encoder, d.atoms.weight, atol=1e-4, rtol=1e-4)
+    with pytest.raises(SaekitError, match="start 'activ' is unknown"):
+        saekit.train(make("topk"), flat, 1, 500, start="activ")
+
+
+def test_resampling_writes_new_directions_and_clears_moments(rows: torch.Tensor) -> None:
+    d = make("topk", objective=("reconstruction",))
+    trainer = saekit.Trainer(d, lr=1e-3, dead_after=100, resample_every=3)
+    with torch.no_grad():
+        d.b_enc[:10] = -1e6  # they can't fire
+    for i in range(2):
+        trainer.step(rows[i * 200 : i * 200 + 200])
+    assert trainer.dead[:10].all()
+    before = d.W_dec.detach().clone()
+    trainer.step(rows[400:600])
+    assert not trainer.dead[:10].any() and (d.b_enc[:10] == 0).all()
+    cosine = (normalize(before[:10], dim=1) * d.W_dec[:10]).sum(1)
+    assert (cosine < 0.99).all()
+    moments = dict(zip(map(id, trainer.optimizer.parameters), trainer.optimizer.moments, strict=True))
+    for weight in (d.encoder, d.atoms.weight, d.b_enc):
+        assert all((m[:10] == 0).all() for m in moments[id(weight)])
+    assert d.encode(rows).firing_counts()[:10].sum() > 0
+    with pytest.raises(SaekitError, match="resample_every needs atoms"):
+        saekit.Trainer(make("archetypal"), resample_every=3)
+
+
+def test_k_anneals_from_its_start(rows: torch.Tensor) -> None:
+    d = make("topk", k_start=20, anneal=0.5)
+    d.prepare(rows)
+    widths = [d.loss(rows[:50], TrainState(step=s, steps=100)).codes.width for s in (0, 24, 49, 99)]
+    assert widths == [20, 12, 4, 4] and d.encode(rows[:5]).width == 4
+
+
+def test_alpha_widens_the_support_at_inference(rows: torch.Tensor) -> None:
+    d = make("k_sparse", alpha=1.5)
+    d.prepare(rows)
+    assert d.encode(rows[:5]).width == 6 and d.loss(rows[:5]).codes.width == 4
+
+
+def test_whitening_gives_unit_covariance_and_folds(rows: torch.Tensor) -> None:
+    d = make("topk", normalise="whiten")
+    d.set_normalisation(rows)
+    white = d.norm_in(rows)
+    torch.testing.assert_close(torch.cov(white.T), torch.eye(32), atol=2e-2, rtol=0)
+    torch.testing.assert_close(d.norm_in.invert(white), rows, atol=1e-3, rtol=1e-4)
+
+
+def test_archetypal_atoms_stay_in_the_hull(rows: torch.Tensor) -> None:
+    d = make("archetypal", n_features=40, candidates=20)
+    saekit.train(d, rows, 20, 256, lr=1e-2)
+    weights = d.atoms.mixture.relu()
+    weights = weights / weights.sum(1, keepdim=True)
+    torch.testing.assert_close(weights @ d.atoms.points * d.atoms.log_scale.exp(), d.W_dec)
+    assert d.atoms.mixture.shape == (40, 20) and not d.atoms.deviation.requires_grad
+    relaxed = make("relaxed_archetypal", n_features=40, candidates=20, delta=0.05)
+    saekit.train(relaxed, rows, 20, 256, lr=1e-1)
+    assert 0 < relaxed.atoms.deviation.norm(dim=1).max() <= 0.05 + 1e-6
+
+
+def test_orthogonality_pushes_atoms_apart(rows: torch.Tensor) -> None:
+    nearest = []
+    for coefficient in (0.0, 50.0):
+        d = make("topk", objective=("reconstruction", "orthogonality"), coefficient=coefficient)
+        saekit.train(d, rows, 60, 256, lr=1e-2)
+        cosine = (d.W_dec @ d.W_dec.T).detach().fill_diagonal_(0)
+        nearest.append(cosine.abs().amax(1).mean())
+    assert nearest[1] < nearest[0]
+
+
+def test_end_to_end_training_lowers_kl_and_leaves_the_model_alone(tiny_gpt2) -> None:
+    source = SequenceSource(tiny_gpt2, "stdlib", "blocks.1.hook_resid_post", tokens=4000, context=32)
+    weights = {k: v.clone() for k, v in tiny_gpt2.module.state_dict().items()}
+    d = saekit.create("topk", d_in=32, n_features=64, k=4)
+    saekit.train(d, source, 4, 8, lr=1e-2)
+    tuned = with_objective(d, ("reconstruction", "end_to_end"), kl=100.0, later=1.0)
+    assert torch.equal(tuned.W_dec, d.W_dec)
+    batch = next(source.batches(source.hook_points, 32, 7))
+    before = batch.downstream(d(batch.rows(source.hook_points[0])).detach(), True)
+    same = batch.downstream(batch.rows(source.hook_points[0]), True)
+    assert same["kl"] == pytest.approx(0, abs=1e-6) and same["later"] == pytest.approx(0, abs=1e-6)
+    run = saekit.train(tuned, source, 30, 8, lr=3e-3)
+    assert run.finished and "end_to_end" in run.metrics
+    after = batch.downstream(tuned(batch.rows(source.hook_points[0])).detach(), True)
+    assert after["kl"] < before["kl"]
+    for key, value in tiny_gpt2.module.state_dict().items():
+        assert torch.equal(value, weights[key])
+    assert all(p.grad is None for p in tiny_gpt2.module.parameters())
+    with pytest.raises(SaekitError, match="needs the model behind"):
+        saekit.train(tuned, torch.randn(100, 32), 1, 50)
+
+
+def test_a_forest_is_drawn_as_its_config_says() -> None:
+    forest = Forest(ForestConfig(cosine=0.4))
+    x, codes = forest.batch(40_000, 0)
+    on = codes.to_dense() > 0
+    rates = on.double().mean(0)
+    torch.testing.assert_close(rates[:3], torch.full((3,), 0.15).double(), atol=0.01, rtol=0)
+    torch.testing.assert_close(rates[11:], torch.full((9,), 0.03).double(), atol=0.005, rtol=0)
+    assert codes.l0().double().mean() == pytest.approx(forest.l0, abs=0.02)
+    for child in range(11, 20):
+        assert on[on[:, child], forest.parent[child]].all()
+    assert (on[:, 11:14].sum(1) <= 1).all()
+    gram = forest.directions @ forest.directions.T
+    assert (
+        gram[11, 12] == pytest.approx(0.4, abs=1e-5) and abs(gram[0, 11]) < 1e-6 and abs(gram[11, 14]) < 1e-6
+    )
+    torch.testing.assert_close(x, codes.to_dense() @ forest.directions)
+
+
+def test_options_go_to_the_first_choice_that_has_them_or_to_the_one_named(rows: torch.Tensor) -> None:
+    d = make("jumprelu", **{"auxk.coefficient": 0.5, "coefficient": 2.0})
+    terms = dict(d.config.objective)
+    assert terms["l0"].coefficient == 2.0 and terms["auxk"].coefficient == 0.5 and terms["l0"].k == 4
+    with pytest.raises(SaekitError, match="did you mean 'coefficient'"):
+        make("jumprelu", **{"auxk.coeficient": 0.5})
+
+
+def test_drawn_rows_resume_where_they_were() -> None:
+    source = DrawnSource(lambda n, step, seed: torch.full((n, 2), float(10 * seed + step)), 2, "test")
+    first = source.batches(["x"], 3, 1)
+    assert [next(first)[0, 0].item() for _ in range(3)] == [10, 11, 12]
+    assert next(source.batches(["x"], 3, 1, start=2))[0, 0] == 12 and source.width(None) == 2
+    assert isinstance(TensorSource(torch.ones(3, 2)).width(None), int)
+
+
+def test_a_selection_of_ones_own_keeps_the_contract(
+    tmp_path: Path, planted_rows: torch.Tensor, code_lm
+) -> None:
+    path = Path(__file__).parent / "example_selection.py"
+    assert len(path.read_text().splitlines()) < 60
+    spec = importlib.util.spec_from_file_location("example_selection", path)
+    sys.modules["example_selection"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def mine(d_in: int = 16) -> saekit.Dictionary:
+        return saekit.create(
+            "topk",
+            d_in=d_in,
+            n_features=64,
+            k=4,
+            selection="damped",
+            objective=("hierarchical", "l1"),
+            coefficient=0.01,
+        )
+
+    examine(mine, planted_rows, tmp_path)
+    d = mine(256)
+    acts = saekit.harvest(code_lm, "stdlib", ["blocks.1.hook_resid_post"], out=tmp_path / "acts", tokens=4096)
+    saekit.train(d, acts, 20, 512, tmp_path / "run")
+    report = saekit.evaluate(saekit.load(tmp_path / "run"), code_lm, "stdlib", tokens=2048)
+    assert 0 < float(report["fvu"]) < 1.5 and float(report["l0"]) <= 4
