@@ -1,8 +1,10 @@
 """saekit's own format: a folder with ``dictionary.safetensors`` and ``card.json``. Schema version 1.
 
 The tensors are the dictionary's state: ``encoder [n_features, d_in]`` (absent when tied),
-``atoms.weight [n_features, d_out]``, ``b_enc [n_features]``, ``b_dec [d_out]``, the normalisation
-``mean_in, scale_in [d_in]``, ``mean_out, scale_out [d_out]`` and ``normalised``. The card holds
+``atoms.weight [n_features, d_out]`` (or what else the atoms are made of), ``b_enc [n_features]``,
+``b_dec [d_out]``, ``prepared``, the normalisation ``norm_in.mean [d_in]``, ``norm_in.scale``,
+``norm_in.fitted`` and the same for ``norm_out``, and the state of the selection (``selection.threshold``)
+and of the terms (``terms.l0.coefficient.value``), where they have any. The card holds
 ``schema``, ``config`` (the four choices), ``reads`` and ``writes`` (hook points), ``sha256`` of the
 tensors' file, and what is known of data, training and metrics.
 """
