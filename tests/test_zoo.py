@@ -1,6 +1,8 @@
 """What the architectures share beyond the contract: steering of L0, streams, starts, resampling, end-to-end, plug-ins."""
 
 import importlib.util
+import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,8 +16,9 @@ from saekit.contract import examine
 from saekit.dictionaries import TrainState
 from saekit.dictionaries.surgery import with_objective
 from saekit.harvest import SequenceSource
+from saekit.report.sweep import rows as rows_of
 from saekit.testbed.forest import Forest, ForestConfig
-from saekit.trainers import checkpoint
+from saekit.trainers import Run, checkpoint
 from saekit.types import SaekitError
 
 
@@ -208,6 +211,41 @@ def test_end_to_end_training_lowers_kl_and_leaves_the_model_alone(tiny_gpt2) -> 
     assert all(p.grad is None for p in tiny_gpt2.module.parameters())
     with pytest.raises(SaekitError, match="needs the model behind"):
         saekit.train(tuned, torch.randn(100, 32), 1, 50)
+
+
+def test_a_sweep_is_many_runs_and_a_front(small_store, tmp_path: Path) -> None:
+    command = [sys.executable, "-P", "-m", "saekit.cli", "train", "--acts", str(small_store.path), "--n-features", "64", "--steps", "6", "--batch-size", "256"]  # fmt: skip
+    out = tmp_path / "sweep"
+    done = subprocess.run(
+        [*command, "--sweep", "k=2,8", "--sweep", "architecture=topk,relu", "--out", str(out), "--json"], capture_output=True, text=True
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = {row["name"]: row for row in json.loads(done.stdout)["runs"]}
+    assert set(rows) == {f"k-{k}_architecture-{a}" for k in (2, 8) for a in ("topk", "relu")}
+    assert rows["k-2_architecture-topk"]["front"] and (out / "sweep.html").stat().st_size > 10_000
+    for name in rows:
+        assert saekit.load(out / name).n_features == 64
+    for given, words in (
+        ("steps=1,2", "all runs share one stream"),
+        ("k", "has no values"),
+        ("k=2,999", "k = 999"),
+    ):
+        bad = subprocess.run(
+            [*command, "--sweep", given, "--out", str(tmp_path / "bad")], capture_output=True, text=True
+        )
+        assert bad.returncode == 2 and words in bad.stderr and not (tmp_path / "bad").exists()
+
+
+def test_the_front_holds_what_nothing_beats(tmp_path: Path) -> None:
+    lines = {"a": (4.0, 0.5), "b": (4.0, 0.6), "c": (8.0, 0.2), "d": (9.0, 0.3)}
+    runs = {}
+    for name, (l0, fvu) in lines.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "log.jsonl").write_text(
+            json.dumps({"step": 1, "l0": l0, "fvu": fvu, "dead_share": 0.0})
+        )
+        runs[name] = Run(make("topk"), tmp_path / name, 1, True, {})
+    assert {row["name"] for row in rows_of(runs) if row["front"]} == {"a", "c"}
 
 
 def test_a_forest_is_drawn_as_its_config_says() -> None:

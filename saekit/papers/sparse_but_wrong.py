@@ -23,7 +23,7 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
     )  # fmt: skip
     x = world.evaluation_set(8192)[0]
     true_l0 = float(world.rates.sum())
-    ks = sorted({max(1, round(true_l0 + step)) for step in (-4, -3, -2, -1, 0, 1, 2, 3, 4, 6)})
+    ks = sorted({max(2, round(true_l0 + step)) for step in (-2, -1, 0, 1, 2, 3, 4, 6)})
     rank = round(SHARE * WIDTH)
     cosine: dict[int, list[float]] = {k: [] for k in ks}
     projection: dict[int, list[float]] = {k: [] for k in ks}

@@ -1,5 +1,7 @@
 """``saekit train``: a dictionary from a store, or live from a model."""
 
+import dataclasses
+import itertools
 import json
 import sys
 import time
@@ -29,6 +31,12 @@ def train(
     option: Annotated[
         list[str] | None,
         typer.Option("--set", help="Any other field of the architecture, e.g. --set k_aux=64; repeatable."),
+    ] = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Several values of a field, e.g. --sweep k=16,32,64, or of architecture; one run each, from one stream. Repeatable: all combinations."
+        ),
     ] = None,
     out: Annotated[str, typer.Option(help="Folder of the run; an interrupted run in it goes on.")] = "run",
     steps: Annotated[
@@ -60,7 +68,6 @@ def train(
 
     Example: `saekit train topk --acts acts --n-features 4096 --k 32 --out run`
     """
-    from saekit.dictionaries import create
     from saekit.trainers import TrainConfig
     from saekit.trainers import train as run
 
@@ -69,12 +76,16 @@ def train(
     else:
         source, width = _source(acts, model, text, hook_point, batch_size, device)
         extra = dict(_option(item) for item in option or [])
-        dictionary = create(architecture, n_features=n_features, k=k, seed=seed, **{"d_in": width, **extra})
+        fields = {"architecture": architecture, "n_features": n_features, "k": k, "d_in": width, **extra}
         whole = max(1, source.n_rows // max(1, batch_size)) if source.n_rows else 1000
         options = {
             "steps": whole if steps is None else steps, "batch_size": batch_size, "lr": lr,
             "dead_after": dead_after, "checkpoint_every": checkpoint_every, "log_every": log_every, "wandb": wandb, "seed": seed,
         }  # fmt: skip
+        if sweep:
+            _sweep(fields, sweep, source, hook_point, options, out, device, as_json)
+            return
+        dictionary = _create(fields, seed)
         if hook_point:
             dictionary.reads, dictionary.writes = dictionary.wiring.sites([hook_point])
     began, total = time.monotonic(), options.get("steps", TrainConfig.steps)
@@ -95,6 +106,76 @@ def train(
     m = done.metrics
     shown = f"fvu {m['fvu']:.3f}, l0 {m['l0']:.1f}, dead {m['dead_share']:.1%}" if m else "nothing left to do"
     result(data, as_json, f"{done.path}: {done.steps} steps in {duration(data['seconds'])}; {shown}")
+
+
+def _create(fields: dict[str, Any], seed: int) -> Any:
+    from saekit.dictionaries import create
+
+    options = dict(fields)
+    return create(options.pop("architecture"), seed=seed, **options)
+
+
+def _sweep(
+    fields: dict[str, Any], sweep: list[str], source: Any, hook_point: str | None,
+    options: dict[str, Any], out: str, device: str | None, as_json: bool,
+) -> None:  # fmt: skip
+    """One run for each combination of the values, from one stream; a table and a figure of them."""
+    from saekit.report.sweep import draw, rows
+    from saekit.trainers import TrainConfig, train_many
+
+    axes = dict(_axis(item) for item in sweep)
+    trains = {f.name for f in dataclasses.fields(TrainConfig)} - {"seed"}
+    dictionaries, each = {}, {}
+    for values in itertools.product(*axes.values()):
+        chosen = dict(zip(axes, values, strict=True))
+        name = "_".join(f"{key}-{value}" for key, value in chosen.items())
+        each[name] = {key: value for key, value in chosen.items() if key in trains}
+        mine = {key: value for key, value in chosen.items() if key not in trains}
+        dictionaries[name] = _create({**fields, **mine}, options["seed"])
+        if hook_point:
+            d = dictionaries[name]
+            d.reads, d.writes = d.wiring.sites([hook_point])
+    total, began = options["steps"], time.monotonic()
+    with progress("train", "steps") as draw_bar:
+        runs = train_many(
+            dictionaries, source, out=out, device=device, each=each, **options,
+            on_step=lambda name, step, r: draw_bar(step, total, f"{name}: fvu {r['fvu']:.3f} l0 {r['l0']:.1f}"),
+        )  # fmt: skip
+    for name, run in runs.items():
+        if run.error:
+            say(f"{name} failed: {run.error}")
+    if not all(run.finished or run.error for run in runs.values()):
+        say(f"stopped; saved in {out}: the same command goes on from there")
+        sys.exit(130)
+    found = rows(runs)
+    data = {
+        "runs": found,
+        "failed": {n: r.error for n, r in runs.items() if r.error},
+        "seconds": time.monotonic() - began,
+    }
+    lines = [f"{'run':30} {'L0':>8} {'FVU':>8} {'dead':>8}"]
+    lines += [
+        f"{r['name']:30} {r['l0']:8.1f} {r['fvu']:8.4f} {r['dead_share']:8.2%}{' *' * r['front']}"
+        for r in found
+    ]
+    if found:
+        lines.append(f"* on the front; {draw(found, Path(out) / 'sweep.html').resolve()}")
+    result(data, as_json, "\n".join(lines))
+
+
+def _axis(item: str) -> tuple[str, list[Any]]:
+    name, sign, values = item.partition("=")
+    if not sign or not values:
+        raise SaekitError(f"--sweep {item!r} has no values; write --sweep {name}=A,B,C")
+    if name in ("steps", "batch_size", "seed", "d_in"):
+        raise SaekitError(f"--sweep {item!r}: all runs share one stream, so {name} is the same for all")
+    out = []
+    for value in values.split(","):
+        try:
+            out.append(json.loads(value))
+        except ValueError:
+            out.append(value)
+    return name, out
 
 
 def _option(item: str) -> tuple[str, Any]:
