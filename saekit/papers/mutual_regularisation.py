@@ -10,7 +10,7 @@ from saekit.testbed.planted import PlantedConfig, PlantedWorld
 from saekit.testbed.recovery import mcc
 
 WIDTH, K, STEPS, BATCH, PEERS = 96, 3, 800, 256, 2
-ALPHAS = (0.0, 1.0, 3.0, 10.0)
+ALPHAS = (0.0, 0.03, 0.1, 0.3, 1.0)
 
 
 def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
