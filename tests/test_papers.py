@@ -2,13 +2,17 @@
 
 import json
 import math
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from saekit.papers import PAPERS
+import saekit
+from saekit.activations import DrawnSource
+from saekit.papers import PAPERS, training
 from saekit.papers.claims import Claim, Reproduction, bars, figure
 from saekit.verbs.reproduce import table
 
@@ -68,3 +72,18 @@ def test_the_claims_hold(name: str, tmp_path: Path) -> None:
     assert [c["claim"] for c in data["claims"] if not c["holds"]] == []
     assert (tmp_path / "figure.html").stat().st_size > 10_000
     assert json.loads((tmp_path / "result.json").read_text())["name"] == name
+
+
+def test_a_run_that_was_interrupted_or_failed_ends_a_reproduction() -> None:
+    d = saekit.create("topk", d_in=4, n_features=8, k=2)
+    rows = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+
+    def stop(batch_size: int, step: int, seed: int) -> torch.Tensor:
+        if step == 2:
+            signal.raise_signal(signal.SIGINT)
+        return rows[:batch_size]
+
+    with pytest.raises(KeyboardInterrupt):
+        training.fit(d, DrawnSource(stop, 4, "test"), 9, 32)
+    with pytest.raises(RuntimeError, match="smaller lr"):
+        training.fit_all({"a": saekit.create("topk", d_in=4, n_features=8, k=2)}, rows, 30, 32, lr=1e30)

@@ -13,7 +13,7 @@ from saekit import metrics
 from saekit.activations import DrawnSource
 from saekit.dictionaries import create
 from saekit.papers.claims import Claim, Reproduction, Tell, bars
-from saekit.trainers import train
+from saekit.papers.training import fit
 
 D, ACTIVE, FEATURES, WIDTH, K = 64, 16, 128, 1024, 8
 STEPS, BATCH, LAST = 800, 256, 200
@@ -50,7 +50,7 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
         x = _draw(directions, 8192, 1 << 30, 0)
         for j, (name, options) in enumerate(KINDS.items()):
             d = create("topk", d_in=D, n_features=WIDTH, k=K, seed=seed, objective=("reconstruction",))
-            run = train(
+            run = fit(
                 d, source, STEPS, BATCH, seed=seed, lr=1e-3, decay=0.0, dead_after=LAST * BATCH, **options
             )
             dead[name].append(run.metrics["dead_share"])

@@ -9,8 +9,8 @@ from saekit import metrics
 from saekit.dictionaries import Dictionary, create
 from saekit.evaluate.stability import stability
 from saekit.papers.claims import Claim, Reproduction, Tell, bars
+from saekit.papers.training import fit_all
 from saekit.testbed.digits import digits
-from saekit.trainers import train_many
 
 WIDTH, K, STEPS, BATCH, LR = 100, 5, 1500, 128, 1e-3
 DELTA = 0.01
@@ -59,7 +59,7 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
             ds = _dictionaries(x, points, seed)
             if table is shared:
                 ds = {name: ds[name] for name in (MINE, THEIRS)}
-            train_many(ds, x, STEPS, BATCH, seed=seed, lr=LR)
+            fit_all(ds, x, STEPS, BATCH, seed=seed, lr=LR)
             for name, d in ds.items():
                 table.setdefault(name, []).append(d)
         tell(i + 1, len(seeds), "seeds")

@@ -7,10 +7,11 @@ import torch
 from saekit import metrics
 from saekit.dictionaries import TrainState
 from saekit.papers.claims import Claim, Reproduction, Tell, bars
-from saekit.papers.planted import fit_all, make
+from saekit.papers.planted import make, stream
+from saekit.papers.training import fit_all
 from saekit.testbed.planted import PlantedConfig, PlantedWorld
 
-WIDTH, K, STEPS = 256, 8, 1500
+WIDTH, K, STEPS, BATCH = 256, 8, 1500, 512
 
 
 @torch.no_grad()
@@ -24,7 +25,7 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
     for i, seed in enumerate(seeds):
         ds = {name: make(world, name.lower(), WIDTH, seed, k=K) for name in l0}
         with torch.enable_grad():
-            fit_all(world, ds, STEPS, seed=seed)
+            fit_all(ds, stream(world), STEPS, BATCH, seed=seed)
         for name, d in ds.items():
             l0[name].append(metrics.l0(d.encode(x)))
             fvu[name].append(metrics.fvu(x, d(x)))
@@ -43,7 +44,7 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
     return Reproduction(
         title="BatchTopK spends its budget where it is needed",
         source="Bussmann, Leask and Nanda 2024, arXiv 2412.06410",
-        setting=f"512 planted features in 64 dimensions, {WIDTH} latents, k = {K}, {STEPS} steps of 512 rows",
+        setting=f"512 planted features in 64 dimensions, {WIDTH} latents, k = {K}, {STEPS} steps of {BATCH} rows",
         claims=[
             Claim("mean L0 at inference against k (share off)", "the threshold keeps the mean (section 3)", off, "<=", 0.05),
             Claim("FVU over that of TopK at the same L0", "lower error than TopK at equal L0 (figure 2)", [a / b for a, b in zip(fvu["BatchTopK"], fvu["TopK"], strict=True)], "<", 1.0, [a / b for a, b in zip(fvu["JumpReLU"], fvu["TopK"], strict=True)], "JumpReLU over TopK"),

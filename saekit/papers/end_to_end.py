@@ -9,7 +9,7 @@ from saekit.evaluate import evaluate
 from saekit.harvest import SequenceSource, harvest
 from saekit.models import load_model
 from saekit.papers.claims import Claim, Reproduction, Tell, bars
-from saekit.trainers import train
+from saekit.papers.training import fit
 
 POINT, WIDTH, K = "blocks.1.hook_resid_post", 1024, 16
 TOKENS, STEPS, BATCH = 400_000, 200, 2048
@@ -26,11 +26,11 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
         store = harvest(model, "stdlib", [POINT], out=f"{folder}/acts", tokens=TOKENS, dtype="bf16")
         for i, seed in enumerate(seeds):
             d = create("topk", d_in=256, n_features=WIDTH, k=K, seed=seed)
-            train(d, store, STEPS, BATCH, seed=seed)
+            fit(d, store, STEPS, BATCH, seed=seed)
             dictionaries = {"before": d}
             for name, objective in KINDS.items():
                 tuned = with_objective(d, objective)
-                train(tuned, sequences, TUNE_STEPS, SEQUENCES, lr=RATE, decay=1.0, seed=seed)
+                fit(tuned, sequences, TUNE_STEPS, SEQUENCES, lr=RATE, decay=1.0, seed=seed)
                 dictionaries[name] = tuned
             for name, one in dictionaries.items():
                 report = evaluate(one, model, "stdlib", tokens=16_384, controls=False)

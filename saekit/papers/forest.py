@@ -8,8 +8,8 @@ import torch
 from saekit import metrics
 from saekit.activations import DrawnSource
 from saekit.dictionaries import Dictionary, create
+from saekit.papers.training import fit
 from saekit.testbed.forest import Forest
-from saekit.trainers import train
 
 ROWS = 20_000  # to measure on
 HELD_OUT = 1 << 30  # seeds from here on are never trained on
@@ -22,7 +22,7 @@ def trained(
     n = forest.config.n_features
     d = create(preset, d_in=n, n_features=n, seed=seed, **options)
     source = DrawnSource(lambda rows, step, s: forest.batch(rows, 100_003 * s + step)[0], n, "forest")
-    train(d, source, batch_size=200, seed=seed, **train_with)
+    fit(d, source, batch_size=200, seed=seed, **train_with)
     return d
 
 

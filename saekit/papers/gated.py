@@ -6,11 +6,12 @@ import torch
 
 from saekit import metrics
 from saekit.papers.claims import Claim, Reproduction, Tell, bars
-from saekit.papers.planted import fit_all, make
+from saekit.papers.planted import make, stream
+from saekit.papers.training import fit_all
 from saekit.testbed.planted import PlantedConfig, PlantedWorld
 from saekit.testbed.recovery import shrinkage
 
-WIDTH, K, STEPS = 128, 6, 1500
+WIDTH, K, STEPS, BATCH = 128, 6, 1500, 512
 
 
 @torch.no_grad()
@@ -27,7 +28,7 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
     for i, seed in enumerate(seeds):
         ds = {name: make(world, preset, WIDTH, seed, k=K) for name, preset in kinds.items()}
         with torch.enable_grad():
-            fit_all(world, ds, STEPS, seed=seed)
+            fit_all(ds, stream(world), STEPS, BATCH, seed=seed)
         for name, d in ds.items():
             folded, codes = d.to_inference(), d.encode(x)
             short[name].append(
@@ -40,7 +41,7 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
     return Reproduction(
         title="Gated dictionaries don't shrink",
         source="Rajamanoharan et al. 2024, arXiv 2404.16014",
-        setting=f"96 planted features in 64 dimensions ({float(world.rates.sum()):.1f} active), {WIDTH} latents, L0 steered to {K}, {STEPS} steps of 512 rows",
+        setting=f"96 planted features in 64 dimensions ({float(world.rates.sum()):.1f} active), {WIDTH} latents, L0 steered to {K}, {STEPS} steps of {BATCH} rows",
         claims=[
             Claim("gated: norm of reconstructions over that of activations", "about 1 (figure on relative reconstruction bias)", short["gated"], ">=", 0.98, short["L1"], "L1"),
             Claim("L1 shrinks at the same L0", "clearly below 1 (same figure)", short["L1"], "<=", 0.93),

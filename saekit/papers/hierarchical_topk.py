@@ -8,7 +8,8 @@ import torch
 from saekit import metrics
 from saekit.dictionaries import Dictionary
 from saekit.papers.claims import Claim, Reproduction, Tell, figure
-from saekit.papers.planted import fit_all, make, reconstruct
+from saekit.papers.planted import make, reconstruct, stream
+from saekit.papers.training import fit_all
 from saekit.testbed.planted import PlantedConfig, PlantedWorld
 
 WIDTH, K, STEPS, BATCH = 256, 32, 1500, 256
@@ -57,7 +58,7 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
     for i, seed in enumerate(seeds):
         ds = {"all": make(world, "hierarchical_topk", WIDTH, seed, k=K)}
         ds |= {f"topk-{k}": make(world, "topk", WIDTH, seed, k=k) for k in BUDGETS}
-        fit_all(world, ds, STEPS, BATCH, seed=seed)
+        fit_all(ds, stream(world), STEPS, BATCH, seed=seed)
         for name, at in (("HierarchicalTopK", ds["all"]), ("TopK at 32", ds["topk-32"])):
             curves[name].append([metrics.fvu(x, reconstruct(at, x, k)) for k in BUDGETS])
         curves["TopK at each k"].append([metrics.fvu(x, reconstruct(ds[f"topk-{k}"], x)) for k in BUDGETS])

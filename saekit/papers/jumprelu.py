@@ -9,10 +9,11 @@ from torch import Tensor
 from saekit import metrics
 from saekit.dictionaries import Dictionary, TrainState
 from saekit.papers.claims import Claim, Reproduction, Tell, bars
-from saekit.papers.planted import fit_all, make
+from saekit.papers.planted import make, stream
+from saekit.papers.training import fit_all
 from saekit.testbed.planted import PlantedConfig, PlantedWorld
 
-WIDTH, STEPS = 256, 1500
+WIDTH, STEPS, BATCH = 256, 1500, 512
 TARGETS = (4, 8, 16)
 BANDWIDTH = 0.05  # of the test of gradients: narrow enough for the limit, wide enough for many rows
 
@@ -68,7 +69,7 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
             for k in TARGETS
             for name in ("jumprelu", "topk")
         }
-        fit_all(world, ds, STEPS, seed=seed)
+        fit_all(ds, stream(world), STEPS, BATCH, seed=seed)
         for k in TARGETS:
             mine = ds[f"jumprelu-{k}"]
             off[k].append(abs(metrics.l0(mine.encode(x)) / k - 1))
@@ -84,7 +85,7 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
     return Reproduction(
         title="JumpReLU's thresholds are learned by gradients that are right on average",
         source="Rajamanoharan et al. 2024, arXiv 2407.14435",
-        setting=f"512 planted features in 64 dimensions, {WIDTH} latents, {STEPS} steps of 512 rows; L0 penalty steered to its target; gradients over {sum(map(len, wide))} rows, bandwidth {BANDWIDTH}",
+        setting=f"512 planted features in 64 dimensions, {WIDTH} latents, {STEPS} steps of {BATCH} rows; L0 penalty steered to its target; gradients over {sum(map(len, wide))} rows, bandwidth {BANDWIDTH}",
         claims=[
             *[Claim(f"mean L0 against a target of {k} (share off)", "the paper sweeps the coefficient instead", off[k], "<=", 0.05) for k in TARGETS],
             Claim("threshold pseudo-gradients against differences of the smoothed loss (relative error over all thresholds)", "equal in expectation (section 4, appendix)", relative, "<=", 0.1, cosine, "cosine"),

@@ -6,8 +6,8 @@ import torch
 
 from saekit.dictionaries import Dictionary, create
 from saekit.papers.claims import Claim, Reproduction, Tell, figure
+from saekit.papers.training import fit
 from saekit.testbed.digits import Digits, classification_error, digits
-from saekit.trainers import train
 
 WIDTH, K_START, STEPS, BATCH, LR = 300, 100, 1200, 100, 3e-3
 KS = (2, 5, 10, 25, 60, 300)
@@ -16,7 +16,7 @@ ALPHAS = (1, 2)
 
 def _trained(data: Digits, k: int, seed: int) -> Dictionary:
     d = create("k_sparse", d_in=64, n_features=WIDTH, k=k, k_start=K_START, seed=seed)
-    train(d, data.train, STEPS, BATCH, lr=LR, seed=seed)
+    fit(d, data.train, STEPS, BATCH, lr=LR, seed=seed)
     return d
 
 

@@ -9,8 +9,8 @@ from saekit import metrics
 from saekit.dictionaries import create
 from saekit.evaluate.mdl import coarsest_precision, description_length
 from saekit.papers.claims import Claim, Reproduction, Tell, figure
+from saekit.papers.training import fit_all
 from saekit.testbed.digits import digits
-from saekit.trainers import train_many
 from saekit.types import Codes
 
 WIDTHS = (16, 32, 64, 128, 256, 512, 1024)
@@ -34,7 +34,7 @@ def shortest(width: int, seed: int, x: torch.Tensor) -> float:
     ks = [k for k in KS if k < width]
     ds = {f"k{k}": create("topk", d_in=64, n_features=width, k=k, seed=seed) for k in ks}
     with torch.enable_grad():
-        train_many(ds, x, STEPS, BATCH, seed=seed, lr=LR)
+        fit_all(ds, x, STEPS, BATCH, seed=seed, lr=LR)
     lengths = []
     for d in ds.values():
         codes = d.encode(x)

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from saekit import metrics
 from saekit.evaluate.stability import mmcs
 from saekit.papers.claims import Claim, Reproduction, Tell, figure
-from saekit.papers.planted import fit_all, make
+from saekit.papers.planted import make, stream
+from saekit.papers.training import fit_all
 from saekit.testbed.planted import PlantedConfig, PlantedWorld
 from saekit.testbed.recovery import mcc
 
@@ -37,7 +38,7 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
                 )
                 for p in range(PEERS)
             }
-            fit_all(world, ds, STEPS, BATCH, seed=seed)
+            fit_all(ds, stream(world), STEPS, BATCH, seed=seed)
             first, second = (d.W_dec.detach() for d in ds.values())
             shared[alpha].append((mmcs(first, second) + mmcs(second, first)) / 2)
             truth[alpha].append(sum(mcc(d.W_dec.detach(), world.directions) for d in ds.values()) / PEERS)

@@ -1,6 +1,5 @@
 """What the papers on planted worlds share: a stream of their rows, and a training on it."""
 
-import warnings
 from typing import Any
 
 import torch
@@ -10,7 +9,6 @@ from torch import Tensor
 from saekit.activations import DrawnSource
 from saekit.dictionaries import Dictionary, create
 from saekit.testbed.planted import PlantedWorld
-from saekit.trainers import train, train_many
 from saekit.types import Codes
 
 
@@ -26,33 +24,6 @@ def stream(world: PlantedWorld) -> DrawnSource:
 def make(world: PlantedWorld, preset: str, n_features: int, seed: int, **options: Any) -> Dictionary:
     """A fresh dictionary of a world's width."""
     return create(preset, d_in=world.config.d_in, n_features=n_features, seed=seed, **options)
-
-
-def fit(
-    world: PlantedWorld, d: Dictionary, steps: int, batch_size: int = 512, seed: int = 0, **options: Any
-) -> Dictionary:
-    """Train a dictionary on a world; where L0 was missed the claim's own number says so."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        train(d, stream(world), steps, batch_size, seed=seed, **options)
-    return d
-
-
-def fit_all(
-    world: PlantedWorld,
-    dictionaries: dict[str, Dictionary],
-    steps: int,
-    batch_size: int = 512,
-    seed: int = 0,
-    **options: Any,
-) -> None:
-    """Train several dictionaries on one stream of a world."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        runs = train_many(dictionaries, stream(world), steps, batch_size, seed=seed, **options)
-    for name, run in runs.items():
-        if run.error is not None:
-            raise RuntimeError(f"{name}: {run.error}")
 
 
 def cut(codes: Codes, k: int) -> Codes:

@@ -7,7 +7,8 @@ import torch
 from saekit import metrics
 from saekit.evaluate.geometry import decoder_projection, mean_decoder_cosine
 from saekit.papers.claims import Claim, Reproduction, Tell, figure
-from saekit.papers.planted import fit_all, make
+from saekit.papers.planted import make, stream
+from saekit.papers.training import fit_all
 from saekit.testbed.planted import PlantedConfig, PlantedWorld
 from saekit.testbed.recovery import mcc
 
@@ -32,7 +33,7 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
     for i, seed in enumerate(seeds):
         ds = {f"k{k}": make(world, "batchtopk", WIDTH, seed, k=k) for k in ks}
         with torch.enable_grad():
-            fit_all(world, ds, STEPS, BATCH, seed=seed, lr=3e-3)
+            fit_all(ds, stream(world), STEPS, BATCH, seed=seed, lr=3e-3)
         for k in ks:
             d = ds[f"k{k}"]
             cosine[k].append(mean_decoder_cosine(d.W_dec))

@@ -9,7 +9,8 @@ import torch
 from saekit import metrics
 from saekit.dictionaries import Dictionary
 from saekit.papers.claims import Claim, Reproduction, Tell, bars
-from saekit.papers.planted import fit_all, make
+from saekit.papers.planted import make, stream
+from saekit.papers.training import fit_all
 from saekit.testbed.planted import PlantedConfig, PlantedWorld, preset
 from saekit.testbed.recovery import recovery
 
@@ -67,7 +68,7 @@ def run(size: Size, seeds: Sequence[int], tell: Tell) -> dict[str, dict[str, lis
             name: make(world, kind, size.latents, seed, k=size.k, **options)
             for name, (kind, options) in KINDS.items()
         }
-        fit_all(world, ds, size.steps, size.batch_size, seed=seed)
+        fit_all(ds, stream(world), size.steps, size.batch_size, seed=seed)
         for name, d in ds.items():
             for key, value in scores(world, d, size.rows).items():
                 found[name].setdefault(key, []).append(value)
