@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from saekit import metrics as metrics
     from saekit.activations import Store as Store
     from saekit.dictionaries import Dictionary as Dictionary
+    from saekit.dictionaries import calibrate as calibrate
     from saekit.dictionaries import create as create
+    from saekit.dictionaries import prune as prune
     from saekit.evaluate import evaluate as evaluate
     from saekit.harvest import harvest as harvest
     from saekit.hub import load as load
@@ -39,12 +41,14 @@ _LAZY = {
     "SaekitError": "saekit.types",
     "Store": "saekit.activations",
     "Trainer": "saekit.trainers",
+    "calibrate": "saekit.dictionaries",
     "create": "saekit.dictionaries",
     "dashboard": "saekit.report",
     "evaluate": "saekit.evaluate",
     "harvest": "saekit.harvest",
     "load": "saekit.hub",
     "load_model": "saekit.models",
+    "prune": "saekit.dictionaries",
     "save": "saekit.hub",
     "train": "saekit.trainers",
     "train_many": "saekit.trainers",

@@ -217,9 +217,14 @@ class Dictionary(nn.Module):
         if hasattr(self.selection, "thresholds"):
             weight, bias, threshold = self.selection.thresholds(weight, bias)
             name, settings, state = "jumprelu", SELECTIONS["jumprelu"].Config(), {"threshold": threshold}
-        return self._folded((name, settings), weight, bias, state)
+        return self.folded((name, settings), weight, bias, state)
 
-    def _folded(self, selection: tuple[str, Any], weight: Tensor, bias: Tensor, state: dict) -> "Dictionary":
+    @torch.no_grad()
+    def folded(self, selection: tuple[str, Any], weight: Tensor, bias: Tensor, state: dict) -> "Dictionary":
+        """A dictionary of raw activations with this one's decoder and the given selection and encoder.
+
+        ``weight`` [n_features, d_in] and ``bias`` are in normalised space; ``state`` is the selection's.
+        """
         wiring = (self.config.wiring[0], dataclasses.replace(self.config.wiring[1], normalise="none"))
         fit = ("reconstruction", OBJECTIVES["reconstruction"].Config())
         free = ("free", ATOMS["free"].Config())

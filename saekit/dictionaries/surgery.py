@@ -1,12 +1,24 @@
-"""Dictionaries made from dictionaries: other objectives, thresholds for a wanted L0, fewer or joined features."""
+"""Dictionaries made from dictionaries: other objectives, thresholds for a wanted L0, fewer features."""
 
 import copy
+import dataclasses
 from typing import Any
 
-from saekit.dictionaries.config import CHOICES, configure
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from saekit.dictionaries.config import CHOICES, Config, configure
 from saekit.dictionaries.dictionary import Dictionary
+from saekit.dictionaries.selection import SELECTIONS
 from saekit.registry import nearest
 from saekit.types import SaekitError
+
+NOT_THRESHOLDS = {
+    "abstopk": "its codes have signs, and a threshold lets none below 0 through",
+    "switch": "its codes depend on the router too",
+}
+GROUPED = {"groupmax": "groups", "switch": "experts"}  # of equal size, which dropping features breaks
 
 
 def with_objective(dictionary: Dictionary, objective: "str | tuple[str, ...]", **options: Any) -> Dictionary:
@@ -21,11 +33,111 @@ def with_objective(dictionary: Dictionary, objective: "str | tuple[str, ...]", *
         known = sorted({f for _, config in terms for f in vars(config)})
         field = sorted(unused)[0]
         raise SaekitError(f"option {field!r} is not one of objective {names}{nearest(field, known)}")
-    import dataclasses
-
     changed = Dictionary(dataclasses.replace(dictionary.config, objective=terms), dictionary.seed)
     mine = {k: v for k, v in dictionary.state_dict().items() if not k.startswith("terms.")}
     changed.load_state_dict({**changed.state_dict(), **mine})
-    changed.reads, changed.writes = dictionary.reads, dictionary.writes
-    changed.card = copy.deepcopy(dictionary.card)
-    return changed.to(dictionary.device)
+    return _described(changed, dictionary)
+
+
+def _described(new: Dictionary, old: Dictionary) -> Dictionary:
+    new.reads, new.writes, new.card = old.reads, old.writes, copy.deepcopy(old.card)
+    return new.to(old.device)
+
+
+@torch.no_grad()
+def calibrate(dictionary: Dictionary, rows: Float[Tensor, "batch d_in"], k: float) -> Dictionary:
+    """A JumpReLU dictionary of raw activations whose mean L0 on ``rows`` is exactly k.
+
+    Rows should be held out from training. One shift moves the thresholds that the selection's rule at
+    inference comes down to (0 for rules by rank), so their differences stay. Encoder and decoder are the
+    dictionary's; for a pursuit that means codes by one look instead of step by step, so measure the FVU.
+    """
+    name = dictionary.config.selection[0]
+    if name in NOT_THRESHOLDS:
+        raise SaekitError(f"selection {name!r} can't be calibrated: {NOT_THRESHOLDS[name]}")
+    weight, bias = dictionary.W_enc.T, dictionary.b_enc.detach()
+    base = torch.zeros_like(bias)
+    if hasattr(dictionary.selection, "thresholds"):
+        weight, bias, base = dictionary.selection.thresholds(weight, bias)
+    wanted = round(k * len(rows))
+    if not 0 < k <= dictionary.n_features or wanted < 1:
+        raise SaekitError(
+            f"k = {k} must lie in 0..n_features = {dictionary.n_features}, and give a code on {len(rows)} rows"
+        )
+    best = torch.empty(0, device=bias.device)
+    for block in rows.split(2048):
+        u = torch.addmm(bias, dictionary.norm_in(block.to(bias)), weight.T)
+        best = torch.cat([best, (u - base)[u > 0]])  # what lies below 0 can't become a code
+        best = best.topk(min(len(best), wanted + 1)).values
+    if len(best) < wanted:
+        raise SaekitError(
+            f"k = {k} is more than the {len(best) / len(rows):.1f} positive pre-activations of a row; ask for fewer"
+        )
+    # between the last that passes and the first that doesn't; below all where all that are positive pass
+    cut = (best[wanted - 1] + best[wanted]) / 2 if len(best) > wanted else -base.max()
+    threshold = (base + cut).clamp(min=0)
+    selection = ("jumprelu", SELECTIONS["jumprelu"].Config())
+    return dictionary.folded(selection, weight, bias, {"threshold": threshold})
+
+
+@torch.no_grad()
+def duplicates(dictionary: Dictionary, cosine: float = 0.99) -> Int[Tensor, " feature"]:
+    """For every feature the first one whose atom and encoder both have at least this cosine with its own; itself
+    where there is none before it."""
+    if not -1 <= cosine <= 1:
+        raise SaekitError(f"cosine = {cosine} must lie in -1..1; 0.99 finds near copies")
+    sides = [torch.nn.functional.normalize(w, dim=-1) for w in (dictionary.W_dec, dictionary.W_enc.T)]
+    first = torch.arange(dictionary.n_features, device=dictionary.device)
+    for start in range(0, len(first), 1024):
+        block = slice(start, start + 1024)
+        alike = torch.stack([side[block] @ side.T for side in sides]).amin(0) >= cosine
+        alike |= torch.eye(len(first), dtype=torch.bool, device=first.device)[block]
+        first[block] = alike.int().argmax(1)
+    return first[first[first]]  # a chain of two ends at its head
+
+
+@torch.no_grad()
+def prune(
+    dictionary: Dictionary,
+    keep: Bool[Tensor, " feature"],
+    onto: Int[Tensor, " feature"] | None = None,
+) -> tuple[Dictionary, Int[Tensor, " feature"]]:
+    """The dictionary with some features only, and where each went: its new index, or -1.
+
+    Dropped features may be mapped ``onto`` others (see :func:`duplicates`), whose new index they then
+    get. Weights, thresholds and statistics of the kept ones are unchanged, so outputs are the same where no
+    dropped feature was active.
+    """
+    n_old, n_new = dictionary.n_features, int(keep.sum())
+    name = dictionary.config.selection[0]
+    if name in GROUPED:
+        raise SaekitError(f"selection {name!r} has {GROUPED[name]} of equal size, which pruning would break")
+    if n_new == 0:
+        raise SaekitError("keep holds no feature; a dictionary needs one")
+    remap = torch.full((n_old,), -1, device=keep.device)
+    remap[keep] = torch.arange(n_new, device=keep.device)
+    if onto is not None:
+        remap = torch.where(keep, remap, remap[onto])
+    new = Dictionary(_narrowed(dictionary.config, keep), dictionary.seed)
+    wanted, state = new.state_dict(), {}
+    for key, value in dictionary.state_dict().items():
+        fits = wanted[key].shape == value.shape
+        state[key] = value if fits else value[keep]
+    new.load_state_dict(state)
+    return _described(new, dictionary), remap
+
+
+def _narrowed(config: Config, keep: Tensor) -> Config:
+    """The config for the kept features: prefixes end where they ended, candidates stay as many."""
+    n_old, n_new = config.n_features, int(keep.sum())
+    below = keep.cpu().cumsum(0)
+    terms = []
+    for name, term in config.objective:
+        if name == "matryoshka" and not term.random:
+            ends = sorted({int(below[p - 1]) for p in term.fixed(n_old)} - {0} | {n_new})
+            term = dataclasses.replace(term, prefixes=tuple(ends))
+        terms.append((name, term))
+    atoms = config.atoms
+    if atoms[0] == "archetypal" and atoms[1].candidates is None:
+        atoms = (atoms[0], dataclasses.replace(atoms[1], candidates=n_old))
+    return dataclasses.replace(config, n_features=n_new, objective=tuple(terms), atoms=atoms)
