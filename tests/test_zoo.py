@@ -119,12 +119,12 @@ def test_starting_in_the_active_subspace_leaves_no_length_outside(rows: torch.Te
     basis = torch.linalg.qr(torch.randn(32, 6, generator=g)).Q
     flat = torch.randn(2000, 6, generator=g) @ basis.T + 3
     d = make("topk")
-    saekit.train(d, flat, 1, 500, lr=1e-9, start="active_subspace")
+    saekit.train(d, flat, 1, 500, lr=1e-9, init="active_subspace")
     outside = d.W_dec - d.W_dec @ basis @ basis.T
     assert outside.norm(dim=1).max() < 1e-3 and d.W_dec.norm(dim=1).sub(1).abs().max() < 1e-5
     torch.testing.assert_close(d.encoder, d.atoms.weight, atol=1e-4, rtol=1e-4)
-    with pytest.raises(SaekitError, match="start 'activ' is unknown"):
-        saekit.train(make("topk"), flat, 1, 500, start="activ")
+    with pytest.raises(SaekitError, match="init 'activ' is unknown"):
+        saekit.train(make("topk"), flat, 1, 500, init="activ")
 
 
 def test_resampling_writes_new_directions_and_clears_moments(rows: torch.Tensor) -> None:

@@ -12,7 +12,7 @@ from saekit.harvest import HarvestConfig
 from saekit.records import check_types, shape_of
 from saekit.registry import nearest
 from saekit.trainers import dead, optim
-from saekit.trainers.start import check_start
+from saekit.trainers.init import check_init
 from saekit.types import SaekitError
 
 
@@ -23,7 +23,7 @@ class TrainConfig:
     ``steps`` of ``batch_size`` rows; ``lr`` peak rate of Adam, with ``warmup`` steps up and the
     last ``decay`` share of the run down to zero; ``clip`` limits the gradient's norm;
     ``dead_after`` rows without firing make a feature dead; ``optimizer`` is "adam" or "sparse_adam", with ``betas``;
-    ``start`` names where atoms begin (a row of ``saekit.trainers.start.STARTS``; None: random
+    ``init`` names where atoms begin (a row of ``saekit.trainers.init.INITS``; None: random
     directions); dead features are resampled ``resample_every`` so many steps; ``seed`` fixes the
     order of the data and everything random in the loss.
     """
@@ -37,7 +37,7 @@ class TrainConfig:
     dead_after: int | None = None
     optimizer: str = "adam"
     betas: tuple[float, ...] = (0.9, 0.999)
-    start: str | None = None
+    init: str | None = None
     resample_every: int | None = None
     seed: int = 0
     log_every: int = 10
@@ -61,8 +61,8 @@ class TrainConfig:
         optim.is_masked(self.optimizer)
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise SaekitError(f"betas = {self.betas!r} must be two numbers in 0..1, without 1")
-        if self.start is not None:
-            check_start(self.start)
+        if self.init is not None:
+            check_init(self.init)
         if not 0 <= self.decay <= 1:
             raise SaekitError(f"decay = {self.decay!r} must lie in 0..1; it is a share of the run")
 

@@ -24,9 +24,9 @@ from saekit.records import difference
 from saekit.registry import nearest
 from saekit.trainers import checkpoint
 from saekit.trainers.config import TrainConfig, read_config, resolve, weights_digest
+from saekit.trainers.init import initialise
 from saekit.trainers.log import Log
 from saekit.trainers.log import read as read_log
-from saekit.trainers.start import begin
 from saekit.trainers.trainer import Trainer
 from saekit.types import ActivationBatch, SaekitError
 
@@ -244,14 +244,10 @@ class _Job:
         if not d.prepared:
             if not d.normalised:
                 d.set_normalisation(_sample(source, self.points, self.config))
-            if (
-                self.config.start is not None
-                or hasattr(d.atoms, "prepare")
-                or hasattr(d.selection, "prepare")
-            ):
+            if self.config.init is not None or hasattr(d.atoms, "prepare") or hasattr(d.selection, "prepare"):
                 rows = torch.cat(list(_sample(source, self.points, self.config))).to(d.device, d.dtype)
-                if self.config.start is not None:
-                    begin(d, self.config.start, rows)
+                if self.config.init is not None:
+                    initialise(d, self.config.init, rows)
                 d.prepare(rows)
             d.prepared.fill_(True)
         self.began = (time.perf_counter(), self.trainer.step_number)

@@ -21,8 +21,8 @@ NOISE = 0.003
 KINDS: dict[str, dict[str, Any]] = {
     "random, Adam": {},
     "random, SparseAdam": {"optimizer": "sparse_adam"},
-    "active subspace, Adam": {"start": "active_subspace"},
-    "active subspace, SparseAdam": {"start": "active_subspace", "optimizer": "sparse_adam"},
+    "active subspace, Adam": {"init": "active_subspace"},
+    "active subspace, SparseAdam": {"init": "active_subspace", "optimizer": "sparse_adam"},
 }
 
 

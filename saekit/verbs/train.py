@@ -30,7 +30,10 @@ def train(
     k: Annotated[int, typer.Option(help="Active features per token.")] = 32,
     option: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Any other field of the architecture, e.g. --set k_aux=64; repeatable."),
+        typer.Option(
+            "--set",
+            help="Any other field of the architecture or of the training, e.g. --set k_aux=64, --set optimizer=sparse_adam; repeatable.",
+        ),
     ] = None,
     sweep: Annotated[
         list[str] | None,
@@ -75,12 +78,14 @@ def train(
         dictionary, source, options = _repeat(Path(config))
     else:
         source, width = _source(acts, model, text, hook_point, batch_size, device)
+        trains = {f.name for f in dataclasses.fields(TrainConfig)}
         extra = dict(_option(item) for item in option or [])
+        other = {key: extra.pop(key) for key in list(extra) if key in trains}
         fields = {"architecture": architecture, "n_features": n_features, "k": k, "d_in": width, **extra}
         whole = max(1, source.n_rows // max(1, batch_size)) if source.n_rows else 1000
         options = {
             "steps": whole if steps is None else steps, "batch_size": batch_size, "lr": lr,
-            "dead_after": dead_after, "checkpoint_every": checkpoint_every, "log_every": log_every, "wandb": wandb, "seed": seed,
+            "dead_after": dead_after, "checkpoint_every": checkpoint_every, "log_every": log_every, "wandb": wandb, "seed": seed, **other,
         }  # fmt: skip
         if sweep:
             _sweep(fields, sweep, source, hook_point, options, out, device, as_json)
@@ -106,6 +111,21 @@ def train(
     m = done.metrics
     shown = f"fvu {m['fvu']:.3f}, l0 {m['l0']:.1f}, dead {m['dead_share']:.1%}" if m else "nothing left to do"
     result(data, as_json, f"{done.path}: {done.steps} steps in {duration(data['seconds'])}; {shown}")
+
+
+# what --set leaves to flags of their own
+FLAGS = {
+    "n_features",
+    "k",
+    "seed",
+    "steps",
+    "batch_size",
+    "lr",
+    "dead_after",
+    "checkpoint_every",
+    "log_every",
+    "wandb",
+}
 
 
 def _create(fields: dict[str, Any], seed: int) -> Any:
@@ -182,11 +202,12 @@ def _option(item: str) -> tuple[str, Any]:
     name, sign, value = item.partition("=")
     if not sign:
         raise SaekitError(f"--set {item!r} has no value; write --set {item}=VALUE")
-    if name in ("n_features", "k", "seed"):
+    if name in FLAGS:
         flag = name.replace("_", "-")
         raise SaekitError(f"--set {item!r}: {name} has a flag of its own; write --{flag} {value}")
     try:
-        return name, json.loads(value)
+        found = json.loads(value)
+        return name, tuple(found) if isinstance(found, list) else found
     except ValueError:
         return name, value
 

@@ -14,23 +14,23 @@ from saekit.types import SaekitError
 VARIANCE = 0.99  # share of the data's variance that the active subspace holds
 
 
-def check_start(name: str) -> None:
+def check_init(name: str) -> None:
     """Raise unless it is a row of the table."""
-    if name not in STARTS:
-        raise SaekitError(f"start {name!r} is unknown{nearest(name, list(STARTS))}")
+    if name not in INITS:
+        raise SaekitError(f"init {name!r} is unknown{nearest(name, list(INITS))}")
 
 
 @torch.no_grad()
-def begin(dictionary: Dictionary, name: str, rows: Float[Tensor, "batch d_in"]) -> None:
+def initialise(dictionary: Dictionary, name: str, rows: Float[Tensor, "batch d_in"]) -> None:
     """Move atoms and encoder of a fresh dictionary to where they shall begin; the normalisation must be set."""
-    check_start(name)
+    check_init(name)
     weight = getattr(dictionary.atoms, "weight", None)
     if not isinstance(weight, torch.nn.Parameter):
         raise SaekitError(
-            f"start = {name!r} needs atoms that are trained one by one, and those of {dictionary.config.atoms[0]!r} aren't; leave it out"
+            f"init = {name!r} needs atoms that are trained one by one, and those of {dictionary.config.atoms[0]!r} aren't; leave it out"
         )
     y = dictionary.norm_out(dictionary.wiring.target(rows).to(weight))
-    STARTS[name](dictionary, y)
+    INITS[name](dictionary, y)
     if dictionary.encoder is not None and dictionary.d_in == dictionary.d_out:
         dictionary.encoder.copy_(weight)
 
@@ -64,7 +64,7 @@ def data(dictionary: Dictionary, y: Float[Tensor, "batch d_out"]) -> None:
     weight.copy_(normalize(y[order.to(y.device)], dim=-1))
 
 
-STARTS: dict[str, Callable[[Dictionary, Tensor], None]] = {
+INITS: dict[str, Callable[[Dictionary, Tensor], None]] = {
     "active_subspace": active_subspace,
     "data": data,
 }
