@@ -452,26 +452,28 @@ def test_a_harvest_killed_at_random_moments_resumes_to_the_same_bytes(
     ) as harvester:
         assert harvester.stdin and harvester.stdout
 
-        def run(out: Path, kill_after: float | None = None) -> int:
+        def run(out: Path, kill_at: int | None = None) -> int:
             harvester.stdin.write(f"{out}\n")
             child = int(harvester.stdout.readline())
-            if kill_after is not None:
-                time.sleep(kill_after)
+            if kill_at is not None:  # so many shards, and a moment more; a time would depend on the machine
+                until = time.monotonic() + 60
+                while len(list(out.glob("shard-*"))) < kill_at and time.monotonic() < until:
+                    time.sleep(0.002)
+                time.sleep(rng.uniform(0, 0.02))
                 os.kill(child, signal.SIGKILL)
             harvester.stdin.write("\n")
             return int(harvester.stdout.readline())
 
+        rng, kills, partial = random.Random(0), 0, set()
         assert harvester.stdout.readline() == "ready\n"
-        began = time.monotonic()
         assert run(tmp_path / "whole") == 0
-        whole = time.monotonic() - began
         expected = files_of(tmp_path / "whole")
         assert len(expected) > 20
-        rng, kills, partial = random.Random(0), 0, set()
         for attempt in range(4):
-            out = tmp_path / f"cut{attempt}"
+            out, reached = tmp_path / f"cut{attempt}", 0
             for _ in range(3):
-                if run(out, kill_after=rng.uniform(0.1, 0.9) * whole) == -signal.SIGKILL:
+                reached += rng.randint(0, len(expected) // 4)
+                if run(out, kill_at=reached) == -signal.SIGKILL:
                     kills += 1
                     partial.add(len(list(out.glob("shard-*"))))
             assert run(out) == 0

@@ -57,7 +57,7 @@ class Claim:
 
 
 def _interval(values: Sequence[float]) -> tuple[float, float] | None:
-    if len(values) < 2:
+    if len(values) < 2 or not all(math.isfinite(v) for v in values):
         return None
     from scipy.stats import t
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from saekit import metrics
 from saekit.dictionaries import create
@@ -14,9 +15,9 @@ from saekit.testbed.digits import digits
 from saekit.types import Codes
 
 WIDTHS = (16, 32, 64, 128, 256, 512, 1024)
-KS = (2, 3, 4, 6, 8, 12, 16)
-VARIANCE, TOLERANCE = 0.8, 0.01  # explained before, and lost by, rounding the codes
-STEPS, BATCH, LR = 500, 128, 3e-3
+KS = (6, 8, 10, 12, 16, 20)
+VARIANCE, TOLERANCE = 0.85, 0.01  # explained before, and lost by, rounding the codes
+STEPS, BATCH, LR = 400, 128, 3e-3
 
 
 def bernoulli(seed: int) -> float:
@@ -29,12 +30,12 @@ def bernoulli(seed: int) -> float:
 
 
 @torch.no_grad()
-def shortest(width: int, seed: int, x: torch.Tensor) -> float:
-    """The shortest description at this width, over k, of those that explain enough of the digits; in bits."""
+def shortest(width: int, seed: int, train: Tensor, x: Tensor) -> float:
+    """The shortest description of held-out digits at this width, over k, in bits; inf where none explains enough."""
     ks = [k for k in KS if k < width]
     ds = {f"k{k}": create("topk", d_in=64, n_features=width, k=k, seed=seed) for k in ks}
     with torch.enable_grad():
-        fit_all(ds, x, STEPS, BATCH, seed=seed, lr=LR)
+        fit_all(ds, train, STEPS, BATCH, seed=seed, lr=LR)
     lengths = []
     for d in ds.values():
         codes = d.encode(x)
@@ -49,9 +50,8 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
     lengths: dict[int, list[float]] = {w: [] for w in WIDTHS}
     for i, seed in enumerate(seeds):
         data = digits(seed)
-        x = torch.cat([data.train, data.test])
         for j, width in enumerate(WIDTHS):
-            lengths[width].append(shortest(width, seed, x))
+            lengths[width].append(shortest(width, seed, data.train, data.test))
             tell(i * len(WIDTHS) + j + 1, len(seeds) * len(WIDTHS), f"{width} features")
     mean = {w: sum(v) / len(v) for w, v in lengths.items()}
     best = min(WIDTHS, key=lambda w: mean[w])
@@ -62,7 +62,7 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
     return Reproduction(
         title="Description length has an inner minimum over the width",
         source="Ayonrinde, Pearce and Sharkey 2024, arXiv 2410.11179",
-        setting=f"scikit-learn's digits; TopK of {WIDTHS[0]} to {WIDTHS[-1]} features, the best k of {KS[0]} to {KS[-1]}, {STEPS} steps of {BATCH}; at least {VARIANCE:.0%} of variance explained after rounding",
+        setting=f"scikit-learn's digits, described held-out; TopK of {WIDTHS[0]} to {WIDTHS[-1]} features, the best k of {KS[0]} to {KS[-1]}, {STEPS} steps of {BATCH}; at least {VARIANCE:.0%} of variance explained after rounding",
         claims=[
             Claim("the shortest description is at an inner width (1 is yes)", "MNIST: neither whole digits nor pixels (figure)", [inner], ">=", 1.0, [float(best)], "that width"),
             Claim(f"{WIDTHS[0]} features over the shortest", "longer at both ends (figure)", narrow, ">=", 1.1),
@@ -70,5 +70,8 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
             Claim("length of planted independent features against their entropy (share off)", "an identity in expectation", [bernoulli(s) for s in seeds], "<=", 0.02),
         ],
         figure=figure("Bits to describe a digit", "features", "bits per digit", {"description length": (WIDTHS, [mean[w] for w in WIDTHS])}, xaxis={"type": "log"}),
-        notes=[", ".join(f"{w}: {mean[w]:.1f} bits" for w in WIDTHS) + "."],
+        notes=[
+            ", ".join(f"{w}: {mean[w]:.1f} bits" for w in WIDTHS) + "; inf where no k explains enough. "
+            "On the digits that they were trained on, 1024 features at k = 2 explain 82 % in 17 bits: they know 1797 images by heart."
+        ],
     )  # fmt: skip
