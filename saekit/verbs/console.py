@@ -68,6 +68,11 @@ def duration(seconds: float) -> str:
     return f"{seconds // 60:.0f} min {seconds % 60:02.0f} s" if seconds >= 60 else f"{seconds:.1f} s"
 
 
+def _rate(rate: float, unit: str) -> str:
+    """``1,234 rows/s``; nothing where a unit takes longer than a second."""
+    return f"{rate:,.0f} {unit}/s" if rate >= 1 else ""
+
+
 @contextmanager
 def progress(title: str, unit: str) -> Iterator[Callable[[int, int | None, str], None]]:
     """A function ``(done, total, note)`` that draws a bar on a terminal and plain lines elsewhere."""
@@ -82,7 +87,7 @@ def progress(title: str, unit: str) -> Iterator[Callable[[int, int | None, str],
 
             def draw(done: int, total: int | None, note: str = "") -> None:
                 rate = done / max(1e-9, time.monotonic() - began)
-                bar.update(task, completed=done, total=total, note=f"{rate:,.0f} {unit}/s {note}")
+                bar.update(task, completed=done, total=total, note=f"{_rate(rate, unit)} {note}")
 
             yield draw
         return
@@ -95,8 +100,9 @@ def progress(title: str, unit: str) -> Iterator[Callable[[int, int | None, str],
             return
         last = now
         rate = done / max(1e-9, now - began)
-        left = f", {duration((total - done) / max(rate, 1e-9))} left" if total and not finished else ""
+        left = f"{duration((total - done) / max(rate, 1e-9))} left" if total and not finished else ""
         of = f" of {total:,}" if total else ""
-        say(f"{title}: {done:,}{of} {unit}, {rate:,.0f} {unit}/s{left}{' ' + note if note else ''}")
+        said = (f"{title}: {done:,}{of} {unit}", _rate(rate, unit), left, note)
+        say(", ".join(part for part in said if part))
 
     yield line
