@@ -47,7 +47,7 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
             Claim("L1 shrinks at the same L0", "clearly below 1 (same figure)", short["L1"], "<=", 0.93),
             Claim("gated and L1 have equal L0 (share apart)", "compared at equal L0", apart, "<=", 0.1),
             Claim("mean L0 of gated against its target (share off)", "the paper sweeps the coefficient instead", [abs(v / K - 1) for v in l0["gated"]], "<=", 0.05),
-            Claim("FVU of gated over that of L1", "lower error at equal L0 (figure 1)", [a / b for a, b in zip(fvu["gated"], fvu["L1"], strict=True)], "<", 1.0),
+            Claim("FVU of gated over that of L1", "lower error at equal L0 (figure)", [a / b for a, b in zip(fvu["gated"], fvu["L1"], strict=True)], "<", 1.0),
         ],
         figure=bars("Shrinkage and error at equal L0", "share", {"norm ratio": short, "FVU": fvu}),
     )  # fmt: skip

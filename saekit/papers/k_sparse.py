@@ -71,15 +71,17 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
         min(a, b) - c for a, b, c in zip(errors[KS[0], 1], errors[KS[-1], 1], errors[inner, 1], strict=True)
     ]
     gain = [mean[k, 2] - mean[k, 1] for k in (5, 10)]
+    chosen = "k and alpha of the first claim are the best of four by the mean held-out error, so it is a little optimistic."
     return Reproduction(
         title="k-sparse codes classify digits better than pixels do",
-        source="Makhzani and Frey 2014, arXiv 1312.5663, sections 4.2 and 3",
+        source="Makhzani and Frey 2014, arXiv 1312.5663",
         setting=f"scikit-learn's digits (8 x 8), 70 % to train; {WIDTH} tied linear units, k from {K_START} down over half of {STEPS} steps of {BATCH}; logistic regression on standardised codes",
         claims=[
             Claim(f"error with k = {best[0]}, alpha = {best[1]}, less that of raw pixels (points)", "MNIST: 1.35 % at k = 25 against 7.20 % for pixels", [a - b for a, b in zip(errors[best], raw, strict=True)], "<=", -1.0, raw, "raw pixels, error in %"),
-            Claim(f"error at both ends of k ({KS[0]}, {KS[-1]}), the smaller, above that at k = {inner} (points)", "MNIST: k = 10 2.10, 25 1.35, 40 1.54, 70 and more rising", ends, ">", 0.0),
+            Claim(f"error at both ends of k ({KS[0]}, {KS[-1]}), the smaller, above that at k = {inner} (points)", "MNIST: k = 10 2.10, 25 1.35, 40 1.54", ends, ">", 0.0),
             Claim("alpha = 2 against alpha = 1 at k = 5 and 10 (points, means over seeds)", "a slightly larger support at test time is better", gain, "<=", 0.0),
-            Claim("support recovered where the theorem's bound holds (share)", "always (theorem 3.1)", [support_recovery(False, s) for s in seeds], ">=", 1.0, [support_recovery(True, s) for s in seeds], "at ten times that k"),
+            Claim("support recovered where the theorem's bound holds (share)", "always (the theorem)", [support_recovery(False, s) for s in seeds], ">=", 1.0, [support_recovery(True, s) for s in seeds], "at ten times that k"),
         ],
         figure=figure("Error of digits classified by k-sparse codes", "k", "error, %", {f"alpha = {a}": (KS, [mean[k, a] for k in KS]) for a in ALPHAS} | {"raw pixels": (KS, [sum(raw) / len(raw)] * len(KS))}, xaxis={"type": "log"}),
+        notes=[chosen],
     )  # fmt: skip

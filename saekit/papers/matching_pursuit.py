@@ -58,7 +58,7 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
     of = {name: {key: [m[key] for m in ms] for key in ms[0]} for name, ms in found.items()}
     return Reproduction(
         title="Matching pursuit recovers a tree with correlated siblings",
-        source="Costa, Fel, Lubana, Tolooshams and Ba 2025, arXiv 2506.03093, section 4",
+        source="Costa, Fel, Lubana, Tolooshams and Ba 2025, arXiv 2506.03093",
         setting=f"20 features in 20 dimensions, 3 parents with 3 exclusive children of cosine {COSINE}, 8 singles, magnitudes 1.5 + 0.25 N; "
         f"20 latents, {STEPS} steps of 200 rows; pursuit of 16 steps that stops at a residual of 5 %",
         claims=[

@@ -33,7 +33,7 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
     }
     return Reproduction(
         title="Matryoshka dictionaries do not absorb parents into children",
-        source="Bussmann, Nabeshima, Karvonen and Nanda 2025, arXiv 2503.17547, section 4.1",
+        source="Bussmann, Nabeshima, Karvonen and Nanda 2025, arXiv 2503.17547",
         setting=f"Nabeshima's tree: 20 features in 20 dimensions, 3 parents with 3 exclusive children, 8 singles; 20 latents, {STEPS} steps of 200 rows, "
         "10 prefixes drawn each step; L1 dictionaries on both sides",
         claims=[

@@ -34,7 +34,7 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
         tell(i + 1, len(seeds), "seeds")
     return Reproduction(
         title="p-annealing lowers the error of an L1 dictionary at the same L0",
-        source="Karvonen et al. 2024, arXiv 2408.00113, section 4",
+        source="Karvonen et al. 2024, arXiv 2408.00113",
         setting=f"512 planted features in 64 dimensions, {WIDTH} latents, L0 steered to {K}, {STEPS} steps of {BATCH} rows; p from 1 to 0.2 in 10 changes",
         claims=[
             Claim("mean L0 against its target (share off)", "the paper sweeps the coefficient instead", [abs(v / K - 1) for v in l0["p-annealed"]], "<=", 0.05),

@@ -1,4 +1,4 @@
-"""The gate's own reconstruction, through a frozen decoder: how a gated dictionary's gate learns (2404.16014, eq. 8)."""
+"""The gate's own reconstruction, through a frozen decoder: how a gated dictionary's gate learns (2404.16014)."""
 
 from dataclasses import dataclass
 
