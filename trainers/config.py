@@ -23,8 +23,8 @@ class TrainConfig:
     ``steps`` of ``batch_size`` rows; ``lr`` peak rate of Adam, with ``warmup`` steps up and the
     last ``decay`` share of the run down to zero; ``clip`` limits the gradient's norm;
     ``dead_after`` rows without firing make a feature dead; ``optimizer`` is "adam" or "sparse_adam", with ``betas``;
-    ``init`` names where atoms begin (a row of ``saekit.trainers.init.INITS``; None: random
-    directions); dead features are resampled ``resample_every`` so many steps; ``seed`` fixes the
+    ``init`` names where atoms begin (a row of ``saekit.trainers.init.INITS``, or the folder of a
+    dictionary to go on from; None: random directions); dead features are resampled ``resample_every`` so many steps; ``seed`` fixes the
     order of the data and everything random in the loss.
     """
 

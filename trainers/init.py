@@ -1,13 +1,15 @@
-"""Where a dictionary's atoms begin, when not at random directions. One function and one line each."""
+"""Where a dictionary's atoms begin, when not at random directions: one function and one line each, or where another ended."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from saekit.dictionaries import Dictionary
+from saekit.dictionaries import Dictionary, warm_start
+from saekit.hub import native
 from saekit.registry import nearest
 from saekit.types import SaekitError
 
@@ -15,15 +17,19 @@ VARIANCE = 0.99  # share of the data's variance that the active subspace holds
 
 
 def check_init(name: str) -> None:
-    """Raise unless it is a row of the table."""
-    if name not in INITS:
-        raise SaekitError(f"init {name!r} is unknown{nearest(name, list(INITS))}")
+    """Raise unless it is a row of the table, or the folder of a dictionary."""
+    if name not in INITS and not Path(name).is_dir():
+        raise SaekitError(
+            f"init {name!r} is neither a folder with a dictionary nor a way to begin{nearest(name, list(INITS))}"
+        )
 
 
 @torch.no_grad()
 def initialise(dictionary: Dictionary, name: str, rows: Float[Tensor, "batch d_in"]) -> None:
     """Move atoms and encoder of a fresh dictionary to where they shall begin; the normalisation must be set."""
-    check_init(name)
+    if name not in INITS:
+        warm_start(dictionary, native.load(Path(name)))
+        return
     weight = getattr(dictionary.atoms, "weight", None)
     if not isinstance(weight, torch.nn.Parameter):
         raise SaekitError(

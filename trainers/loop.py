@@ -248,7 +248,8 @@ class _Job:
                 rows = torch.cat(list(_sample(source, self.points, self.config))).to(d.device, d.dtype)
                 if self.config.init is not None:
                     initialise(d, self.config.init, rows)
-                d.prepare(rows)
+                if not d.prepared:
+                    d.prepare(rows)
             d.prepared.fill_(True)
         self.began = (time.perf_counter(), self.trainer.step_number)
 

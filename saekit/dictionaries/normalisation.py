@@ -67,6 +67,19 @@ class Normalisation(nn.Module):
         weight = weight @ self.whitening.double().T if self.kind == "whiten" else weight * self.scale.double()
         return weight, -weight @ self.mean.double()
 
+    def normalised(self, rows: Float[Tensor, "feature d"]) -> Float[Tensor, "feature d"]:
+        """Directions in the units of the data, as they are written in normalised space."""
+        return rows @ self.whitening.to(rows.dtype) if self.kind == "whiten" else rows * self.scale
+
+    def unfold(
+        self, weight: Float[Tensor, "feature d"]
+    ) -> tuple[Float[Tensor, "feature d"], Float[Tensor, " feature"]]:
+        """``(weight', bias)`` of float64 with ``weight' normalised(x) + bias = weight x``: undoes :meth:`fold`."""
+        weight = weight.double()
+        bias = weight @ self.mean.double()
+        whole = self.unwhitening.double().T if self.kind == "whiten" else 1 / self.scale.double()
+        return weight @ whole if self.kind == "whiten" else weight * whole, bias
+
     @torch.no_grad()
     def fit(self, moments: "Moments") -> None:
         """Take it from the moments of rows of the data."""

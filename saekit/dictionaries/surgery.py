@@ -127,6 +127,34 @@ def prune(
     return _described(new, dictionary), remap
 
 
+@torch.no_grad()
+def merge(
+    dictionary: Dictionary, onto: Int[Tensor, " feature"]
+) -> tuple[Dictionary, Int[Tensor, " feature"]]:
+    """Add features up with those that they copy, and where each went; a dictionary of raw activations.
+
+    ``onto[i]`` is the feature that i is merged with, itself where it stays (see :func:`duplicates`). The
+    merged atom is the sum, each as long as its encoder makes its code, so features whose encoders (biases,
+    thresholds) are multiples of each other leave outputs unchanged. Of selections where each feature
+    decides by itself at inference; rules by rank give copies a place each.
+    """
+    name = dictionary.config.selection[0]
+    if not getattr(dictionary.selection, "elementwise", False):
+        raise SaekitError(
+            f"selection {name!r} lets copies compete, so they can't be added up; calibrate() it first, or prune()"
+        )
+    if onto.shape != (dictionary.n_features,) or not torch.equal(onto[onto], onto):
+        raise SaekitError("onto must name for each feature one that stays: onto[onto] = onto")
+    d = dictionary.to_inference()
+    assert d.encoder is not None  # of its own
+    length = torch.linalg.vector_norm(d.encoder.double(), dim=1).clamp(min=1e-300)
+    ratio = (length / length[onto]).to(d.dtype)
+    keep = onto == torch.arange(len(onto), device=onto.device)
+    summed = torch.zeros_like(d.atoms.weight).index_add_(0, onto, d.atoms.weight * ratio[:, None])
+    d.atoms.weight.copy_(torch.where(keep[:, None], summed, d.atoms.weight))
+    return prune(d, keep, onto)
+
+
 def _narrowed(config: Config, keep: Tensor) -> Config:
     """The config for the kept features: prefixes end where they ended, candidates stay as many."""
     n_old, n_new = config.n_features, int(keep.sum())

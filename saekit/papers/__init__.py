@@ -1,6 +1,7 @@
 """Papers as commands: each reruns a claim at laptop scale and says whether it holds. One file and one line each.
 
 A row is a function ``reproduce(seeds, tell) -> Reproduction``; ``tell(done, total, note)`` draws progress.
+One that compares with other toolkits also takes ``peers``, the python of an environment they are in.
 """
 
 from saekit.registry import Registry
@@ -21,6 +22,7 @@ PAPERS = Registry(
         "p-annealing": "saekit.papers.p_annealing:reproduce",
         "synth-sae-bench": "saekit.papers.synth_sae_bench:reproduce",
         "synth-sae-bench-16k": "saekit.papers.synth_sae_bench:reproduce_full",
+        "planted-peers": "saekit.papers.planted_peers:reproduce",
         "sparse-but-wrong": "saekit.papers.sparse_but_wrong:reproduce",
         "end-to-end": "saekit.papers.end_to_end:reproduce",
         "mutual-regularisation": "saekit.papers.mutual_regularisation:reproduce",

@@ -1,5 +1,6 @@
 """``saekit reproduce``: a paper's claim at laptop scale, with the paper's number, ours and the controls."""
 
+import inspect
 import json
 import textwrap
 import time
@@ -21,6 +22,10 @@ def reproduce(
     out: Annotated[
         str | None, typer.Option(help="Folder for result.json and figure.html; default: reproduce/NAME.")
     ] = None,
+    peers: Annotated[
+        str | None,
+        typer.Option(help="Python of an environment with other toolkits, for the papers that compare."),
+    ] = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -36,6 +41,14 @@ def reproduce(
         return
     if name not in PAPERS:
         raise SaekitError(f"paper {name!r} is unknown{nearest(name, PAPERS.table)}")
+    takes_peers = "peers" in inspect.signature(PAPERS[name]).parameters
+    if peers is not None and not takes_peers:
+        raise SaekitError(f"paper {name!r} compares with no other toolkit; leave --peers out")
+    if takes_peers and (peers is None or not Path(peers).is_file()):
+        raise SaekitError(
+            f"peers {peers!r} is no file; give --peers the python of an environment with sae-lens and dictionary-learning, as in .peers/bin/python"
+        )
+    options = {"peers": peers} if takes_peers else {}
     folder = Path(out or f"reproduce/{name}")
     began = time.monotonic()
     try:
@@ -45,7 +58,7 @@ def reproduce(
             f"out {str(folder)!r} can't be written: {error.strerror}; choose another folder"
         ) from None
     with progress(name, "runs") as draw:
-        found = PAPERS[name](range(seed, seed + seeds), draw)
+        found = PAPERS[name](range(seed, seed + seeds), draw, **options)
     data = {"name": name, "seeds": seeds, "seconds": time.monotonic() - began, **found.to_json()}
     write_atomic(folder / "result.json", json.dumps(finite(data), indent=1, default=_plain).encode())
     import plotly.graph_objects as go

@@ -43,6 +43,7 @@ class BatchTopK(nn.Module):
     Config = BatchTopKConfig
     offers = frozenset({"values", "dead"})
     affine = True
+    elementwise = True
     threshold: Tensor
     observed: Tensor
 
@@ -51,6 +52,12 @@ class BatchTopK(nn.Module):
         self.config = config
         self.register_buffer("threshold", torch.zeros(()))
         self.register_buffer("observed", torch.zeros((), dtype=torch.int64))
+
+    def begin(self, b_enc: Tensor, threshold: Tensor | None) -> Tensor:
+        """Take over what another dictionary ended with; returns the encoder's bias."""
+        if threshold is not None:
+            self.threshold.copy_(threshold.mean())
+        return b_enc
 
     def forward(
         self,

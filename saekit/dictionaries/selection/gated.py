@@ -30,6 +30,7 @@ class Gated(nn.Module):
     Config = GatedConfig
     offers = frozenset({"values", "dead", "gate", "free_l0"})
     affine = True
+    elementwise = True
     requires = "gate"
 
     def __init__(self, config: GatedConfig, n_features: int, d_in: int):
@@ -37,6 +38,12 @@ class Gated(nn.Module):
         self.config = config
         self.r = nn.Parameter(torch.zeros(n_features))
         self.b_mag = nn.Parameter(torch.zeros(n_features))
+
+    @torch.no_grad()
+    def begin(self, b_enc: Tensor, threshold: Tensor | None) -> Tensor:
+        """Take over what another dictionary ended with; returns the gate's bias."""
+        self.b_mag.copy_(b_enc)
+        return b_enc if threshold is None else b_enc - threshold
 
     def forward(
         self,

@@ -51,6 +51,7 @@ class JumpReLU(nn.Module):
     Config = JumpReLUConfig
     offers = frozenset({"values", "dead", "on", "free_l0"})
     affine = True
+    elementwise = True
 
     def __init__(self, config: JumpReLUConfig, n_features: int, d_in: int):
         super().__init__()
@@ -64,6 +65,12 @@ class JumpReLU(nn.Module):
             u = torch.addmm(b_enc, x[:4096], W_enc.T)
             count = max(1, round(self.config.density * u.numel()))
             self.threshold.fill_(u.flatten().topk(count).values[-1].clamp(min=0))
+
+    def begin(self, b_enc: Tensor, threshold: Tensor | None) -> Tensor:
+        """Take over what another dictionary ended with; returns the encoder's bias."""
+        if threshold is not None:
+            self.threshold.data.copy_(threshold)
+        return b_enc
 
     def forward(
         self,

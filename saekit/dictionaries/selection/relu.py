@@ -32,6 +32,7 @@ class ReLU(nn.Module):
     Config = ReLUConfig
     offers = frozenset({"values", "dead", "free_l0"})
     affine = True
+    elementwise = True
 
     def __init__(self, config: ReLUConfig, n_features: int, d_in: int):
         super().__init__()

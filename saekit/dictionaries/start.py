@@ -1,0 +1,106 @@
+"""Dictionaries that begin where others ended: from the weights of any tool, or from another dictionary."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from saekit.dictionaries.dictionary import Dictionary
+from saekit.dictionaries.presets import create
+from saekit.types import SaekitError
+
+
+@torch.no_grad()
+def from_weights(
+    W_enc: Float[Tensor, "d_in feature"],
+    W_dec: Float[Tensor, "_feature _d_out"],
+    b_enc: Float[Tensor, " _feature"] | None = None,
+    b_dec: Float[Tensor, " _d_out"] | None = None,
+    *,
+    selection: str = "relu",
+    threshold: Float[Tensor, "..."] | float | None = None,
+    pre_bias: Float[Tensor, " _d_in"] | None = None,
+    **options: Any,
+) -> Dictionary:
+    """The dictionary ``selection((x - pre_bias) W_enc + b_enc) W_dec + b_dec`` of raw activations, as it is.
+
+    What is left out is 0. ``threshold`` (one for all, or one per feature) needs a selection that has one:
+    "jumprelu" or "batchtopk". ``options`` are those of the selection, as ``k`` of a "topk".
+    """
+    d_in, n_features = W_enc.shape
+    if W_dec.shape != (n_features, d_in):
+        raise SaekitError(
+            f"W_dec has shape {tuple(W_dec.shape)}; W_enc is [d_in, n_features] = {tuple(W_enc.shape)}, so it must be {(n_features, d_in)}"
+        )
+    for name, given, width in (("b_enc", b_enc, n_features), ("b_dec", b_dec, d_in), ("pre_bias", pre_bias, d_in)):  # fmt: skip
+        if given is not None and given.shape != (width,):
+            raise SaekitError(f"{name} has shape {tuple(given.shape)}; expected ({width},)")
+    d = create(
+        "relu", d_in=d_in, n_features=n_features, selection=selection, atoms="free", normalise="none",
+        objective=("reconstruction",), **options,
+    )  # fmt: skip
+    assert d.encoder is not None  # of free atoms
+    d.encoder.copy_(W_enc.T)
+    d.atoms.weight.copy_(W_dec)
+    bias = torch.zeros(n_features, dtype=torch.float64) if b_enc is None else b_enc.double()
+    d.b_enc.copy_(bias if pre_bias is None else bias - pre_bias.double() @ W_enc.double())
+    if b_dec is not None:
+        d.b_dec.copy_(b_dec)
+    if threshold is not None:
+        if not hasattr(d.selection, "threshold"):
+            raise SaekitError(
+                f"threshold: selection {selection!r} has none; choose 'jumprelu' or 'batchtopk', or leave it out"
+            )
+        d.selection.threshold.copy_(torch.as_tensor(threshold))
+    d.prepared.fill_(True)
+    return d
+
+
+@torch.no_grad()
+def warm_start(dictionary: Dictionary, other: Dictionary) -> None:
+    """Give a fresh dictionary the features of another, whatever their choices; training then goes on from there.
+
+    It takes the other's normalisation where that is of its kind; else it keeps its own, which must have been
+    set (``set_normalisation``), and atoms, encoder, biases and thresholds are brought into its space. Atoms
+    that are kept at norm 1 hand their length to the codes. The two are the same function where the selections
+    are, but for what lengths and spaces decide: ranks between atoms of several lengths, and pursuits.
+    """
+    for field in ("n_features", "d_in", "d_out"):
+        mine, theirs = getattr(dictionary, field), getattr(other, field)
+        if mine != theirs:
+            raise SaekitError(f"{field} = {mine} differs from the {theirs} of the dictionary to begin from")
+    weight = getattr(dictionary.atoms, "weight", None)
+    if weight is None:
+        raise SaekitError(
+            f"atoms {dictionary.config.atoms[0]!r} are no rows of their own that could be taken from another dictionary; choose 'free', 'unit_norm' or 'tied'"
+        )
+    if dictionary.norm_in.kind == other.norm_in.kind and other.normalised:
+        dictionary.norm_in.load_state_dict(other.norm_in.state_dict())
+        dictionary.norm_out.load_state_dict(other.norm_out.state_dict())
+    if not dictionary.normalised:
+        raise SaekitError(
+            f"normalise = {dictionary.norm_in.kind!r} is not that of the dictionary to begin from ({other.norm_in.kind!r}); call set_normalisation(rows) first"
+        )
+    read, bias, threshold = other.W_enc.T, other.b_enc.detach(), None
+    if hasattr(other.selection, "thresholds"):
+        read, bias, threshold = other.selection.thresholds(read, bias)
+    raw, shift = other.norm_in.fold(read)
+    read, back = dictionary.norm_in.unfold(raw)
+    bias = bias.double() + shift + back
+    written = dictionary.norm_out.normalised(other.norm_out.directions(other.W_dec.double()))
+    length = torch.ones_like(bias)
+    if dictionary.atoms.unit or dictionary.encoder_unit:
+        length = torch.linalg.vector_norm(written, dim=1).clamp(min=1e-12)
+    weight.copy_(written / length[:, None])
+    if dictionary.encoder is not None:
+        read = read * length[:, None]
+        dictionary.encoder.copy_(nn.functional.normalize(read, dim=1) if dictionary.encoder_unit else read)
+    bias, threshold = bias * length, None if threshold is None else threshold.double() * length
+    if hasattr(dictionary.selection, "begin"):
+        bias = dictionary.selection.begin(bias, threshold)
+        dictionary.prepared.fill_(threshold is not None)
+    if not dictionary.encoder_unit:
+        dictionary.b_enc.copy_(bias)
+    centre = other.norm_out.invert(other.b_dec.double()[None])
+    dictionary.b_dec.copy_(dictionary.norm_out(centre)[0])

@@ -1,0 +1,170 @@
+"""Our dictionaries against other toolkits' own on one planted stream: recovery, reconstruction and time."""
+
+import json
+import math
+import os
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saekit import metrics
+from saekit.activations import DrawnSource
+from saekit.dictionaries import Dictionary, calibrate
+from saekit.kernels import sparse_decode
+from saekit.papers import peers as script
+from saekit.papers.claims import Claim, Reproduction, Tell, bars
+from saekit.papers.planted import make
+from saekit.papers.training import fit
+from saekit.testbed.planted import PlantedConfig, PlantedWorld
+from saekit.testbed.recovery import recovery
+from saekit.types import Codes, SaekitError
+
+WORLD = PlantedConfig(
+    n_features=2048, d_in=128, rank=25, correlation=0.1, roots=16, branching=4, depth=3, seed=0
+)
+LATENTS, K, STEPS, BATCH = 512, 12, 2930, 1024
+ROWS = 30_000  # to measure on, and as many others to calibrate thresholds on
+KINDS = ("topk", "batchtopk", "matryoshka")
+KEYS = ("f1", "mcc", "explained_variance")
+RATE = 3e-4  # of the peers, as their examples have it; ours choose their own
+
+
+def reproduce(seeds: Sequence[int], tell: Tell, peers: str) -> Reproduction:
+    """Train every kind in every toolkit on the same rows, and compare at equal L0.
+
+    ``peers`` is the python of an environment that has sae-lens and dictionary-learning.
+    """
+    world = PlantedWorld(WORLD)
+    found: dict[str, dict[str, dict[str, list[float]]]] = {kind: {} for kind in KINDS}
+    total, done = len(seeds) * len(KINDS) * (1 + len(script.PEERS)), 0
+    for seed in seeds:
+        with tempfile.TemporaryDirectory() as folder:
+            files = _write(world, seed, Path(folder))
+            for kind in KINDS:
+                for toolkit in ("saekit", *script.PEERS):
+                    tell(done, total, f"{kind} by {toolkit}, seed {seed}")
+                    scores = (
+                        _ours(world, kind, seed, files)
+                        if toolkit == "saekit"
+                        else _theirs(world, toolkit, kind, seed, files, peers)
+                    )
+                    for key, value in scores.items():
+                        found[kind].setdefault(toolkit, {}).setdefault(key, []).append(value)
+                    done += 1
+    tell(done, total, "done")
+    return _report(found, seeds)
+
+
+def _write(world: PlantedWorld, seed: int, folder: Path) -> dict[str, str]:
+    """The seed's training rows, and held-out ones, as files that every toolkit reads."""
+    files = {name: str(folder / f"{name}.npy") for name in ("rows", "held_out", "evaluation")}
+    size = (STEPS * BATCH, WORLD.d_in)
+    rows = np.lib.format.open_memmap(files["rows"], mode="w+", dtype=np.float32, shape=size)
+    for step in range(STEPS):
+        rows[step * BATCH : (step + 1) * BATCH] = world.batch(BATCH, step + seed * 100_000)[0].numpy()
+    rows.flush()
+    np.save(files["held_out"], world.batch(ROWS, (1 << 25) + seed)[0].numpy())
+    np.save(files["evaluation"], world.evaluation_set(ROWS)[0].numpy())
+    return files
+
+
+def _ours(world: PlantedWorld, kind: str, seed: int, files: dict[str, str]) -> dict[str, float]:
+    batches = script.Batches(files["rows"], BATCH)
+
+    def draw(rows: int, step: int, seed: int) -> Tensor:
+        return batches[step]
+
+    began = time.perf_counter()
+    d = make(world, kind, LATENTS, seed, k=K)
+    fit(d, DrawnSource(draw, WORLD.d_in, "planted"), STEPS, BATCH, seed=seed)
+    seconds = time.perf_counter() - began
+    held_out = torch.from_numpy(np.load(files["held_out"]))
+    own = metrics.l0(d.encode(held_out))
+    at: Dictionary = d.to_inference() if kind == "topk" else calibrate(d, held_out, K)
+    codes = at.encode(torch.from_numpy(np.load(files["evaluation"])))
+    scores = _scores(world, at.W_dec.detach(), at.b_dec.detach(), codes)
+    return {**scores, "seconds": seconds, "own_l0": own}
+
+
+def _theirs(
+    world: PlantedWorld, toolkit: str, kind: str, seed: int, files: dict[str, str], python: str
+) -> dict[str, float]:
+    out = str(Path(files["rows"]).with_name("peer.npz"))
+    given = {"peer": toolkit, "kind": kind, "n_features": LATENTS, "k": K, "batch_size": BATCH, "lr": RATE, "seed": seed, "out": out, **files}  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    ran = subprocess.run(
+        [python, script.__file__, json.dumps(given)], capture_output=True, text=True, env=environment
+    )
+    if ran.returncode:
+        last = ran.stderr.strip().splitlines()[-1] if ran.stderr.strip() else "no message"
+        raise SaekitError(f"peers {python!r} can't train {kind} of {toolkit}: {last}")
+    said = json.loads(ran.stdout.splitlines()[-1])
+    with np.load(out) as file:
+        arrays = dict(file)
+    offsets = np.concatenate([[0], np.bincount(arrays["row"], minlength=ROWS).cumsum()])
+    codes = Codes(
+        torch.from_numpy(offsets), torch.from_numpy(arrays["feature"].astype(np.int32)),
+        torch.from_numpy(arrays["value"]), LATENTS, (ROWS,),
+    )  # fmt: skip
+    decoder, bias = torch.from_numpy(arrays["decoder"]), torch.from_numpy(arrays["bias"])
+    return {
+        **_scores(world, decoder, bias, codes),
+        "seconds": said["seconds"],
+        "own_l0": said["own_l0"],
+    }
+
+
+def _scores(world: PlantedWorld, decoder: Tensor, bias: Tensor, codes: Codes) -> dict[str, float]:
+    x, true = world.evaluation_set(ROWS)
+    found = recovery(decoder, world.directions, codes, true, world.parent, bias - world.bias)
+    x_hat = sparse_decode(codes.offsets, codes.indices, codes.values, decoder) + bias
+    return {
+        **{key: found[key] for key in ("f1", "mcc")},
+        "explained_variance": metrics.explained_variance(x, x_hat),
+        "l0": metrics.l0(codes),
+    }
+
+
+def _report(found: dict[str, dict[str, dict[str, list[float]]]], seeds: Sequence[int]) -> Reproduction:
+    claims, notes = [], []
+    for kind, by_toolkit in found.items():
+        mine = by_toolkit["saekit"]
+        others = [toolkit for toolkit in by_toolkit if toolkit != "saekit"]
+        for key in KEYS:
+            best = max(others, key=lambda t: statistics.mean(by_toolkit[t][key]))
+            theirs = by_toolkit[best][key]
+            error = math.sqrt((_variance(mine[key]) + _variance(theirs)) / len(seeds))
+            ahead = [a - b for a, b in zip(mine[key], theirs, strict=True)]
+            claims.append(
+                Claim(f"{kind}: our {key} less that of the best other, no further below it than one standard error", "no paper", ahead, ">=", -error, theirs, best)
+            )  # fmt: skip
+        fastest = min(others, key=lambda t: statistics.mean(by_toolkit[t]["seconds"]))
+        share = [a / b for a, b in zip(mine["seconds"], by_toolkit[fastest]["seconds"], strict=True)]
+        claims.append(
+            Claim(f"{kind}: our time over that of the fastest other", "no paper", share, "<", 1.0, by_toolkit[fastest]["seconds"], f"seconds of {fastest}")
+        )  # fmt: skip
+        notes += [
+            f"{kind} by {toolkit}: "
+            + ", ".join(f"{key} {statistics.mean(values):.3f}" for key, values in scores.items())
+            for toolkit, scores in by_toolkit.items()
+        ]
+    toolkits = list(found[KINDS[0]])
+    return Reproduction(
+        title="Recovery of planted features by three toolkits",
+        source="this project's planted benchmark, after 2602.14687",
+        setting=f"{WORLD.n_features} planted features in {WORLD.d_in} dimensions, {LATENTS} latents, {STEPS * BATCH} rows in batches of {BATCH}, the same for all; L0 {K} at inference, thresholds calibrated on {ROWS} held-out rows; peers at lr {RATE}; {torch.get_num_threads()} threads",
+        claims=claims,
+        figure=bars("Recovery and reconstruction at equal L0", "score", {toolkit: {f"{kind}: {key}": found[kind][toolkit][key] for kind in KINDS for key in KEYS} for toolkit in toolkits}),
+        notes=notes,
+    )  # fmt: skip
+
+
+def _variance(values: Sequence[float]) -> float:
+    return statistics.variance(values) if len(values) > 1 else 0.0

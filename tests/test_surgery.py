@@ -1,0 +1,201 @@
+"""Dictionaries made from dictionaries or from weights: calibration, pruning, merging, warm starts."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+import saekit
+from saekit.dictionaries import PRESETS, TrainState, from_weights, merge, warm_start
+from saekit.dictionaries.surgery import calibrate, duplicates, prune
+from saekit.types import SaekitError
+
+pytestmark = pytest.mark.filterwarnings("ignore:k = 4 was asked")  # runs this short don't reach their L0
+
+
+@pytest.fixture
+def rows() -> torch.Tensor:
+    """4000 rows in 32 dimensions, sums of about 4 of 64 directions, far off-centre."""
+    g = torch.Generator().manual_seed(3)
+    atoms = normalize(torch.randn(64, 32, generator=g), dim=-1)
+    on = torch.rand(4000, 64, generator=g) < 1 / 16
+    return (on * (1 + torch.rand(4000, 64, generator=g))) @ atoms + 30.0
+
+
+def make(name: str, **options) -> saekit.Dictionary:
+    return saekit.create(name, **{"d_in": 32, "n_features": 128, "k": 4, "seed": 0, **options})
+
+
+def trained(name: str, rows: torch.Tensor, **options) -> saekit.Dictionary:
+    d = make(name, **options)
+    saekit.train(d, rows, steps=40, batch_size=256, lr=2e-3)
+    return d
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in PRESETS if n not in ("abstopk", "switch", "random", "random_omp")]
+)
+def test_calibration_gives_the_wanted_l0_exactly(name: str, rows: torch.Tensor) -> None:
+    d = make(name)
+    d.prepare(rows)
+    for k in (3, 7.5):
+        got = calibrate(d, rows, k)
+        codes = got.encode(rows)
+        assert got.config.selection[0] == "jumprelu" and len(codes.values) == round(k * len(rows))
+        assert (codes.values > 0).all()
+
+
+def test_calibration_of_a_topk_keeps_its_values(rows: torch.Tensor) -> None:
+    d = make("topk")
+    d.prepare(rows)
+    got = calibrate(d, rows, 4)
+    theirs, mine = d.encode(rows).to_dense(), got.encode(rows).to_dense()
+    both = (theirs > 0) & (mine > 0)
+    assert both.sum() > 0.5 * len(rows) * 4
+    torch.testing.assert_close(mine[both], theirs[both], rtol=1e-3, atol=1e-3)
+    for bad, words in ((0, "k = 0 must"), (200, "k = 200 must"), (127, "positive pre-activations")):
+        with pytest.raises(SaekitError, match=words):
+            calibrate(d, rows, bad)
+    with pytest.raises(SaekitError, match="its codes have signs"):
+        calibrate(make("abstopk"), rows, 4)
+
+
+@pytest.mark.parametrize(
+    "name", ["topk", "batchtopk", "jumprelu", "gated", "matryoshka", "matching_pursuit", "archetypal"]
+)
+def test_pruning_what_never_fires_changes_nothing(name: str, rows: torch.Tensor, tmp_path: Path) -> None:
+    d = make(name)
+    d.prepare(rows)
+    d.observe(d.loss(rows).codes, TrainState())
+    with torch.no_grad():
+        if name == "matching_pursuit":
+            d.atoms.weight[::3] = d.atoms.weight[1]  # ties go to the first: index 0
+        else:
+            d.b_enc[::3] = -1e4
+    keep = d.encode(rows).firing_counts() > 0
+    assert 0 < keep.sum() < 128
+    small, remap = prune(d, keep)
+    assert small.n_features == keep.sum() and (remap[~keep] == -1).all()
+    assert remap[keep].tolist() == list(range(int(keep.sum())))
+    torch.testing.assert_close(small(rows), d(rows), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(
+        small.encode(rows).to_dense(), d.encode(rows).to_dense()[:, keep], rtol=1e-5, atol=1e-4
+    )
+    saekit.save(small, tmp_path)
+    assert torch.equal(saekit.load(tmp_path)(rows), small(rows))
+    assert not small.loss(rows).total.isnan()
+
+
+def test_duplicates_are_mapped_onto_the_first(rows: torch.Tensor) -> None:
+    d = make("relu")
+    d.prepare(rows)
+    with torch.no_grad():
+        for weight in (d.encoder, d.atoms.weight):
+            weight[[9, 40]] = weight[2].clone()
+    first = duplicates(d)
+    assert first[9] == first[40] == 2 and (first == torch.arange(128)).sum() == 126
+    small, remap = prune(d, first == torch.arange(128), first)
+    assert small.n_features == 126 and remap[9] == remap[40] == remap[2] == 2 and remap.min() == 0
+    with pytest.raises(SaekitError, match="groups of equal size"):
+        prune(make("groupmax"), torch.ones(128, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("name", ["relu", "jumprelu", "gated", "batchtopk"])
+def test_merging_copies_leaves_outputs_as_they_are(name: str, rows: torch.Tensor) -> None:
+    d = trained(name, rows, atoms="free").to_inference()
+    with torch.no_grad():
+        for i, factor in ((9, 1.0), (40, 0.5)):  # a copy, and one of half the size
+            d.encoder[i], d.b_enc[i] = factor * d.encoder[2], factor * d.b_enc[2]
+            if name != "relu":
+                d.selection.threshold[i] = factor * d.selection.threshold[2]
+    onto = torch.arange(128)
+    onto[[9, 40]] = 2
+    small, remap = merge(d, onto)
+    assert small.n_features == 126 and remap[9] == remap[40] == remap[2] == 2
+    torch.testing.assert_close(small(rows), d(rows), rtol=1e-5, atol=1e-4)
+    with pytest.raises(SaekitError, match="lets copies compete"):
+        merge(make("topk"), onto)
+    onto[2] = 0
+    with pytest.raises(SaekitError, match="onto must name"):
+        merge(d, onto)
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after"),
+    [
+        ("topk", {}, {}),
+        ("topk", {}, {"objective": "matryoshka"}),
+        ("relu", {"normalise": "whiten"}, {"normalise": "whiten"}),
+        ("relu", {"normalise": "whiten", "atoms": "free"}, {"normalise": "scale"}),
+        ("relu", {"normalise": "none", "atoms": "free"}, {"normalise": "scale", "atoms": "free"}),
+        ("jumprelu", {}, {}),
+        ("jumprelu", {}, {"selection": "gated", "objective": ("reconstruction", "gate", "l1")}),
+        ("gated", {}, {}),
+        ("gated", {}, {"selection": "jumprelu", "objective": ("reconstruction", "l0")}),
+        ("batchtopk", {}, {"selection": "jumprelu", "objective": ("reconstruction", "l0")}),
+        ("batchtopk", {}, {}),
+        ("matching_pursuit", {}, {}),
+        ("archetypal", {}, {"atoms": "free"}),
+        ("k_sparse", {}, {}),
+    ],
+)
+def test_a_warm_start_is_the_same_function(
+    name: str, before: dict, after: dict, rows: torch.Tensor, tmp_path: Path
+) -> None:
+    other = trained(name, rows, **before)
+    d = make(name, **after, seed=1)
+    d.set_normalisation(rows[:1000])
+    warm_start(d, other)
+    error = (d(rows) - other(rows)).norm(dim=1) / rows.std(0).norm()
+    # a rule by rank or a threshold may turn the other way at a near tie
+    assert error.quantile(0.99) < 1e-3
+    saekit.save(other, tmp_path / "other")
+    run = saekit.train(
+        make(name, **after, seed=1), rows, steps=1, batch_size=256, lr=1e-9, init=str(tmp_path / "other")
+    )
+    if d.config.selection[0] == other.config.selection[0] == "topk":
+        assert saekit.metrics.fvu(rows, run.dictionary(rows)) == pytest.approx(
+            saekit.metrics.fvu(rows, other(rows)), rel=1e-3
+        )
+
+
+def test_a_warm_start_takes_the_normalisation_or_says_what_is_missing(rows: torch.Tensor) -> None:
+    other = trained("topk", rows)
+    d = make("topk", seed=1)
+    warm_start(d, other)
+    torch.testing.assert_close(d(rows), other(rows), rtol=1e-5, atol=1e-4)
+    for bad, words in (
+        (make("topk", n_features=64), "n_features = 64 differs from the 128"),
+        (make("topk", normalise="whiten"), "call set_normalisation"),
+        (make("archetypal"), "choose 'free'"),
+    ):
+        with pytest.raises(SaekitError, match=words):
+            warm_start(bad, other)
+    with pytest.raises(SaekitError, match="neither a folder with a dictionary"):
+        saekit.train(make("topk"), rows, steps=1, batch_size=8, init="nowhere")
+
+
+def test_weights_of_any_tool_become_a_dictionary(rows: torch.Tensor, tmp_path: Path) -> None:
+    g = torch.Generator().manual_seed(0)
+    W_enc, W_dec = torch.randn(32, 128, generator=g) / 32, torch.randn(128, 32, generator=g)
+    b_enc, b_dec, pre = (torch.randn(n, generator=g) for n in (128, 32, 32))
+    threshold = torch.rand(128, generator=g)
+    d = from_weights(W_enc, W_dec, b_enc, b_dec, selection="jumprelu", threshold=threshold, pre_bias=pre)
+    u = (rows - pre) @ W_enc + b_enc
+    torch.testing.assert_close(d(rows), (u * (u > threshold)) @ W_dec + b_dec, rtol=1e-4, atol=1e-3)
+    top = from_weights(W_enc, W_dec, selection="topk", k=3)
+    assert saekit.metrics.l0(top.encode(rows)) <= 3
+    saekit.save(d, tmp_path)
+    assert torch.equal(saekit.load(tmp_path)(rows), d(rows))
+    warm = make("jumprelu")
+    saekit.train(warm, rows, steps=1, batch_size=256, lr=1e-9, init=str(tmp_path))
+    assert saekit.metrics.fvu(rows, warm(rows)) == pytest.approx(saekit.metrics.fvu(rows, d(rows)), rel=1e-2)
+    for options, words in (
+        ({"threshold": 1.0}, "selection 'relu' has none"),
+        ({"b_enc": b_dec}, "b_enc has shape"),
+    ):
+        with pytest.raises(SaekitError, match=words):
+            from_weights(W_enc, W_dec, **options)
+    with pytest.raises(SaekitError, match="W_dec has shape"):
+        from_weights(W_enc, W_enc)
