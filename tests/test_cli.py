@@ -78,14 +78,20 @@ def test_the_demo_ends_in_a_table_and_a_page(demo) -> None:
     keys = {"l0", "fvu", "explained_variance", "ce_recovered", "kl", "dead_share", "density"}
     assert keys <= set(data["measures"]) and Path(data["report"]) == (out / "report.html").resolve()
     fvu = data["measures"]["fvu"]
-    assert fvu["value"] < fvu["control"]["random"] and fvu["interval"][0] < fvu["value"] < fvu["interval"][1]
+    assert set(fvu["control"]) == {"frozen", "random", "random_omp"}
+    assert (
+        fvu["value"] < fvu["control"]["frozen"] < 1 and fvu["interval"][0] < fvu["value"] < fvu["interval"][1]
+    )
     page = (out / "report.html").read_text()
     assert "ce_recovered" in page and "blocks.1.hook_resid_post" in page
 
 
 def test_eval_dashboard_and_doctor_on_the_demos_run(demo, tmp_path: Path) -> None:
     run = demo[0] / "run"
+    table = saekit("eval", str(run), "--tokens", "2048").stdout
+    assert " frozen" in table and " random_omp" in table  # the run has trained its control
     table = saekit("eval", str(run), "--tokens", "2048", "--no-controls").stdout
+    assert " frozen" not in table
     assert "ce_recovered" in table and "nats per token" in table
     assert (run / "eval.json").exists()
     page = saekit(

@@ -10,7 +10,7 @@ import torch
 import saekit
 from saekit import metrics
 from saekit.evaluate import evaluate
-from saekit.evaluate.core import UNITS
+from saekit.evaluate.core import UNITS, controls_for
 from saekit.hooks import intervene
 from saekit.models import load_model
 from saekit.types import Codes, SaekitError
@@ -105,6 +105,20 @@ def test_evaluation_equals_the_pure_functions(report, trained, tiny_gpt2) -> Non
         "l0": metrics.l0(codes), "dead_share": metrics.dead_share(metrics.density(codes)),
     }.items():  # fmt: skip
         assert float(report[key]) == pytest.approx(value, rel=1e-5), key
+
+
+def test_controls_share_the_normalisation_and_the_l0() -> None:
+    rows = torch.randn(500, 32, generator=torch.Generator().manual_seed(0)) + 30.0
+    for name in ("topk", "relu"):
+        d = saekit.create(name, d_in=32, n_features=128, k=4)
+        d.set_normalisation(rows)
+        controls = controls_for(d, rows)
+        assert set(controls) == {"random", "random_omp"}
+        l0 = 4 if name == "topk" else metrics.l0(d.encode(rows))
+        for control in controls.values():
+            assert control.config.selection[1].k == round(l0)
+            # about zero instead of the mean, the offset alone would cost all codes
+            assert name == "relu" or metrics.fvu(rows, control(rows)) < 1
 
 
 @pytest.mark.parametrize("batch_rows", [1, 3, 32])

@@ -221,7 +221,8 @@ def test_a_sweep_is_many_runs_and_a_front(small_store, tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     rows = {row["name"]: row for row in json.loads(done.stdout)["runs"]}
-    assert set(rows) == {f"k-{k}_architecture-{a}" for k in (2, 8) for a in ("topk", "relu")}
+    kinds = {f"k-{k}_architecture-{a}" for k in (2, 8) for a in ("topk", "relu")}
+    assert set(rows) == kinds | {"frozen_k-2", "frozen_k-8"}
     assert rows["k-2_architecture-topk"]["front"] and (out / "sweep.html").stat().st_size > 10_000
     for name in rows:
         assert saekit.load(out / name).n_features == 64

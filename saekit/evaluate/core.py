@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from saekit import metrics, records
@@ -157,17 +158,22 @@ def _measure(key: str, n: int, resampler: Resampler, statistic: Callable, *sums:
     return Measure(value, n, UNITS[key], interval)
 
 
-def controls_for(dictionary: Dictionary, seed: int = 0) -> dict[str, Dictionary]:
-    """Random dictionaries of the same width and k, with the same normalisation: what to beat."""
-    k = getattr(dictionary.config.selection[1], "k", None)
-    if k is None or dictionary.d_in != dictionary.d_out:
+def controls_for(
+    dictionary: Dictionary, rows: Float[Tensor, "rows d_in"], seed: int = 0
+) -> dict[str, Dictionary]:
+    """Random dictionaries of the same width and L0, with the same normalisation: what to beat.
+
+    L0 is the selection's k, or where it has none that of the dictionary on ``rows``, rounded.
+    """
+    if dictionary.d_in != dictionary.d_out:
         return {}
+    k = getattr(dictionary.config.selection[1], "k", None)
+    if k is None:
+        k = min(dictionary.n_features, max(1, round(metrics.l0(dictionary.encode(rows)))))
     shape = {"d_in": dictionary.d_in, "n_features": dictionary.n_features, "k": k, "seed": seed}
     out = {name: create(name, **shape).to(dictionary.device) for name in ("random", "random_omp")}
     for control in out.values():
-        for name, buffer in dictionary.named_buffers():
-            if name.startswith(("mean_", "scale_", "normalised")):
-                dict(control.named_buffers())[name].copy_(buffer)
+        control.norm_in, control.norm_out = dictionary.norm_in, dictionary.norm_out
     return out
 
 
@@ -180,7 +186,7 @@ def evaluate(
     tokens: int = 65536,
     hook_point: str | None = None,
     split: str = "held_out",
-    controls: bool = True,
+    controls: "bool | Mapping[str, Dictionary]" = True,
     ablation: str = "zero",
     batch_rows: int = 8,
     context: int | None = None,
@@ -192,7 +198,8 @@ def evaluate(
 
     Gives l0, fvu, explained_variance, cosine, norm_ratio, dead_share and density; for a causal
     language model also ce_original / spliced / ablated / recovered and kl. Masked positions
-    (special tokens, padding, outliers in norm) are neither measured nor replaced.
+    (special tokens, padding, outliers in norm) are neither measured nor replaced. ``controls`` are
+    random dictionaries; others by name are measured beside them, as that of a run's folder ``control``.
     """
     if ablation not in ("zero", "mean"):
         raise SaekitError(f"ablation {ablation!r} is not one of 'zero', 'mean'")
@@ -213,7 +220,6 @@ def evaluate(
     stream.norm_limits = {point: known[point]} if point in known else {}
     dictionary = dictionary.to(view.device)
     runs = {"": _Evaluation(dictionary)}
-    runs |= {name: _Evaluation(c) for name, c in (controls_for(dictionary, seed) if controls else {}).items()}
     shift: Tensor | None = None
     done = 0
     index: dict[int, int] = defaultdict(lambda: len(index) % MAX_DOCUMENTS)
@@ -225,13 +231,12 @@ def evaluate(
             raise SaekitError(
                 f"activations at {point!r} of model {view.name!r} hold NaN or Inf; find what makes the model overflow"
             )
-        shift = x.double().mean(0) if shift is None else shift
-        owner = (
-            batch.documents
-            if batch.documents is not None
-            else torch.arange(len(batch.mask))[:, None].expand(batch.mask.shape)
-        )
-        owners = np.array([index[int(d)] for d in owner[batch.mask]])
+        if shift is None:
+            shift = x.double().mean(0)
+            given_controls = controls if isinstance(controls, Mapping) else {}
+            beside = {**(controls_for(dictionary, x, seed) if controls else {}), **given_controls}
+            runs |= {name: _Evaluation(c.to(view.device)) for name, c in beside.items()}
+        owners = _owners(batch, index)
         hats = {name: run.observe(x, owners, shift) for name, run in runs.items()}
         if logits is not None:
             baseline = (
@@ -253,6 +258,14 @@ def evaluate(
         "tokens": done, "ablation": ablation, "context": getattr(stream, "context", None), "seed": seed, "split": split if stream.named else "all",
     }  # fmt: skip
     return Report(measures, about)
+
+
+def _owners(batch: ActivationBatch, index: Mapping[int, int]) -> np.ndarray:
+    """Which sum each unmasked row belongs to: its document's, or its sample's where there are none."""
+    owner = batch.documents
+    if owner is None:
+        owner = torch.arange(len(batch.mask))[:, None].expand(batch.mask.shape)
+    return np.array([index[int(d)] for d in owner[batch.mask]])
 
 
 def _warn_of_training_text(trained: Mapping[str, Any], stream: Stream) -> None:

@@ -13,7 +13,7 @@ from saekit.papers.training import fit
 
 POINT, WIDTH, K = "blocks.1.hook_resid_post", 1024, 16
 TOKENS, STEPS, BATCH = 400_000, 200, 2048
-TUNE_STEPS, SEQUENCES, RATE = 140, 4, 1e-3
+TUNE_STEPS, SEQUENCES, RATE = 120, 4, 1e-3
 KINDS = {"MSE alone": ("reconstruction", "auxk"), "MSE and KL": ("reconstruction", "end_to_end")}
 
 

@@ -12,7 +12,7 @@ from saekit.papers.planted import make, reconstruct, stream
 from saekit.papers.training import fit_all
 from saekit.testbed.planted import PlantedConfig, PlantedWorld
 
-WIDTH, K, STEPS, BATCH = 256, 32, 1500, 256
+WIDTH, K, STEPS, BATCH = 256, 32, 1300, 256
 BUDGETS = (2, 4, 8, 16, 32)
 
 

@@ -38,30 +38,34 @@ def demo(
 
     began, folder = time.monotonic(), Path(out)
     model = load_model("code-lm", device=device)
-    dictionary = create(
-        "topk", d_in=WIDTH, n_features=n_features, k=k, seed=seed
-    )  # before work, should it be refused
+    # before work, should they be refused
+    dictionary, control = (
+        create(name, d_in=WIDTH, n_features=n_features, k=k, seed=seed) for name in ("topk", "frozen")
+    )
     say(f"1/4 harvest {HOOK_POINT} of code-lm over the standard library")
     with progress("harvest", "tokens") as draw:
         store = harvest(
             model, "stdlib", [HOOK_POINT], out=folder / "acts", tokens=tokens, dtype="bf16",
             on_batch=lambda done, total: draw(done, total, ""),
         )  # fmt: skip
-    say(f"2/4 train a TopK dictionary, {WIDTH} to {n_features} features, k = {k}")
+    say(
+        f"2/4 train a TopK dictionary, {WIDTH} to {n_features} features, k = {k}, and one with a frozen random decoder"
+    )
     batch_size = min(4096, store.n_rows)
     steps = max(1, store.n_rows // batch_size)
     with progress("train", "steps") as draw:
         train(
-            dictionary, store, steps, batch_size, folder / "run", device=device, seed=seed,
+            dictionary, store, steps, batch_size, folder / "run", control=control, device=device, seed=seed,
             on_step=lambda step, r: draw(step, steps, f"fvu {r['fvu']:.3f} dead {r['dead_share']:.1%}"),
         )  # fmt: skip
-    say("3/4 evaluate it on held-out files, beside random dictionaries")
+    say("3/4 evaluate it on held-out files, beside the controls")
     with progress("evaluate", "tokens") as draw:
         report = evaluate(
             dictionary,
             model,
             "stdlib",
             tokens=eval_tokens,
+            controls={"frozen": control},
             seed=seed,
             on_batch=lambda done, total: draw(done, total, ""),
         )

@@ -44,7 +44,9 @@ def evaluate(
     hook_point: Annotated[str | None, typer.Option(help="Hook point; default: the dictionary's own.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens to evaluate on.")] = 65536,
     split: Annotated[str, typer.Option(help="Side of the text's split.")] = "held_out",
-    controls: Annotated[bool, typer.Option(help="Also evaluate random dictionaries.")] = True,
+    controls: Annotated[
+        bool, typer.Option(help="Also evaluate random dictionaries, and the run's control where it has one.")
+    ] = True,
     ablation: Annotated[
         str, typer.Option(help="What CE recovered is measured against: zero or mean.")
     ] = "zero",
@@ -64,6 +66,8 @@ def evaluate(
     from saekit.verbs.console import finite
 
     dictionary = load(path, device=device)
+    trained = Path(path) / "control"
+    beside = {"frozen": load(trained, device=device)} if controls and trained.is_dir() else controls
     check_writable(Path(path))
     own_model, own_text = origin(dictionary.card)
     model, text = model or own_model, text or own_text
@@ -71,7 +75,7 @@ def evaluate(
         raise SaekitError(f"dictionary {path!r} was trained on text given in Python; name one with --text")
     with progress("evaluate", "tokens") as draw:
         report = run(
-            dictionary, model, text, tokens=tokens, hook_point=hook_point, split=split, controls=controls,
+            dictionary, model, text, tokens=tokens, hook_point=hook_point, split=split, controls=beside,
             ablation=ablation, device=device, seed=seed, on_batch=lambda done, total: draw(done, total, ""),
         )  # fmt: skip
     data = report.to_json()

@@ -41,6 +41,13 @@ def train(
             help="Several values of a field, e.g. --sweep k=16,32,64, or of architecture; one run each, from one stream. Repeatable: all combinations."
         ),
     ] = None,
+    control: Annotated[
+        bool | None,
+        typer.Option(
+            "--control/--no-control",
+            help="Also train a TopK with a frozen random decoder, from the same stream, for eval to compare with; a sweep does unless told not to.",
+        ),
+    ] = None,
     out: Annotated[str, typer.Option(help="Folder of the run; an interrupted run in it goes on.")] = "run",
     steps: Annotated[
         int | None, typer.Option(help="Steps; default: one pass over the store, or 1000.")
@@ -76,6 +83,7 @@ def train(
 
     if config is not None:
         dictionary, source, options = _repeat(Path(config))
+        beside = {}
     else:
         source, width = _source(acts, model, text, hook_point, batch_size, device)
         trains = {f.name for f in dataclasses.fields(TrainConfig)}
@@ -88,15 +96,17 @@ def train(
             "dead_after": dead_after, "checkpoint_every": checkpoint_every, "log_every": log_every, "wandb": wandb, "seed": seed, **other,
         }  # fmt: skip
         if sweep:
-            _sweep(fields, sweep, source, hook_point, options, out, device, as_json)
+            _sweep(fields, sweep, source, hook_point, options, out, device, as_json, control is not False)
             return
         dictionary = _create(fields, seed)
-        if hook_point:
-            dictionary.reads, dictionary.writes = dictionary.wiring.sites([hook_point])
+        beside = {"control": _frozen(fields, seed)} if control else {}
+        for d in (dictionary, *beside.values()):
+            if hook_point:
+                d.reads, d.writes = d.wiring.sites([hook_point])
     began, total = time.monotonic(), options.get("steps", TrainConfig.steps)
     with progress("train", "steps") as draw:
         done = run(
-            dictionary, source, out=out, device=device, **options,
+            dictionary, source, out=out, device=device, **options, **beside,
             on_step=lambda step, r: draw(step, total, f"loss {r['loss']:.2f} fvu {r['fvu']:.3f} dead {r['dead_share']:.1%}"),
         )  # fmt: skip
     if not done.finished:
@@ -135,9 +145,16 @@ def _create(fields: dict[str, Any], seed: int) -> Any:
     return create(options.pop("architecture"), seed=seed, **options)
 
 
+def _frozen(fields: dict[str, Any], seed: int) -> Any:
+    """The control of what a decoder learns: random atoms under a TopK encoder that is trained."""
+    from saekit.dictionaries import create
+
+    return create("frozen", seed=seed, **{key: fields[key] for key in ("n_features", "k", "d_in")})
+
+
 def _sweep(
     fields: dict[str, Any], sweep: list[str], source: Any, hook_point: str | None,
-    options: dict[str, Any], out: str, device: str | None, as_json: bool,
+    options: dict[str, Any], out: str, device: str | None, as_json: bool, control: bool,
 ) -> None:  # fmt: skip
     """One run for each combination of the values, from one stream; a table and a figure of them."""
     from saekit.report.sweep import draw, rows
@@ -152,8 +169,10 @@ def _sweep(
         each[name] = {key: value for key, value in chosen.items() if key in trains}
         mine = {key: value for key, value in chosen.items() if key not in trains}
         dictionaries[name] = _create({**fields, **mine}, options["seed"])
+    for k in axes.get("k", [fields["k"]]) if control else []:
+        dictionaries[f"frozen_k-{k}"] = _frozen({**fields, "k": k}, options["seed"])
+    for d in dictionaries.values():
         if hook_point:
-            d = dictionaries[name]
             d.reads, d.writes = d.wiring.sites([hook_point])
     total, began = options["steps"], time.monotonic()
     with progress("train", "steps") as draw_bar:
