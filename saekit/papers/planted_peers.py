@@ -41,6 +41,7 @@ def reproduce(seeds: Sequence[int], tell: Tell, peers: str) -> Reproduction:
 
     ``peers`` is the python of an environment that has sae-lens and dictionary-learning.
     """
+    _check(peers)
     world = PlantedWorld(WORLD)
     found: dict[str, dict[str, dict[str, list[float]]]] = {kind: {} for kind in KINDS}
     total, done = len(seeds) * len(KINDS) * (1 + len(script.PEERS)), 0
@@ -60,6 +61,15 @@ def reproduce(seeds: Sequence[int], tell: Tell, peers: str) -> Reproduction:
                     done += 1
     tell(done, total, "done")
     return _report(found, seeds)
+
+
+def _check(python: str) -> None:
+    """Raise unless the environment has every toolkit."""
+    code = "from importlib.util import find_spec; print(*[m for m in ('sae_lens', 'dictionary_learning') if not find_spec(m)])"
+    ran = subprocess.run([python, "-c", code], capture_output=True, text=True)
+    if ran.returncode or ran.stdout.strip():
+        why = f"it has no {ran.stdout.strip()}" if not ran.returncode else "it is no python"
+        raise SaekitError(f"peers {python!r} can't be compared with: {why}; install it there")
 
 
 def _write(world: PlantedWorld, seed: int, folder: Path) -> dict[str, str]:

@@ -100,7 +100,7 @@ def progress(title: str, unit: str) -> Iterator[Callable[[int, int | None, str],
             return
         last = now
         rate = done / max(1e-9, now - began)
-        left = f"{duration((total - done) / max(rate, 1e-9))} left" if total and not finished else ""
+        left = f"{duration((total - done) / max(rate, 1e-9))} left" if total and done and not finished else ""
         of = f" of {total:,}" if total else ""
         said = (f"{title}: {done:,}{of} {unit}", _rate(rate, unit), left, note)
         say(", ".join(part for part in said if part))
