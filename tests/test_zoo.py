@@ -62,6 +62,17 @@ def test_many_from_one_stream_are_each_as_if_alone(rows: torch.Tensor, tmp_path:
         assert saekit.load(tmp_path / "many" / name).config == make(name).config
 
 
+def test_a_control_is_trained_beside_as_if_alone(rows: torch.Tensor, tmp_path: Path) -> None:
+    options = {"steps": 6, "batch_size": 200, "lr": 1e-3}
+    run = saekit.train(make("topk"), rows, out=tmp_path / "run", control=make("frozen"), **options)
+    saekit.train(make("frozen"), rows, out=tmp_path / "alone", **options)
+    files = [p / "dictionary.safetensors" for p in (tmp_path / "run" / "control", tmp_path / "alone")]
+    assert run.finished and files[0].read_bytes() == files[1].read_bytes()
+    assert saekit.load(tmp_path / "run").config.atoms[0] == "unit_norm"
+    with pytest.raises(SaekitError, match="width 32 is not"):
+        saekit.train(make("topk"), rows, control=make("frozen", d_in=16), **options)
+
+
 def test_one_failure_leaves_the_others_alone(rows: torch.Tensor, tmp_path: Path) -> None:
     runs = saekit.train_many(
         {"good": make("topk"), "bad": make("topk")}, rows, 30, 200, tmp_path, each={"bad": {"lr": 1e30}}
