@@ -1,7 +1,7 @@
 """The exam that every dictionary takes, importable for dictionaries that are made elsewhere.
 
 ``CONTRACT`` is a table of laws; each takes ``make()``, which gives the same fresh dictionary at each call,
-rows to train on, and an empty folder, and raises AssertionError where the law doesn't hold:
+rows to train on (of a transcoder: the columns read, then those written), and an empty folder, and raises AssertionError where the law doesn't hold:
 
     from saekit.contract import examine
     examine(lambda: saekit.create("topk", d_in=16, n_features=64, k=4, selection="mine"), rows, folder)
@@ -35,6 +35,10 @@ def _prepared(make: Make, rows: Tensor) -> Dictionary:
     return d
 
 
+def _read(d: Dictionary, rows: Tensor) -> Tensor:
+    return d.wiring.split(rows)[0]
+
+
 def _quietly(*given: Any, **options: Any) -> None:
     """Train; so short a run may well miss the L0 that was asked for."""
     with warnings.catch_warnings():
@@ -42,9 +46,10 @@ def _quietly(*given: Any, **options: Any) -> None:
         train(*given, **options)
 
 
-def shapes(make: Make, rows: Float[Tensor, "batch d_in"], folder: Path) -> None:
+def shapes(make: Make, rows: Float[Tensor, "batch columns"], folder: Path) -> None:
     """Codes and outputs keep the leading shape of the input; codes are sorted into rows; an empty batch is one."""
     d = _prepared(make, rows)
+    rows = _read(d, rows)
     x = rows[:12].view(3, 4, -1)
     codes = d.encode(x)
     assert codes.shape == (3, 4) and codes.n_features == d.n_features and codes.offsets.shape == (13,)
@@ -53,9 +58,10 @@ def shapes(make: Make, rows: Float[Tensor, "batch d_in"], folder: Path) -> None:
     assert d.encode(rows[:0]).rows == 0 and d(rows[:0]).shape == (0, d.d_out)
 
 
-def rows_are_independent(make: Make, rows: Float[Tensor, "batch d_in"], folder: Path) -> None:
+def rows_are_independent(make: Make, rows: Float[Tensor, "batch columns"], folder: Path) -> None:
     """``encode`` is a function of its own row alone, whatever the batch; no feature has two codes in a row."""
     d = _prepared(make, rows)
+    rows = _read(d, rows)
     whole = d.encode(rows[:40]).to_dense()
     alone = torch.cat([d.encode(row[None]).to_dense() for row in rows[:40]])
     torch.testing.assert_close(whole, alone, **CLOSE)
@@ -64,20 +70,24 @@ def rows_are_independent(make: Make, rows: Float[Tensor, "batch d_in"], folder: 
     assert len(key.unique()) == len(key)
 
 
-def sparse_equals_dense(make: Make, rows: Float[Tensor, "batch d_in"], folder: Path) -> None:
+def sparse_equals_dense(make: Make, rows: Float[Tensor, "batch columns"], folder: Path) -> None:
     """Decoding codes equals the dense product with the decoder."""
     d = _prepared(make, rows)
-    codes = d.encode(rows[:50])
-    dense = d.norm_out.invert(codes.to_dense() @ d.W_dec + d.b_dec)
+    x = _read(d, rows[:50])
+    codes = d.encode(x)
+    dense = codes.to_dense() @ d.W_dec + d.b_dec
+    if d.wiring.skip is not None:
+        dense = dense + d.norm_in(x) @ d.wiring.skip.T
     torch.testing.assert_close(
-        d.decode(codes, rows[:50]), dense, rtol=1e-4, atol=1e-4 * float(rows.abs().max())
+        d.decode(codes, x), d.norm_out.invert(dense), rtol=1e-4, atol=1e-4 * float(rows.abs().max())
     )
 
 
-def inference_is_the_same_function(make: Make, rows: Float[Tensor, "batch d_in"], folder: Path) -> None:
+def inference_is_the_same_function(make: Make, rows: Float[Tensor, "batch columns"], folder: Path) -> None:
     """``to_inference`` keeps codes and outputs to 1e-5 relative, but for codes at the edge of being chosen."""
     d = _prepared(make, rows)
     folded = d.to_inference()
+    rows = _read(d, rows)
     a, b = d.encode(rows).to_dense(), folded.encode(rows).to_dense()
     size = a.abs().max()
     moved = ((a != 0) != (b != 0)).any(1)
@@ -87,7 +97,7 @@ def inference_is_the_same_function(make: Make, rows: Float[Tensor, "batch d_in"]
     assert ((x - y).abs() <= 2e-5 * rows.abs().max()).all(), "outputs differ"
 
 
-def saved_is_loaded(make: Make, rows: Float[Tensor, "batch d_in"], folder: Path) -> None:
+def saved_is_loaded(make: Make, rows: Float[Tensor, "batch columns"], folder: Path) -> None:
     """Saving and loading gives the same config, the same bits, and so the same outputs."""
     d = _prepared(make, rows)
     d.reads = d.writes = ("blocks.1.hook_resid_post",)
@@ -99,10 +109,10 @@ def saved_is_loaded(make: Make, rows: Float[Tensor, "batch d_in"], folder: Path)
         assert Config.from_json(one.config.to_json()) == one.config
         for key, value in one.state_dict().items():
             assert torch.equal(value, back.state_dict()[key]), key
-        assert torch.equal(one(rows[:20]), back(rows[:20]))
+        assert torch.equal(one(_read(d, rows[:20])), back(_read(d, rows[:20])))
 
 
-def gradients_reach_every_parameter(make: Make, rows: Float[Tensor, "batch d_in"], folder: Path) -> None:
+def gradients_reach_every_parameter(make: Make, rows: Float[Tensor, "batch columns"], folder: Path) -> None:
     """The loss is the sum of its terms, and trains every parameter with finite gradients."""
     d = _prepared(make, rows)
     dead = torch.zeros(d.n_features, dtype=torch.bool)
@@ -119,7 +129,7 @@ def gradients_reach_every_parameter(make: Make, rows: Float[Tensor, "batch d_in"
         assert bool(term > 0), f"{name} is {term.item()}"
 
 
-def loss_changes_nothing(make: Make, rows: Float[Tensor, "batch d_in"], folder: Path) -> None:
+def loss_changes_nothing(make: Make, rows: Float[Tensor, "batch columns"], folder: Path) -> None:
     """Computing a loss twice gives the same bits and leaves every tensor as it was."""
     d = _prepared(make, rows)
     before = copy.deepcopy(d.state_dict())
@@ -129,7 +139,7 @@ def loss_changes_nothing(make: Make, rows: Float[Tensor, "batch d_in"], folder: 
         assert torch.equal(value, before[key]), key
 
 
-def resume_is_exact(make: Make, rows: Float[Tensor, "batch d_in"], folder: Path) -> None:
+def resume_is_exact(make: Make, rows: Float[Tensor, "batch columns"], folder: Path) -> None:
     """A run that goes on from its checkpoint ends with the same bytes as one that was never interrupted."""
 
     def run(out: Path) -> bytes:
@@ -146,12 +156,13 @@ def resume_is_exact(make: Make, rows: Float[Tensor, "batch d_in"], folder: Path)
     assert run(folder / "again") == whole
 
 
-def training_helps(make: Make, rows: Float[Tensor, "batch d_in"], folder: Path) -> None:
+def training_helps(make: Make, rows: Float[Tensor, "batch columns"], folder: Path) -> None:
     """A short training lowers the error of the fresh dictionary."""
     fresh = _prepared(make, rows)
     d = make()
     _quietly(d, rows, 150, 256, lr=3e-3)
-    assert metrics.fvu(rows, d(rows).detach()) < metrics.fvu(rows, fresh(rows).detach())
+    x, y = d.wiring.split(rows)
+    assert metrics.fvu(y, d(x).detach()) < metrics.fvu(y, fresh(x).detach())
 
 
 CONTRACT = {
@@ -176,7 +187,7 @@ def laws(dictionary: Dictionary) -> list[str]:
     return [name for name in CONTRACT if trained or name in UNTRAINED]
 
 
-def examine(make: Make, rows: Float[Tensor, "batch d_in"], folder: "str | Path") -> None:
+def examine(make: Make, rows: Float[Tensor, "batch columns"], folder: "str | Path") -> None:
     """Put a dictionary to every law; ``rows`` should number 500 or more."""
     for name in laws(make()):
         inner = Path(folder) / name

@@ -125,7 +125,8 @@ class Model:
         out: list[str] = []
         for name in hook_points:
             if any(sign in name for sign in "*?["):
-                found = fnmatch.filter(self.hook_points(), name)
+                base, colon, side = name.partition(":")
+                found = [match + colon + side for match in fnmatch.filter(self.hook_points(), base)]
                 if not found:
                     raise SaekitError(
                         f"hook point {name!r} matches nothing{nearest(name, self.hook_points())}"

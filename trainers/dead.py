@@ -44,7 +44,7 @@ def check_resampling(dictionary: Dictionary) -> None:
 def resample(
     dictionary: Dictionary,
     dead: Bool[Tensor, " feature"],
-    x: Float[Tensor, "batch d_in"],
+    x: Float[Tensor, "batch columns"],
     state: TrainState,
     optimizer: Adam,
 ) -> None:
@@ -56,12 +56,13 @@ def resample(
     """
     if not dead.any():
         return
-    loss = (dictionary(x) - dictionary.wiring.target(x)).square().sum(-1)
+    given, target = dictionary.wiring.split(x)
+    loss = (dictionary(given) - target).square().sum(-1)
     chance = loss.square().cpu() + 1e-30
     chosen = torch.multinomial(chance, int(dead.sum()), replacement=True, generator=state.generator(PURPOSE))
-    rows = x[chosen.to(x.device)]
-    written = torch.nn.functional.normalize(dictionary.norm_out(dictionary.wiring.target(rows)), dim=-1)
-    read = torch.nn.functional.normalize(dictionary.norm_in(rows), dim=-1)
+    chosen = chosen.to(x.device)
+    written = torch.nn.functional.normalize(dictionary.norm_out(target[chosen]), dim=-1)
+    read = torch.nn.functional.normalize(dictionary.norm_in(given[chosen]), dim=-1)
     if dictionary.encoder is not None:
         live = dictionary.encoder[~dead]
         share = ENCODER_SHARE if "free_l0" in dictionary.selection.offers else 1.0

@@ -25,7 +25,7 @@ def check_init(name: str) -> None:
 
 
 @torch.no_grad()
-def initialise(dictionary: Dictionary, name: str, rows: Float[Tensor, "batch d_in"]) -> None:
+def initialise(dictionary: Dictionary, name: str, rows: Float[Tensor, "batch columns"]) -> None:
     """Move atoms and encoder of a fresh dictionary to where they shall begin; the normalisation must be set."""
     if name not in INITS:
         warm_start(dictionary, native.load(Path(name)))
@@ -35,9 +35,9 @@ def initialise(dictionary: Dictionary, name: str, rows: Float[Tensor, "batch d_i
         raise SaekitError(
             f"init = {name!r} needs atoms that are trained one by one, and those of {dictionary.config.atoms[0]!r} aren't; leave it out"
         )
-    y = dictionary.norm_out(dictionary.wiring.target(rows).to(weight))
+    y = dictionary.norm_out(dictionary.wiring.split(rows)[1].to(weight))
     INITS[name](dictionary, y)
-    if dictionary.encoder is not None and dictionary.d_in == dictionary.d_out:
+    if dictionary.encoder is not None and dictionary.wiring.same_space:
         dictionary.encoder.copy_(weight)
 
 

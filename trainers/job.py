@@ -74,7 +74,7 @@ class Job:
         rows_per_item = getattr(source, "rows_per_item", 1)
         config, reasons = resolve(TrainConfig(**options), dictionary.n_features, rows_per_item)
         points = check(dictionary, source, config)
-        if not dictionary.reads and points != ("x",):
+        if not dictionary.reads and points != dictionary.wiring.unnamed:
             dictionary.reads, dictionary.writes = dictionary.wiring.sites(points)
         trainer = Trainer(
             dictionary, config.lr, steps=config.steps, warmup=config.warmup, decay=config.decay,
@@ -101,9 +101,9 @@ class Job:
         d = self.trainer.dictionary
         if not d.prepared:
             if not d.normalised:
-                d.set_normalisation(_sample(source, self.points, self.config))
+                d.set_normalisation(_sample(d, source, self.points, self.config))
             if self.config.init is not None or hasattr(d.atoms, "prepare") or hasattr(d.selection, "prepare"):
-                rows = torch.cat(list(_sample(source, self.points, self.config))).to(d.device, d.dtype)
+                rows = torch.cat(list(_sample(d, source, self.points, self.config))).to(d.device, d.dtype)
                 if self.config.init is not None:
                     initialise(d, self.config.init, rows)
                 if not d.prepared:
@@ -196,14 +196,13 @@ class Job:
 
 def check(dictionary: Dictionary, source: Source, config: TrainConfig) -> tuple[str, ...]:
     """Raise unless the dictionary can be trained on the source; returns the hook points it reads."""
-    points = tuple(
-        dictionary.reads
-        or dictionary.wiring.sites(
-            getattr(source, "hook_points", None)
-            or getattr(getattr(source, "stream", None), "hook_points", None)
-            or ["x"]
-        )[0]
+    wiring = dictionary.wiring
+    offered = getattr(source, "hook_points", None) or getattr(
+        getattr(source, "stream", None), "hook_points", None
     )
+    points = dictionary.points
+    if not points:
+        points = wiring.points(*wiring.sites(offered)) if offered else wiring.unnamed
     if isinstance(source, Store):
         for point in points:
             source.check(point)
@@ -212,11 +211,15 @@ def check(dictionary: Dictionary, source: Source, config: TrainConfig) -> tuple[
                 f"store {str(source.path)!r} is unfinished: training on the {source.n_rows} rows it holds; its harvest goes on when run again",
                 stacklevel=3,
             )
-    width = sum(source.width(point) for point in points)
-    if width != dictionary.d_in:
-        raise SaekitError(
-            f"the data's width {width} is not the dictionary's d_in = {dictionary.d_in}; create it with d_in={width}"
+    width = sum(source.width(point) for point in points) if offered else source.width(None)
+    if width != wiring.columns:
+        parts = f"d_in = {dictionary.d_in}" if wiring.same_space else f"d_in + d_out = {wiring.columns}"
+        fix = (
+            f"create it with d_in={width}"
+            if wiring.same_space
+            else "create it with the widths of the two hook points"
         )
+        raise SaekitError(f"the data's width {width} is not the dictionary's {parts}; {fix}")
     if source.n_rows is not None and source.n_rows < config.batch_size:
         raise SaekitError(
             f"the data holds {source.n_rows} rows and one batch takes batch_size = {config.batch_size}; harvest more tokens or choose a smaller batch"
@@ -238,12 +241,9 @@ def _origin(source: Source) -> dict[str, Any]:
     )
 
 
-def _sample(source: Source, points: Sequence[str], config: TrainConfig) -> Iterator[Tensor]:
+def _sample(d: Dictionary, source: Source, points: Sequence[str], config: TrainConfig) -> Iterator[Tensor]:
     """The first batches of the run, about as many rows as a normalisation needs."""
-    batches = (
-        batch.rows(points[0]) if isinstance(batch, ActivationBatch) else batch
-        for batch in source.batches(points, config.batch_size, config.seed)
-    )
+    batches = map(d.rows_of, source.batches(points, config.batch_size, config.seed))
     n = max(1, -(-min(NORMALISATION_ROWS, source.n_rows or NORMALISATION_ROWS) // config.batch_size))
     return islice(batches, n)
 

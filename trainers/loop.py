@@ -20,11 +20,17 @@ from saekit.types import SaekitError
 
 
 def as_source(source: Any) -> Source:
-    """A tensor, a store's path, a store, a harvest stream, or a source itself."""
+    """A tensor (or a pair, of inputs and outputs), a store's path, a store, a harvest stream, or a source itself."""
     if isinstance(source, Tensor):
         return TensorSource(source)
     if isinstance(source, str | Path):
         return Store(source)
+    if isinstance(source, tuple) and all(isinstance(part, Tensor) for part in source):
+        if len({len(part) for part in source}) != 1:
+            raise SaekitError(
+                f"source holds tensors of {', '.join(str(len(part)) for part in source)} rows; give pairs, row by row"
+            )
+        return TensorSource(torch.cat(source, -1))
     if isinstance(source, np.ndarray):
         return TensorSource(torch.from_numpy(source))
     if not isinstance(source, Stream | Source):
@@ -157,14 +163,18 @@ def _loop(jobs: Sequence[Job], source: Source) -> None:
     if not running:
         return
     first, config = min(job.trainer.step_number for job in running), running[0].config
-    batches = source.batches(running[0].points, config.batch_size, config.seed, first)
+    points = tuple(dict.fromkeys(point for job in running for point in job.points))
+    own = {job.name: _columns(source, points, job.points) for job in running}
+    batches = source.batches(points, config.batch_size, config.seed, first)
     with _interruptible() as stopped:
         for step in range(first, config.steps):
             batch = next(batches)
             peers = _peers(running)
             for job in running:
                 if job.trainer.step_number == step:  # others were further when they were interrupted
-                    _attempt(job, partial(job.step, batch, peers.get(job.name, ())))
+                    part = own[job.name]
+                    mine = batch if part is None or not isinstance(batch, Tensor) else batch[:, part]
+                    _attempt(job, partial(job.step, mine, peers.get(job.name, ())))
             running = [job for job in running if job.error is None and not job.finished]
             if stopped() is not None:
                 for job in running:
@@ -172,6 +182,15 @@ def _loop(jobs: Sequence[Job], source: Source) -> None:
                 return
             if not running:
                 return
+
+
+def _columns(source: Source, points: Sequence[str], mine: Sequence[str]) -> Tensor | None:
+    """The columns of some hook points in rows of more of them; None where they are all, in the same order."""
+    if tuple(points) == tuple(mine):
+        return None
+    widths = [source.width(point) for point in points]
+    starts = dict(zip(points, np.cumsum([0, *widths]).tolist(), strict=False))
+    return torch.cat([torch.arange(starts[p], starts[p] + source.width(p)) for p in mine])
 
 
 def _peers(jobs: Sequence[Job]) -> dict[str, tuple[Tensor, ...]]:

@@ -10,7 +10,7 @@ from saekit.dictionaries import Dictionary, TrainState
 from saekit.harvest import ContinuedBatch
 from saekit.kernels import serial
 from saekit.trainers import dead, optim
-from saekit.types import ActivationBatch, SaekitError
+from saekit.types import ActivationBatch
 
 
 class Trainer:
@@ -53,11 +53,11 @@ class Trainer:
 
     def step(
         self,
-        x: "Float[Tensor, 'batch d_in'] | ActivationBatch",
+        x: "Float[Tensor, 'batch columns'] | ActivationBatch",
         *,
         peers: tuple[Tensor, ...] = (),
     ) -> dict[str, Tensor]:
-        """One optimisation step on a batch of rows.
+        """One optimisation step on a batch of rows (of a transcoder: the columns read, then those written).
 
         ``peers`` are the decoders of dictionaries trained beside this one, for objectives that look at
         them; a ContinuedBatch brings the model behind it along.
@@ -66,11 +66,7 @@ class Trainer:
         d = self.dictionary
         if isinstance(x, ContinuedBatch):
             downstream = x.downstream
-        if isinstance(x, ActivationBatch):
-            x = x.rows(d.reads[0] if d.reads else next(iter(x.activations)))
-        if x.ndim != 2 or x.shape[1] != d.d_in:
-            raise SaekitError(f"batch has shape {tuple(x.shape)}; expected [rows, d_in = {d.d_in}]")
-        x = x.to(self.silent.device, d.dtype)
+        x = d.rows_of(x).to(self.silent.device, d.dtype)
         if self.step_number == 0 and not d.prepared:
             d.prepare(x)
         rate = self.lr * optim.rate_factor(self.step_number, self.steps, self.warmup, self.decay)

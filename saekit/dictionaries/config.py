@@ -79,6 +79,10 @@ class Config:
     def _check_encoder(self) -> None:
         name, selection, atoms = self.selection[0], SELECTIONS[self.selection[0]], ATOMS[self.atoms[0]]
         long = atoms.tied and atoms.trained and not getattr(self.atoms[1], "unit_norm", True)
+        if atoms.tied and not WIRINGS[self.wiring[0]].same_space:
+            raise SaekitError(
+                f"atoms {self.atoms[0]!r} read by the rows that they write, and wiring {self.wiring[0]!r} writes another space than it reads; choose atoms='unit_norm'"
+            )
         if getattr(selection, "unit_encoder", False) and long:
             raise SaekitError(
                 f"selection {name!r} needs atoms of norm 1 and unit_norm = False lets them grow; leave it out"

@@ -32,6 +32,7 @@ class Dictionary(nn.Module):
     selection: Any  # rows of the tables: see their packages for what they have
     atoms: Any
     terms: Any
+    wiring: Any
 
     def __init__(self, config: Config, seed: int = 0):
         super().__init__()
@@ -45,7 +46,7 @@ class Dictionary(nn.Module):
         directions = nn.functional.normalize(torch.randn(n, d_out, generator=generator), dim=-1)
         self.atoms = ATOMS[config.atoms[0]](config.atoms[1], directions, generator)
         tied, trained = self.atoms.tied, self.atoms.trained
-        self.encoder = None if tied else nn.Parameter(self._encoder_start(directions, d_in, generator))
+        self.encoder = None if tied else nn.Parameter(self._encoder_start(directions, generator))
         biased = trained and not self.encoder_unit
         self.b_enc = nn.Parameter(torch.zeros(n), requires_grad=biased)
         self.b_dec = nn.Parameter(torch.zeros(d_out), requires_grad=biased)
@@ -56,12 +57,11 @@ class Dictionary(nn.Module):
         self.writes: tuple[str, ...] = ()
         self.card: dict[str, Any] = {}
 
-    @staticmethod
-    def _encoder_start(directions: Tensor, d_in: int, generator: torch.Generator) -> Tensor:
+    def _encoder_start(self, directions: Tensor, generator: torch.Generator) -> Tensor:
         # an encoder that starts as the decoder's transpose avoids most early deaths (Gao et al. 2024)
-        if directions.shape[1] == d_in:
+        if self.wiring.same_space:
             return directions.clone()
-        return nn.functional.normalize(torch.randn(len(directions), d_in, generator=generator), dim=-1)
+        return nn.functional.normalize(torch.randn(len(directions), self.d_in, generator=generator), dim=-1)
 
     @property
     def encoder_unit(self) -> bool:
@@ -94,6 +94,11 @@ class Dictionary(nn.Module):
         return self.wiring.d_out
 
     @property
+    def points(self) -> tuple[str, ...]:
+        """The hook points whose columns make a row of training data."""
+        return self.wiring.points(self.reads, self.writes)
+
+    @property
     def W_enc(self) -> Float[Tensor, "d_in feature"]:
         """Encoder weights in normalised space, as a view of the stored [n_features, d_in]."""
         return self._encoder_rows().T
@@ -121,6 +126,10 @@ class Dictionary(nn.Module):
     ) -> Float[Tensor, "*shape d_out"]:
         """What the codes write, in the units of the model; ``x`` is for wirings that pass input through."""
         y = sparse_decode(codes.offsets, codes.indices, codes.values, self.atoms.rows()) + self.b_dec
+        if self.wiring.skip is not None:
+            if x is None:
+                raise SaekitError("x is not given, and this dictionary passes its input on; decode(codes, x)")
+            y = y + self._read(x) @ self.wiring.skip.T
         return self.norm_out.invert(y).view(*codes.shape, self.d_out)
 
     def forward(self, x: Float[Tensor, "*shape d_in"]) -> Float[Tensor, "*shape d_out"]:
@@ -131,11 +140,10 @@ class Dictionary(nn.Module):
         self, batch: "Float[Tensor, 'batch d_in'] | ActivationBatch", state: TrainState | None = None
     ) -> Loss:
         """The training loss of a batch of rows (or of the unmasked rows of an ActivationBatch)."""
-        if isinstance(batch, ActivationBatch):
-            batch = batch.rows(self.reads[0] if self.reads else next(iter(batch.activations)))
-        x, state = self._read(batch), state or TrainState()
-        target = self.wiring.target(batch)
-        y = x if target is batch else self.norm_out(target.to(x.dtype))
+        read, target = self.wiring.split(self.rows_of(batch))
+        x, state = self._read(read), state or TrainState()
+        y = x if target is read else self.norm_out(target.to(x.dtype))
+        passed = None if self.wiring.skip is None else x @ self.wiring.skip.T
         k_aux = max(
             (term.picks(self.d_out) for term in self.terms.values() if hasattr(term, "picks")), default=0
         )
@@ -143,13 +151,35 @@ class Dictionary(nn.Module):
         atoms = self.atoms.rows()
         encoder = atoms if self.encoder is None else self.encoder
         selected = self.selection.train_codes(x, encoder, self.b_enc, state, min(k_aux, n_dead))
+        left = y if passed is None else y - passed
         forward = Forward(
-            x, y, selected, atoms, encoder, self.b_dec, state, self.atoms.unit, self.norm_out.invert
+            x,
+            left,
+            selected,
+            atoms,
+            encoder,
+            self.b_dec,
+            state,
+            self.atoms.unit,
+            self.norm_out.invert,
+            passed,
         )
         terms = {name: term(forward) for name, term in self.terms.items()}
         assert forward.squared is not None  # set by the term that fits the data
-        left = forward.squared.sum() / (y - y.mean(0)).square().sum()
-        return Loss(torch.stack(list(terms.values())).sum(), terms, selected.codes.detach(), left.detach())
+        fvu = forward.squared.sum() / (y - y.mean(0)).square().sum()
+        return Loss(torch.stack(list(terms.values())).sum(), terms, selected.codes.detach(), fvu.detach())
+
+    def rows_of(self, batch: "Float[Tensor, 'batch columns'] | ActivationBatch") -> Tensor:
+        """A batch as rows of training data: the columns of its hook points side by side."""
+        if isinstance(batch, ActivationBatch):
+            points = self.points if self.reads else list(batch.activations)[: len(self.wiring.unnamed)]
+            batch = torch.cat([batch.rows(point) for point in points], -1)
+        if batch.ndim != 2 or batch.shape[1] != self.wiring.columns:
+            what = (
+                f"d_in = {self.d_in}" if self.wiring.same_space else f"d_in + d_out = {self.wiring.columns}"
+            )
+            raise SaekitError(f"batch has shape {tuple(batch.shape)}; expected [rows, {what}]")
+        return batch
 
     def unit_weights(self) -> list[Tensor]:
         """The weights whose rows an optimizer has to keep on the sphere."""
@@ -174,8 +204,8 @@ class Dictionary(nn.Module):
         """
         covariance = self.wiring.normalise == "whiten"
         read, written = Moments(covariance), Moments(covariance)
-        for x in (rows,) if isinstance(rows, Tensor) else rows:
-            target = self.wiring.target(x)
+        for part in (rows,) if isinstance(rows, Tensor) else rows:
+            x, target = self.wiring.split(self.rows_of(part))
             read.add(x)
             written = read if target is x else written
             if target is not x:
@@ -193,13 +223,13 @@ class Dictionary(nn.Module):
         """What depends on data before the first step: normalisation, atoms among data, first thresholds."""
         if not self.normalised:
             self.set_normalisation(rows)
+        x, y = self.wiring.split(rows.to(self.device))
         if hasattr(self.atoms, "prepare"):
-            self.atoms.prepare(self.norm_out(self.wiring.target(rows).to(self.device, self.dtype)))
-            if self.encoder is not None and self.d_in == self.d_out:
+            self.atoms.prepare(self.norm_out(y.to(self.dtype)))
+            if self.encoder is not None and self.wiring.same_space:
                 self.encoder.copy_(nn.functional.normalize(self.atoms.rows(), dim=-1))
         if hasattr(self.selection, "prepare"):
-            x = self._read(rows.to(self.device))
-            self.selection.prepare(x, self._encoder_rows(), self.b_enc)
+            self.selection.prepare(self._read(x), self._encoder_rows(), self.b_enc)
         self.prepared.fill_(True)
 
     @torch.no_grad()
@@ -238,6 +268,10 @@ class Dictionary(nn.Module):
             folded.selection.fold(self.norm_in.fold)
         folded.atoms.weight.copy_(self.norm_out.directions(self.atoms.rows().double()))
         folded.b_dec.copy_(self.norm_out.invert(self.b_dec.double()[None])[0])
+        if self.wiring.skip is not None:
+            skip, shift = self.norm_in.fold(self.wiring.skip)
+            folded.wiring.skip.copy_(self.norm_out.directions(skip.T).T)
+            folded.b_dec.add_(self.norm_out.directions(shift[None])[0])
         folded.prepared.fill_(True)
         folded.reads, folded.writes, folded.card = self.reads, self.writes, dict(self.card)
         return folded.eval()

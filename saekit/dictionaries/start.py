@@ -21,24 +21,34 @@ def from_weights(
     selection: str = "relu",
     threshold: Float[Tensor, "..."] | float | None = None,
     pre_bias: Float[Tensor, " _d_in"] | None = None,
+    wiring: str = "autoencoder",
+    W_skip: Float[Tensor, "_d_out _d_in"] | None = None,
     **options: Any,
 ) -> Dictionary:
     """The dictionary ``selection((x - pre_bias) W_enc + b_enc) W_dec + b_dec`` of raw activations, as it is.
 
     What is left out is 0. ``threshold`` (one for all, or one per feature) needs a selection that has one:
-    "jumprelu" or "batchtopk". ``options`` are those of the selection, as ``k`` of a "topk".
+    "jumprelu" or "batchtopk". With ``wiring`` "transcoder" the output may be another width, and ``W_skip`` passes
+    the input on. ``options`` are those of the selection, as ``k`` of a "topk".
     """
     d_in, n_features = W_enc.shape
-    if W_dec.shape != (n_features, d_in):
-        raise SaekitError(
-            f"W_dec has shape {tuple(W_dec.shape)}; W_enc is [d_in, n_features] = {tuple(W_enc.shape)}, so it must be {(n_features, d_in)}"
-        )
-    for name, given, width in (("b_enc", b_enc, n_features), ("b_dec", b_dec, d_in), ("pre_bias", pre_bias, d_in)):  # fmt: skip
-        if given is not None and given.shape != (width,):
-            raise SaekitError(f"{name} has shape {tuple(given.shape)}; expected ({width},)")
+    d_out = d_in if wiring == "autoencoder" else W_dec.shape[1]
+    shapes: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+        "W_dec": (W_dec, (n_features, d_out)), "b_enc": (b_enc, (n_features,)), "b_dec": (b_dec, (d_out,)),
+        "pre_bias": (pre_bias, (d_in,)), "W_skip": (W_skip, (d_out, d_in)),
+    }  # fmt: skip
+    for name, (given, shape) in shapes.items():
+        if given is not None and given.shape != shape:
+            raise SaekitError(
+                f"{name} has shape {tuple(given.shape)}; with W_enc [d_in, n_features] = {tuple(W_enc.shape)} it must be {shape}"
+            )
+    if wiring != "autoencoder":
+        options |= {"d_out": d_out, "skip": W_skip is not None}
+    elif W_skip is not None:
+        raise SaekitError("W_skip is given, and an autoencoder has no skip; choose wiring='transcoder'")
     d = create(
-        "relu", d_in=d_in, n_features=n_features, selection=selection, atoms="free", normalise="none",
-        objective=("reconstruction",), **options,
+        "relu", wiring=wiring, d_in=d_in, n_features=n_features, selection=selection, atoms="free",
+        normalise="none", objective=("reconstruction",), **options,
     )  # fmt: skip
     assert d.encoder is not None  # of free atoms
     d.encoder.copy_(W_enc.T)
@@ -47,6 +57,8 @@ def from_weights(
     d.b_enc.copy_(bias if pre_bias is None else bias - pre_bias.double() @ W_enc.double())
     if b_dec is not None:
         d.b_dec.copy_(b_dec)
+    if W_skip is not None:
+        d.wiring.skip.copy_(W_skip)
     if threshold is not None:
         if not hasattr(d.selection, "threshold"):
             raise SaekitError(
@@ -102,5 +114,21 @@ def warm_start(dictionary: Dictionary, other: Dictionary) -> None:
         dictionary.prepared.fill_(threshold is not None)
     if not dictionary.encoder_unit:
         dictionary.b_enc.copy_(bias)
-    centre = other.norm_out.invert(other.b_dec.double()[None])
+    centre = other.norm_out.invert(other.b_dec.double()[None]) + _skip(dictionary, other)
     dictionary.b_dec.copy_(dictionary.norm_out(centre)[0])
+
+
+def _skip(dictionary: Dictionary, other: Dictionary) -> Tensor:
+    """Bring the other's skip along; returns the bias that it adds to the output, in the units of the model."""
+    mine, theirs = dictionary.wiring.skip, other.wiring.skip
+    if theirs is None:
+        if mine is not None:
+            mine.zero_()
+        return torch.zeros((), dtype=torch.float64, device=dictionary.device)
+    if mine is None:
+        raise SaekitError("skip = False, and the dictionary to begin from has a skip; choose skip=True")
+    raw, shift = other.norm_in.fold(theirs)
+    raw = other.norm_out.directions(raw.T).T
+    read, back = dictionary.norm_in.unfold(raw)
+    mine.copy_(dictionary.norm_out.normalised(read.T).T)
+    return other.norm_out.directions(shift[None]) + back

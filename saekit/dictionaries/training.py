@@ -62,8 +62,9 @@ class Selected:
 class Forward:
     """One forward pass in normalised space: input, target, what was selected, the parameters.
 
-    The term that fits the data stands first in the objective and sets ``squared``, the squared
-    error of each row, and ``error``, output less target, both cut from the graph.
+    ``y`` is what the features have to write: the target, less what a skip has ``passed`` on. The term that
+    fits the data stands first in the objective and sets ``squared``, the squared error of each row, and
+    ``error``, output less target, both cut from the graph.
     """
 
     x: Float[Tensor, "batch d_in"]
@@ -75,6 +76,7 @@ class Forward:
     state: TrainState
     unit: bool = True  # whether atoms have norm 1
     to_model: Callable[[Tensor], Tensor] = field(default=lambda y: y)  # to the units of the model
+    passed: Float[Tensor, "batch d_out"] | None = None
     squared: Float[Tensor, " batch"] | None = None
     error: Float[Tensor, "batch d_out"] | None = None
 
@@ -88,10 +90,14 @@ class Forward:
         """The codes that penalties fall on: the gate's, where there is one."""
         return self.selected.codes if self.selected.gate is None else self.selected.gate
 
-    def output(self) -> Float[Tensor, "batch d_out"]:
-        """The reconstruction, differentiable; in normalised space."""
+    def features(self) -> Float[Tensor, "batch d_out"]:
+        """What the features write, with the bias; differentiable, in normalised space."""
         c = self.codes
         return sparse_decode(c.offsets, c.indices, c.values, self.atoms) + self.b_dec
+
+    def output(self) -> Float[Tensor, "batch d_out"]:
+        """The whole output; differentiable, in normalised space."""
+        return self.features() if self.passed is None else self.features() + self.passed
 
     def sizes(self, codes: Codes) -> Float[Tensor, " nnz"]:
         """``|z| * ||d||`` of every entry: what it adds to the output, whatever the scale of its atom."""

@@ -103,13 +103,12 @@ class _Evaluation:
         self.dictionary, self.sums = dictionary, _Sums()
         self.counts = torch.zeros(dictionary.n_features, dtype=torch.int64)
 
-    def observe(self, x: Tensor, documents: np.ndarray, shift: Tensor) -> Tensor:
-        """Add a batch of unmasked rows; returns their reconstruction. ``shift`` steadies the variance."""
+    def observe(self, x: Tensor, y: Tensor, documents: np.ndarray, shift: Tensor) -> Tensor:
+        """Add a batch of unmasked rows; returns what is made of them. ``shift`` steadies the variance."""
         codes = self.dictionary.encode(x)
-        x_hat = self.dictionary.decode(codes, x)
-        target, error = x.double(), (x.double() - x_hat.double())
-        centred = target - shift
-        hat = x_hat.double()
+        y_hat = self.dictionary.decode(codes, x)
+        target, hat = y.double(), y_hat.double()
+        error, centred = target - hat, target - shift
         for name, values in {
             "n": np.ones(len(x)),
             "error": error.square().sum(-1),
@@ -122,7 +121,7 @@ class _Evaluation:
         }.items():
             self.sums.add(name, documents, values.cpu() if isinstance(values, Tensor) else values)
         self.counts += codes.firing_counts().cpu()
-        return x_hat
+        return y_hat
 
     def reconstruction(self, resampler: Resampler) -> dict[str, Measure]:
         """The measures that need no model."""
@@ -165,14 +164,16 @@ def controls_for(
 
     L0 is the selection's k, or where it has none that of the dictionary on ``rows``, rounded.
     """
-    if dictionary.d_in != dictionary.d_out:
-        return {}
     k = getattr(dictionary.config.selection[1], "k", None)
     if k is None:
         k = min(dictionary.n_features, max(1, round(metrics.l0(dictionary.encode(rows)))))
     shape = {"d_in": dictionary.d_in, "n_features": dictionary.n_features, "k": k, "seed": seed}
-    out = {name: create(name, **shape).to(dictionary.device) for name in ("random", "random_omp")}
+    if dictionary.wiring.same_space:
+        out = {name: create(name, **shape) for name in ("random", "random_omp")}
+    else:
+        out = {"random": create("transcoder", d_out=dictionary.d_out, **shape)}
     for control in out.values():
+        control.to(dictionary.device)
         control.norm_in, control.norm_out = dictionary.norm_in, dictionary.norm_out
     return out
 
@@ -204,47 +205,42 @@ def evaluate(
     if ablation not in ("zero", "mean"):
         raise SaekitError(f"ablation {ablation!r} is not one of 'zero', 'mean'")
     view = load_model(model, device=device)
-    point = hook_point or (dictionary.reads[0] if dictionary.reads else None)
-    if point is None:
-        raise SaekitError("hook_point is not given and the dictionary doesn't name one; give hook_point=")
-    config = HarvestConfig((point,), tokens=tokens, context=context, batch_rows=batch_rows, split=split)
-    stream = Stream(view, text, config)
-    if len(stream.hook_points) > 1:
-        raise SaekitError(
-            f"hook_point {point!r} means {len(stream.hook_points)} of them; name one, for example {stream.hook_points[0]!r}"
-        )
-    point = stream.hook_points[0]
+    stream, read, point = _opened(
+        dictionary, view, text, hook_point, tokens=tokens, context=context, batch_rows=batch_rows, split=split
+    )
     _warn_of_training_text(dictionary.card.get("data", {}).get("text", {}), stream)
     # the mask is the one of the harvest: its limits on norms, where the dictionary came from a store
     known = dictionary.card.get("data", {}).get("norm_limits", {})
-    stream.norm_limits = {point: known[point]} if point in known else {}
+    stream.norm_limits = (
+        {p: known[p] for p in stream.hook_points} if set(stream.hook_points) <= set(known) else {}
+    )
     dictionary = dictionary.to(view.device)
     runs = {"": _Evaluation(dictionary)}
     shift: Tensor | None = None
     done = 0
     index: dict[int, int] = defaultdict(lambda: len(index) % MAX_DOCUMENTS)
     for batch, logits, given in stream.with_logits(view.predicts_tokens):
-        x = batch.rows(point)
+        x, y = batch.rows(read), batch.rows(point)
         if len(x) == 0:
             continue
-        if not torch.isfinite(x).all():
+        if not (torch.isfinite(x).all() and torch.isfinite(y).all()):
             raise SaekitError(
                 f"activations at {point!r} of model {view.name!r} hold NaN or Inf; find what makes the model overflow"
             )
         if shift is None:
-            shift = x.double().mean(0)
+            shift = y.double().mean(0)
             given_controls = controls if isinstance(controls, Mapping) else {}
             beside = {**(controls_for(dictionary, x, seed) if controls else {}), **given_controls}
             runs |= {name: _Evaluation(c.to(view.device)) for name, c in beside.items()}
         owners = _owners(batch, index)
-        hats = {name: run.observe(x, owners, shift) for name, run in runs.items()}
+        hats = {name: run.observe(x, y, owners, shift) for name, run in runs.items()}
         if logits is not None:
             baseline = (
-                torch.zeros_like(x)
+                torch.zeros_like(y)
                 if ablation == "zero"
-                else dictionary.norm_out.mean.to(x.dtype).expand_as(x)
+                else dictionary.norm_out.mean.to(y.dtype).expand_as(y)
             )
-            _language(view, stream, batch, given, logits, {**hats, "ablated": baseline}, runs, index)
+            _language(view, stream, point, batch, given, logits, {**hats, "ablated": baseline}, runs, index)
         done += batch.mask.numel()
         if on_batch:
             on_batch(done, tokens)
@@ -258,6 +254,24 @@ def evaluate(
         "tokens": done, "ablation": ablation, "context": getattr(stream, "context", None), "seed": seed, "split": split if stream.named else "all",
     }  # fmt: skip
     return Report(measures, about)
+
+
+def _opened(
+    dictionary: Dictionary, view: Any, text: Any, hook_point: str | None, **options: Any
+) -> tuple[Stream, str, str]:
+    """The stream of what the dictionary reads and writes, and the two hook points; one, of an autoencoder."""
+    reads, writes = dictionary.reads, dictionary.writes
+    if hook_point is not None:
+        reads, writes = dictionary.wiring.sites([hook_point])
+    if not reads:
+        raise SaekitError("hook_point is not given and the dictionary doesn't name one; give hook_point=")
+    points = tuple(dict.fromkeys((*reads, *writes)))
+    stream = Stream(view, text, HarvestConfig(points, **options))
+    if len(stream.hook_points) > len(points):
+        raise SaekitError(
+            f"hook_point {points[0]!r} means {len(stream.hook_points)} of them; name one, for example {stream.hook_points[0]!r}"
+        )
+    return stream, stream.hook_points[0], stream.hook_points[-1]
 
 
 def _owners(batch: ActivationBatch, index: Mapping[int, int]) -> np.ndarray:
@@ -283,11 +297,11 @@ def _warn_of_training_text(trained: Mapping[str, Any], stream: Stream) -> None:
 
 
 def _language(
-    view: Any, stream: Stream, batch: ActivationBatch, given: Any, logits: Tensor,
+    view: Any, stream: Stream, point: str, batch: ActivationBatch, given: Any, logits: Tensor,
     replacements: Mapping[str, Tensor], runs: Mapping[str, _Evaluation], index: Mapping[int, int],
 ) -> None:  # fmt: skip
     """Add the losses of the model with each replacement spliced in at the unmasked positions."""
-    site, mask = stream.sites[stream.hook_points[0]], batch.mask
+    site, mask = stream.sites[point], batch.mask
     assert batch.tokens is not None and batch.documents is not None  # a language model reads tokens
     # a position counts when its activation was replaced and the token it predicts is text
     counted = mask[:, :-1] & (batch.documents[:, 1:] >= 0)

@@ -10,8 +10,11 @@ from typing import Annotated, Any
 
 import typer
 
+from saekit.registry import nearest
 from saekit.types import SaekitError
 from saekit.verbs.console import Device, Json, Seed, duration, progress, result, say
+from saekit.verbs.many import run_many
+from saekit.verbs.places import open_source, widths
 
 
 def train(
@@ -24,7 +27,16 @@ def train(
     ] = "code-lm",
     text: Annotated[str, typer.Option(help="Without --acts: its text.")] = "stdlib",
     hook_point: Annotated[
-        str | None, typer.Option(help="Hook point; needed where the store holds several.")
+        str | None,
+        typer.Option(
+            help="Hook point; of a transcoder a module, or the two that it reads and writes, with a comma. Needed where the store holds more."
+        ),
+    ] = None,
+    hook_points: Annotated[
+        str | None,
+        typer.Option(
+            help="A glob: one dictionary for each hook point (of a transcoder: module) it matches, from one stream, e.g. 'blocks.*.mlp'."
+        ),
     ] = None,
     n_features: Annotated[int, typer.Option(help="Width of the dictionary.")] = 4096,
     k: Annotated[int, typer.Option(help="Active features per token.")] = 32,
@@ -85,24 +97,34 @@ def train(
         dictionary, source, options = _repeat(Path(config))
         beside = {}
     else:
-        source, width = _source(acts, model, text, hook_point, batch_size, device)
         trains = {f.name for f in dataclasses.fields(TrainConfig)}
         extra = dict(_option(item) for item in option or [])
+        wiring = _wiring(architecture, extra)
+        source, found = open_source(acts, model, text, wiring, hook_point, hook_points, batch_size, device)
         other = {key: extra.pop(key) for key in list(extra) if key in trains}
-        fields = {"architecture": architecture, "n_features": n_features, "k": k, "d_in": width, **extra}
+        fields = {"architecture": architecture, "n_features": n_features, "k": k, **extra}
         whole = max(1, source.n_rows // max(1, batch_size)) if source.n_rows else 1000
         options = {
             "steps": whole if steps is None else steps, "batch_size": batch_size, "lr": lr,
             "dead_after": dead_after, "checkpoint_every": checkpoint_every, "log_every": log_every, "wandb": wandb, "seed": seed, **other,
         }  # fmt: skip
-        if sweep:
-            _sweep(fields, sweep, source, hook_point, options, out, device, as_json, control is not False)
+        made: dict[str, dict[str, Any]] = {}  # by place, and there by name
+        each: dict[str, dict[str, Any]] = {}
+        for name, place in found.items():
+            here = {**fields, **widths(source, place, wiring)}
+            if sweep:
+                made[name], own = _sweep(here, sweep, seed, control is not False)
+                each |= {f"{name}_{run}" if name else run: chosen for run, chosen in own.items()}
+            else:
+                made[name] = {"": _create(here, seed), **({"frozen": _frozen(here, seed)} if control else {})}
+            for d in made[name].values():
+                d.reads, d.writes = place
+        if sweep or hook_points:
+            runs = {"_".join(filter(None, (n, run))): d for n, ds in made.items() for run, d in ds.items()}
+            run_many(runs, source, options, out, device, as_json, each, front=not hook_points)
             return
-        dictionary = _create(fields, seed)
-        beside = {"control": _frozen(fields, seed)} if control else {}
-        for d in (dictionary, *beside.values()):
-            if hook_point:
-                d.reads, d.writes = d.wiring.sites([hook_point])
+        dictionary, control_ = made[""][""], made[""].get("frozen")
+        beside = {"control": control_} if control_ is not None else {}
     began, total = time.monotonic(), options.get("steps", TrainConfig.steps)
     with progress("train", "steps") as draw:
         done = run(
@@ -145,20 +167,32 @@ def _create(fields: dict[str, Any], seed: int) -> Any:
     return create(options.pop("architecture"), seed=seed, **options)
 
 
+def _wiring(architecture: str, extra: dict[str, Any]) -> Any:
+    from saekit.dictionaries import PRESETS
+    from saekit.dictionaries.wiring import WIRINGS
+
+    if architecture not in PRESETS:
+        raise SaekitError(f"architecture {architecture!r} is unknown{nearest(architecture, PRESETS)}")
+    name = extra.get("wiring", PRESETS[architecture].get("wiring", "autoencoder"))
+    if name not in WIRINGS:
+        raise SaekitError(f"wiring {name!r} is unknown{nearest(name, WIRINGS.table)}")
+    return WIRINGS[name]
+
+
 def _frozen(fields: dict[str, Any], seed: int) -> Any:
     """The control of what a decoder learns: random atoms under a TopK encoder that is trained."""
     from saekit.dictionaries import create
 
-    return create("frozen", seed=seed, **{key: fields[key] for key in ("n_features", "k", "d_in")})
+    wiring = {"wiring": "transcoder", "d_out": fields["d_out"]} if "d_out" in fields else {}
+    shape = {key: fields[key] for key in ("n_features", "k", "d_in")}
+    return create("frozen", seed=seed, **shape, **wiring)
 
 
 def _sweep(
-    fields: dict[str, Any], sweep: list[str], source: Any, hook_point: str | None,
-    options: dict[str, Any], out: str, device: str | None, as_json: bool, control: bool,
-) -> None:  # fmt: skip
-    """One run for each combination of the values, from one stream; a table and a figure of them."""
-    from saekit.report.sweep import draw, rows
-    from saekit.trainers import TrainConfig, train_many
+    fields: dict[str, Any], sweep: list[str], seed: int, control: bool
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """A dictionary for each combination of the values, and the training options that are its own."""
+    from saekit.trainers import TrainConfig
 
     axes = dict(_axis(item) for item in sweep)
     trains = {f.name for f in dataclasses.fields(TrainConfig)} - {"seed"}
@@ -168,38 +202,10 @@ def _sweep(
         name = "_".join(f"{key}-{value}" for key, value in chosen.items())
         each[name] = {key: value for key, value in chosen.items() if key in trains}
         mine = {key: value for key, value in chosen.items() if key not in trains}
-        dictionaries[name] = _create({**fields, **mine}, options["seed"])
+        dictionaries[name] = _create({**fields, **mine}, seed)
     for k in axes.get("k", [fields["k"]]) if control else []:
-        dictionaries[f"frozen_k-{k}"] = _frozen({**fields, "k": k}, options["seed"])
-    for d in dictionaries.values():
-        if hook_point:
-            d.reads, d.writes = d.wiring.sites([hook_point])
-    total, began = options["steps"], time.monotonic()
-    with progress("train", "steps") as draw_bar:
-        runs = train_many(
-            dictionaries, source, out=out, device=device, each=each, **options,
-            on_step=lambda name, step, r: draw_bar(step, total, f"{name}: fvu {r['fvu']:.3f} l0 {r['l0']:.1f}"),
-        )  # fmt: skip
-    for name, run in runs.items():
-        if run.error:
-            say(f"{name} failed: {run.error}")
-    if not all(run.finished or run.error for run in runs.values()):
-        say(f"stopped; saved in {out}: the same command goes on from there")
-        sys.exit(130)
-    found = rows(runs)
-    data = {
-        "runs": found,
-        "failed": {n: r.error for n, r in runs.items() if r.error},
-        "seconds": time.monotonic() - began,
-    }
-    lines = [f"{'run':30} {'L0':>8} {'FVU':>8} {'dead':>8}"]
-    lines += [
-        f"{r['name']:30} {r['l0']:8.1f} {r['fvu']:8.4f} {r['dead_share']:8.2%}{' *' * r['front']}"
-        for r in found
-    ]
-    if found:
-        lines.append(f"* on the front; {draw(found, Path(out) / 'sweep.html').resolve()}")
-    result(data, as_json, "\n".join(lines))
+        dictionaries[f"frozen_k-{k}"] = _frozen({**fields, "k": k}, seed)
+    return dictionaries, each
 
 
 def _axis(item: str) -> tuple[str, list[Any]]:
@@ -229,35 +235,6 @@ def _option(item: str) -> tuple[str, Any]:
         return name, tuple(found) if isinstance(found, list) else found
     except ValueError:
         return name, value
-
-
-def _source(
-    acts: str | None, model: str, text: str, hook_point: str | None, batch_size: int, device: str | None
-) -> tuple[Any, int]:
-    """The source of rows, and their width."""
-    from saekit.activations import Store
-    from saekit.harvest import StreamSource
-    from saekit.harvest import harvest as harvest_
-
-    if acts is not None:
-        store = Store(acts)
-        if hook_point is None and len(store.hook_points) > 1:
-            raise SaekitError(
-                f"store {acts!r} holds several hook points; choose one with --hook-point: {', '.join(store.hook_points)}"
-            )
-        point = hook_point or store.hook_points[0]
-        store.check(point)
-        if store.n_rows < batch_size:
-            raise SaekitError(
-                f"store {acts!r} holds {store.n_rows} rows and one batch takes batch_size = {batch_size}; harvest more tokens or choose a smaller --batch-size"
-            )
-        return store, store.width(point)
-    if hook_point is None:
-        raise SaekitError(
-            "neither --acts nor --hook-point is given; name a store, or where in the model to read"
-        )
-    source = StreamSource(harvest_(model, text, [hook_point], tokens=None, device=device))
-    return source, source.width(hook_point)
 
 
 def _repeat(path: Path) -> tuple[Any, Any, dict[str, Any]]:

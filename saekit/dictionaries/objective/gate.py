@@ -32,6 +32,11 @@ class Gate(nn.Module):
         gate = forward.selected.gate
         assert gate is not None  # checked by ``needs``
         squared, _ = squared_error(
-            gate.offsets, gate.indices, gate.values, forward.atoms.detach(), forward.b_dec.detach(), forward.y
+            gate.offsets,
+            gate.indices,
+            gate.values,
+            forward.atoms.detach(),
+            forward.b_dec.detach(),
+            forward.y.detach(),
         )
         return self.config.coefficient * squared.mean()

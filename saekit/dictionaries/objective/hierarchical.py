@@ -48,5 +48,5 @@ class Hierarchical(nn.Module):
         total, squared = budget_error(indices, values, forward.atoms, forward.b_dec, forward.y, shares)
         forward.squared = squared[:, -1]
         with torch.no_grad():
-            forward.error = forward.output() - forward.y
+            forward.error = forward.features() - forward.y
         return total.mean()

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from saekit.dictionaries.normalisation import check_kind
 from saekit.types import SaekitError
@@ -26,16 +26,21 @@ class AutoencoderConfig:
         check_kind(self.normalise)
 
 
-class Autoencoder:
+class Autoencoder(nn.Module):
     """The identity wiring: the target of a row is the row itself."""
 
     Config = AutoencoderConfig
+    same_space = True
+    unnamed = ("x",)
+    skip = None
 
     def __init__(self, config: AutoencoderConfig):
-        self.d_in = self.d_out = config.d_in
+        super().__init__()
+        self.d_in = self.d_out = self.columns = config.d_in
         self.normalise = config.normalise
 
-    def sites(self, hook_points: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    @staticmethod
+    def sites(hook_points: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """``(reads, writes)``: the hook points, of those given, that this wiring reads and writes."""
         if len(hook_points) != 1:
             raise SaekitError(
@@ -43,6 +48,13 @@ class Autoencoder:
             )
         return tuple(hook_points), tuple(hook_points)
 
-    def target(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_out"]:
-        """What the output is compared with."""
-        return x
+    @staticmethod
+    def points(reads: Sequence[str], writes: Sequence[str]) -> tuple[str, ...]:
+        """The hook points whose columns make a row of training data."""
+        return tuple(reads)
+
+    def split(
+        self, rows: Float[Tensor, "batch columns"]
+    ) -> tuple[Float[Tensor, "batch d_in"], Float[Tensor, "batch d_out"]]:
+        """What is encoded, and what the output is compared with; the same tensor."""
+        return rows, rows

@@ -1,0 +1,64 @@
+"""Where dictionaries are trained: the hook points of a store or a model that an option names."""
+
+import fnmatch
+from collections.abc import Sequence
+from typing import Any
+
+from saekit.registry import nearest
+from saekit.types import SaekitError
+
+Place = tuple[tuple[str, ...], tuple[str, ...]]  # what is read, and what is written
+
+
+def open_source(
+    acts: str | None, model: str, text: str, wiring: Any, one: str | None, many: str | None,
+    batch_size: int, device: str | None,
+) -> tuple[Any, dict[str, Place]]:  # fmt: skip
+    """The source of rows, and the places by name ("" for the single one of ``--hook-point``)."""
+    from saekit.activations import Store
+    from saekit.harvest import StreamSource, harvest
+    from saekit.models import load_model
+
+    if one and many:
+        raise SaekitError(f"--hook-point {one!r} and --hook-points {many!r} are both given; leave one out")
+    if acts is not None:
+        store = Store(acts)
+        if store.n_rows < batch_size:
+            raise SaekitError(
+                f"store {acts!r} holds {store.n_rows} rows and one batch takes batch_size = {batch_size}; harvest more tokens or choose a smaller --batch-size"
+            )
+        if not one and not many and len(store.hook_points) > len(wiring.unnamed):
+            raise SaekitError(
+                f"store {acts!r} holds several hook points; choose with --hook-point or --hook-points: {', '.join(store.hook_points)}"
+            )
+        found = _places(wiring, one or ",".join(store.hook_points), many, store.hook_points)
+        for reads, writes in found.values():
+            for point in wiring.points(reads, writes):
+                store.check(point)
+        return store, found
+    if not one and not many:
+        raise SaekitError(
+            "neither --acts nor --hook-point is given; name a store, or where in the model to read"
+        )
+    view = load_model(model, device=device)
+    found = _places(wiring, one or "", many, view.hook_points())
+    points = list(dict.fromkeys(p for reads, writes in found.values() for p in wiring.points(reads, writes)))
+    return StreamSource(harvest(view, text, points, tokens=None)), found
+
+
+def _places(wiring: Any, one: str, many: str | None, known: Sequence[str]) -> dict[str, Place]:
+    """One place, or with ``many``, a glob, a place for each hook point (of a transcoder: module) that it matches."""
+    if not many:
+        return {"": wiring.sites(one.split(","))}
+    pairs = len(wiring.unnamed) > 1
+    names = list(dict.fromkeys(name.partition(":")[0] if pairs else name for name in known))
+    found = fnmatch.filter(names, many)
+    if not found:
+        raise SaekitError(f"--hook-points {many!r} matches nothing{nearest(many, names)}")
+    return {name.replace(":", "-"): wiring.sites([name]) for name in found}
+
+
+def widths(source: Any, place: Place, wiring: Any) -> dict[str, int]:
+    """``d_in``, and ``d_out`` where it is one of its own."""
+    reads, writes = ([source.width(point) for point in side] for side in place)
+    return {"d_in": sum(reads)} if len(wiring.unnamed) == 1 else {"d_in": sum(reads), "d_out": sum(writes)}
