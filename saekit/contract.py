@@ -129,6 +129,20 @@ def gradients_reach_every_parameter(make: Make, rows: Float[Tensor, "batch colum
         assert bool(term > 0), f"{name} is {term.item()}"
 
 
+def every_term_trains(make: Make, rows: Float[Tensor, "batch columns"], folder: Path) -> None:
+    """Each term of the objective by itself sends a gradient to some parameter: none is there for show."""
+    d = _prepared(make, rows)
+    dead = torch.zeros(d.n_features, dtype=torch.bool)
+    dead[-2:] = True
+    peer = torch.randn(d.n_features, d.d_out, generator=torch.Generator().manual_seed(0))
+    loss = d.loss(rows, TrainState(step=5, steps=10, dead=dead, peers=(peer,)))
+    trained = [p for p in d.parameters() if p.requires_grad]
+    for name, term in loss.terms.items():
+        assert term.requires_grad, f"{name} is cut from the graph"
+        grads = torch.autograd.grad(term, trained, retain_graph=True, allow_unused=True)
+        assert any(g is not None and bool(g.abs().sum() > 0) for g in grads), f"{name} trains nothing"
+
+
 def loss_changes_nothing(make: Make, rows: Float[Tensor, "batch columns"], folder: Path) -> None:
     """Computing a loss twice gives the same bits and leaves every tensor as it was."""
     d = _prepared(make, rows)
@@ -169,7 +183,7 @@ CONTRACT = {
     law.__name__: law
     for law in (
         shapes, rows_are_independent, sparse_equals_dense, inference_is_the_same_function, saved_is_loaded,
-        gradients_reach_every_parameter, loss_changes_nothing, resume_is_exact, training_helps,
+        gradients_reach_every_parameter, every_term_trains, loss_changes_nothing, resume_is_exact, training_helps,
     )
 }  # fmt: skip
 UNTRAINED = (

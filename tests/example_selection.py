@@ -1,4 +1,4 @@
-"""A selection of one's own, outside the package: softmax attention over the k largest, in under 60 lines.
+"""A selection of one's own, outside the package: the k largest, each fainter by its rank, in under 60 lines.
 
 ``import`` this module before creating, loading or resuming a dictionary that uses it.
 """

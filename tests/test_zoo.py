@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -320,3 +321,93 @@ def test_a_selection_of_ones_own_keeps_the_contract(
     saekit.train(d, acts, 20, 512, tmp_path / "run")
     report = saekit.evaluate(saekit.load(tmp_path / "run"), code_lm, "stdlib", tokens=2048)
     assert 0 < float(report["fvu"]) < 1.5 and float(report["l0"]) <= 4
+
+
+def test_runs_at_several_hook_points_share_a_stream(rows: torch.Tensor, tmp_path: Path) -> None:
+    class Two:
+        hook_points, n_rows = ("a", "b"), None
+
+        def width(self, point):
+            return 32
+
+        def batches(self, points, batch_size, seed, start=0):
+            while True:
+                here = {"a": rows[start * batch_size :][:batch_size], "b": rows.flip(0)[:batch_size]}
+                yield torch.cat([here[p] for p in points], 1)
+                start += 1
+
+        def identity(self):
+            return {"kind": "two"}
+
+    def at(point: str) -> saekit.Dictionary:
+        d = make("topk")
+        d.reads = d.writes = (point,)
+        return d
+
+    options = {"steps": 4, "batch_size": 200, "lr": 1e-3}
+    saekit.train_many({"a": at("a"), "b": at("b")}, Two(), out=tmp_path / "many", **options)
+    saekit.train(at("b"), Two(), out=tmp_path / "b", **options)
+    files = [p / "b" / "dictionary.safetensors" for p in (tmp_path, tmp_path / "many")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_peers_resume_from_one_step(rows: torch.Tensor, tmp_path: Path) -> None:
+    def run(out: Path) -> list[bytes]:
+        ds = {n: make("topk", objective=("reconstruction", "mutual"), seed=i) for i, n in enumerate("ab")}
+        saekit.train_many(ds, rows, 8, 200, out, lr=1e-3, checkpoint_every=4)
+        return [(out / n / "dictionary.safetensors").read_bytes() for n in "ab"]
+
+    whole = run(tmp_path / "whole")
+    assert run(tmp_path / "cut") == whole
+    # killed between the two's last checkpoints: a is finished, b is a checkpoint behind
+    shutil.rmtree(tmp_path / "cut" / "b" / "checkpoints" / "step-00000008")
+    (tmp_path / "cut" / "b" / "dictionary.safetensors").unlink()
+    assert run(tmp_path / "cut") == whole
+
+
+@pytest.mark.parametrize("name", ["jumprelu", "gated"])
+def test_resampled_features_can_fire_again(name: str, rows: torch.Tensor) -> None:
+    d = make(name)
+    trainer = saekit.Trainer(d, 1e-3, steps=40, dead_after=200, resample_every=10)
+    d.prepare(rows)
+    with torch.no_grad():
+        (d.selection.threshold[:10].fill_(1e4) if name == "jumprelu" else d.selection.b_mag[:10].fill_(-1e4))
+    for step in range(40):
+        trainer.step(rows[step * 100 : step * 100 + 100])
+    assert (d.encode(rows).firing_counts()[:10] > 0).sum() >= 8
+
+
+def test_a_batch_of_one_row_and_constant_rows_leave_no_nan(rows: torch.Tensor) -> None:
+    d = make("topk")
+    trainer = saekit.Trainer(d, 1e-3, steps=10, dead_after=1)
+    d.set_normalisation(rows)
+    for part in (rows[:1], rows[1:2], rows[:1].expand(20, -1)):
+        trainer.step(part)
+    assert all(bool(p.isfinite().all()) for p in d.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:k = 4 was asked for")
+def test_l0_target_says_what_it_missed(rows: torch.Tensor) -> None:
+    d = make("jumprelu", objective=("reconstruction", "l0_target"), k=60, coefficient=1e-6)
+    with pytest.warns(UserWarning, match="the pull's coefficient is 1e-06"):
+        saekit.train(d, rows, steps=30, batch_size=256)
+
+
+@pytest.mark.parametrize("options", [{}, {"atoms": "free"}, {"selection": "gated"}])
+def test_a_change_of_p_leaves_the_penalty_as_it_was(options: dict, rows: torch.Tensor) -> None:
+    gate = ("gate",) if options else ()
+    terms = ("reconstruction", "p_annealed", *(gate if options.get("selection") else ()))
+    d = make("p_annealing", objective=terms, begin=0.0, changes=1, k=None, coefficient=1.0, **options)
+    d.set_normalisation(rows)
+    with torch.no_grad():
+        if options.get("atoms"):
+            d.atoms.weight.mul_(5)
+        if options.get("selection"):
+            d.selection.r.fill_(1.0)
+    state = TrainState(step=6, steps=10)
+    loss = d.loss(rows, state)
+    d.observe(loss.codes, state)
+    assert int(d.terms["p_annealed"].stage) == 1
+    assert d.loss(rows, state).terms["p_annealed"].item() == pytest.approx(
+        loss.terms["p_annealed"].item(), rel=5e-3
+    )

@@ -76,11 +76,13 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], about: dict[str, A
     return target
 
 
-def latest(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """The newest intact checkpoint as ``(tensors, state)``; a damaged one is named and passed over."""
+def latest(folder: Path, step: int | None = None) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """The newest intact checkpoint (up to ``step``) as ``(tensors, state)``; a damaged one is named and passed over."""
     from safetensors.torch import load_file
 
     for path in sorted(folder.glob("step-*"), reverse=True):
+        if step is not None and path.name > f"step-{step:08d}":
+            continue
         try:
             state = records.read(path / "state.json", "a checkpoint's state", STATE, "delete it", SCHEMA)
             intact = file_sha256(path / "state.safetensors") == state["sha256"]

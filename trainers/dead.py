@@ -70,4 +70,6 @@ def resample(
         dictionary.encoder[dead] = read * (1 if dictionary.encoder_unit else share * size)
     dictionary.atoms.weight[dead] = written
     dictionary.b_enc[dead] = 0
+    if hasattr(dictionary.selection, "reset"):
+        dictionary.selection.reset(dead)
     optimizer.forget(dead)

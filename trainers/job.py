@@ -111,6 +111,24 @@ class Job:
             d.prepared.fill_(True)
         self.began = (time.perf_counter(), self.trainer.step_number)
 
+    def rewind(self, step: int) -> None:
+        """Go back to the checkpoint of a step, for a run that others beside it look at."""
+        assert self.path is not None  # runs without a folder begin together
+        found = checkpoint.latest(self.path / "checkpoints", step)
+        if found is None or found[1]["step"] != step:
+            raise SaekitError(
+                f"out {str(self.path)!r} holds no checkpoint of step {step}, from which the dictionaries that look at it go on; delete the runs and train again"
+            )
+        self.trainer.restore(found[0], step)
+        if self.log is not None:
+            self.log.close()
+        self.log = Log(self.path, step, self.config.wandb, self.settings)
+
+    @property
+    def looks_at_others(self) -> bool:
+        """Whether its loss depends on the dictionaries trained beside it."""
+        return any(getattr(term, "peers", False) for term in self.trainer.dictionary.terms.values())
+
     def step(self, batch: "Tensor | ActivationBatch", peers: tuple[Tensor, ...]) -> None:
         """One step, with what is due after it."""
         trainer, config = self.trainer, self.config
@@ -174,9 +192,8 @@ class Job:
             "training": {"config": asdict(self.config), "last": self.record},
         }
         if self.finished:
-            for missed in filter(
-                None, (t.coefficient.missed() for t in d.terms.values() if hasattr(t, "coefficient"))
-            ):
+            steered = (getattr(term, "coefficient", term) for term in d.terms.values())
+            for missed in filter(None, (part.missed() for part in steered if hasattr(part, "missed"))):
                 warnings.warn(f"{self.name + ': ' if self.name else ''}{missed}", stacklevel=4)
             if self.path is not None:
                 native.save(d, self.path)

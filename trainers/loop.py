@@ -88,7 +88,8 @@ def train(
     jobs = [job]
     if control is not None:
         beside = path / "control" if path is not None else None
-        jobs.append(Job.of("control", control, source, beside, device, options))
+        as_made = {**options, "init": None, "resample_every": None}  # else it would be no control
+        jobs.append(Job.of("control", control, source, beside, device, as_made))
     _run(jobs, source)
     for one in jobs:
         if one.error is not None:
@@ -123,7 +124,7 @@ def train_many(
             f"each names {name!r}, which is not a dictionary{nearest(name, list(dictionaries))}"
         )
     for name, dictionary in dictionaries.items():
-        if not name or Path(name).name != name:
+        if name in ("", "..") or Path(name).name != name:
             raise SaekitError(f"the name {name!r} of a dictionary can't be a folder's; choose another")
         own = dict(each.get(name, {}))
         for key in sorted({"steps", "batch_size", "seed"} & set(own)):
@@ -152,6 +153,8 @@ def _run(jobs: Sequence[Job], source: Source) -> None:
     try:
         for job in jobs:
             _attempt(job, partial(job.open, source))
+        if any(job.looks_at_others for job in jobs):
+            _together(jobs)
         _loop(jobs, source)
     finally:
         for job in jobs:
@@ -184,6 +187,15 @@ def _loop(jobs: Sequence[Job], source: Source) -> None:
                 return
 
 
+def _together(jobs: Sequence[Job]) -> None:
+    """Bring runs that were interrupted between each other's checkpoints to one step: a peer must not be ahead."""
+    alive = [job for job in jobs if job.error is None]
+    least = min((job.trainer.step_number for job in alive), default=0)
+    for job in alive:
+        if job.trainer.step_number > least:
+            _attempt(job, partial(job.rewind, least))
+
+
 def _columns(source: Source, points: Sequence[str], mine: Sequence[str]) -> Tensor | None:
     """The columns of some hook points in rows of more of them; None where they are all, in the same order."""
     if tuple(points) == tuple(mine):
@@ -195,11 +207,8 @@ def _columns(source: Source, points: Sequence[str], mine: Sequence[str]) -> Tens
 
 def _peers(jobs: Sequence[Job]) -> dict[str, tuple[Tensor, ...]]:
     """For each dictionary that looks at others: their decoders, as they are before the step."""
-    looking = [
-        job for job in jobs if any(getattr(t, "peers", False) for t in job.trainer.dictionary.terms.values())
-    ]
-    if not looking:
+    if not any(job.looks_at_others for job in jobs):
         return {}
     with torch.no_grad():
-        rows = {job.name: job.trainer.dictionary.atoms.rows().clone() for job in looking}
+        rows = {job.name: job.trainer.dictionary.atoms.rows().clone() for job in jobs if job.looks_at_others}
     return {name: tuple(r for other, r in rows.items() if other != name) for name in rows}

@@ -83,9 +83,9 @@ def warm_start(dictionary: Dictionary, other: Dictionary) -> None:
         if mine != theirs:
             raise SaekitError(f"{field} = {mine} differs from the {theirs} of the dictionary to begin from")
     weight = getattr(dictionary.atoms, "weight", None)
-    if weight is None:
+    if not isinstance(weight, nn.Parameter):
         raise SaekitError(
-            f"atoms {dictionary.config.atoms[0]!r} are no rows of their own that could be taken from another dictionary; choose 'free', 'unit_norm' or 'tied'"
+            f"atoms {dictionary.config.atoms[0]!r} are no trained rows of their own that could be taken from another dictionary; choose 'free', 'unit_norm' or 'tied'"
         )
     if dictionary.norm_in.kind == other.norm_in.kind and other.normalised:
         dictionary.norm_in.load_state_dict(other.norm_in.state_dict())
@@ -104,11 +104,18 @@ def warm_start(dictionary: Dictionary, other: Dictionary) -> None:
     length = torch.ones_like(bias)
     if dictionary.atoms.unit or dictionary.encoder_unit:
         length = torch.linalg.vector_norm(written, dim=1).clamp(min=1e-12)
-    weight.copy_(written / length[:, None])
+    written, read = written / length[:, None], read * length[:, None]
+    if dictionary.encoder_unit:
+        read = nn.functional.normalize(read, dim=1)
+    if dictionary.encoder is None and not torch.allclose(read, written, rtol=1e-3, atol=1e-3):
+        raise SaekitError(
+            f"atoms {dictionary.config.atoms[0]!r} read by the rows that they write, and the dictionary to begin from reads by others here; choose 'unit_norm' or 'free'"
+        )
+    weight.copy_(written)
     if dictionary.encoder is not None:
-        read = read * length[:, None]
-        dictionary.encoder.copy_(nn.functional.normalize(read, dim=1) if dictionary.encoder_unit else read)
+        dictionary.encoder.copy_(read)
     bias, threshold = bias * length, None if threshold is None else threshold.double() * length
+    _route(dictionary, other)
     if hasattr(dictionary.selection, "begin"):
         bias = dictionary.selection.begin(bias, threshold)
         dictionary.prepared.fill_(threshold is not None)
@@ -116,6 +123,19 @@ def warm_start(dictionary: Dictionary, other: Dictionary) -> None:
         dictionary.b_enc.copy_(bias)
     centre = other.norm_out.invert(other.b_dec.double()[None]) + _skip(dictionary, other)
     dictionary.b_dec.copy_(dictionary.norm_out(centre)[0])
+
+
+def _route(dictionary: Dictionary, other: Dictionary) -> None:
+    """Bring along the weights by which both selections read the input themselves."""
+    mine, theirs = dictionary.selection, other.selection
+    if not (
+        hasattr(mine, "router") and hasattr(theirs, "router") and mine.router.shape == theirs.router.shape
+    ):
+        return
+    raw, shift = other.norm_in.fold(theirs.router)
+    read, back = dictionary.norm_in.unfold(raw)
+    mine.router.copy_(read)
+    mine.b_router.copy_(theirs.b_router.double() + shift + back)
 
 
 def _skip(dictionary: Dictionary, other: Dictionary) -> Tensor:

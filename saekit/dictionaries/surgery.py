@@ -16,6 +16,7 @@ from saekit.types import SaekitError
 
 NOT_THRESHOLDS = {
     "abstopk": "its codes have signs, and a threshold lets none below 0 through",
+    "omp": "its codes have signs, and a threshold lets none below 0 through",
     "switch": "its codes depend on the router too",
 }
 GROUPED = {"groupmax": "groups", "switch": "experts"}  # of equal size, which dropping features breaks
@@ -55,6 +56,8 @@ def calibrate(dictionary: Dictionary, rows: Float[Tensor, "batch d_in"], k: floa
     name = dictionary.config.selection[0]
     if name in NOT_THRESHOLDS:
         raise SaekitError(f"selection {name!r} can't be calibrated: {NOT_THRESHOLDS[name]}")
+    if rows.ndim != 2 or rows.shape[1] != dictionary.d_in:
+        raise SaekitError(f"rows have shape {tuple(rows.shape)}; expected [rows, d_in = {dictionary.d_in}]")
     weight, bias = dictionary.W_enc.T, dictionary.b_enc.detach()
     base = torch.zeros_like(bias)
     if hasattr(dictionary.selection, "thresholds"):
@@ -109,6 +112,10 @@ def prune(
     dropped feature was active.
     """
     n_old, n_new = dictionary.n_features, int(keep.sum())
+    if keep.dtype != torch.bool or keep.shape != (n_old,):
+        raise SaekitError(
+            f"keep is {keep.dtype} of shape {tuple(keep.shape)}; give one bool for each of n_features = {n_old}"
+        )
     name = dictionary.config.selection[0]
     if name in GROUPED:
         raise SaekitError(f"selection {name!r} has {GROUPED[name]} of equal size, which pruning would break")
@@ -143,7 +150,8 @@ def merge(
         raise SaekitError(
             f"selection {name!r} lets copies compete, so they can't be added up; calibrate() it first, or prune()"
         )
-    if onto.shape != (dictionary.n_features,) or not torch.equal(onto[onto], onto):
+    n = dictionary.n_features
+    if onto.shape != (n,) or not 0 <= onto.min() <= onto.max() < n or not torch.equal(onto[onto], onto):
         raise SaekitError("onto must name for each feature one that stays: onto[onto] = onto")
     d = dictionary.to_inference()
     assert d.encoder is not None  # of its own

@@ -11,6 +11,7 @@ from saekit.evaluate.stability import stability
 from saekit.papers.claims import Claim, Reproduction, Tell, bars
 from saekit.papers.training import fit_all
 from saekit.testbed.digits import digits
+from saekit.types import SaekitError
 
 WIDTH, K, STEPS, BATCH, LR = 100, 5, 1500, 128, 1e-3
 DELTA = 0.01
@@ -49,6 +50,10 @@ def _dictionaries(x: torch.Tensor, points: torch.Tensor, seed: int) -> dict[str,
 
 def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
     """Agreement of seeds, and reconstruction, of archetypal and TopK dictionaries of digits."""
+    if len(seeds) < 2:
+        raise SaekitError(
+            f"seeds = {len(seeds)}: this paper is about their agreement; give --seeds 2 or more"
+        )
     data = digits(0)
     x = torch.cat([data.train, data.test])
     common = _candidates(x, 0)

@@ -59,7 +59,7 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
     """L0 on target over a range of targets, and pseudo-gradients against differences of the loss."""
     world = PlantedWorld(PlantedConfig(seed=1))
     x = world.evaluation_set(16384)[0]
-    wide = [world.batch(1 << 16, (1 << 25) + i)[0] for i in range(8)]
+    wide = [world.batch(1 << 16, (1 << 30) - 8 + i)[0] for i in range(8)]
     off: dict[int, list[float]] = {k: [] for k in TARGETS}
     fvu: dict[str, dict[str, list[float]]] = {"JumpReLU": {}, "TopK": {}}
     relative, cosine = [], []

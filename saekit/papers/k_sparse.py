@@ -70,7 +70,9 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
     ends = [
         min(a, b) - c for a, b, c in zip(errors[KS[0], 1], errors[KS[-1], 1], errors[inner, 1], strict=True)
     ]
-    gain = [mean[k, 2] - mean[k, 1] for k in (5, 10)]
+    small = [k for k in KS if k <= 10]
+    gain = [sum(errors[k, 2][i] - errors[k, 1][i] for k in small) / len(small) for i in range(len(seeds))]
+    by_k = [mean[k, 2] - mean[k, 1] for k in small]
     chosen = "k and alpha of the first claim are the best of four by the mean held-out error, so it is a little optimistic."
     return Reproduction(
         title="k-sparse codes classify digits better than pixels do",
@@ -79,7 +81,8 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
         claims=[
             Claim(f"error with k = {best[0]}, alpha = {best[1]}, less that of raw pixels (points)", "MNIST: 1.35 % at k = 25 against 7.20 % for pixels", [a - b for a, b in zip(errors[best], raw, strict=True)], "<=", -1.0, raw, "raw pixels, error in %"),
             Claim(f"error at both ends of k ({KS[0]}, {KS[-1]}), the smaller, above that at k = {inner} (points)", "MNIST: k = 10 2.10, 25 1.35, 40 1.54", ends, ">", 0.0),
-            Claim("alpha = 2 against alpha = 1 at k = 5 and 10 (points, means over seeds)", "a slightly larger support at test time is better", gain, "<=", 0.0),
+            Claim(f"alpha = 2 against alpha = 1, mean over k of {', '.join(map(str, small))} (points)", "a slightly larger support at test time is better", gain, "<=", 0.0),
+            Claim("the same at the k where it gains least (points, mean over seeds)", "a slightly larger support at test time is better", [max(by_k)], "<=", 0.0),
             Claim("support recovered where the theorem's bound holds (share)", "always (the theorem)", [support_recovery(False, s) for s in seeds], ">=", 1.0, [support_recovery(True, s) for s in seeds], "at ten times that k"),
         ],
         figure=figure("Error of digits classified by k-sparse codes", "k", "error, %", {f"alpha = {a}": (KS, [mean[k, a] for k in KS]) for a in ALPHAS} | {"raw pixels": (KS, [sum(raw) / len(raw)] * len(KS))}, xaxis={"type": "log"}),

@@ -4,7 +4,7 @@
 
 writes decoder, bias and sparse codes of the evaluation rows as arrays, and prints one line of JSON. It
 imports numpy, torch and the peer, and nothing of saekit: their requirements exclude ours. Each trains by
-its own trainer with its own defaults; known to run: sae-lens 6.54.12, dictionary-learning 0.1.0.
+its own trainer, at a rate that is given (None: its own choice); known to run: sae-lens 6.54.12, dictionary-learning 0.1.0.
 """
 
 import contextlib

@@ -11,12 +11,14 @@ from saekit.dictionaries import Dictionary, create
 from saekit.testbed.planted import PlantedWorld
 from saekit.types import Codes
 
+STRIDE, SEEDS = 1 << 20, 1 << 10  # steps between two seeds' parts of a stream, and how many it has
+
 
 def stream(world: PlantedWorld) -> DrawnSource:
     """Batches of a world; each seed reads other steps of the world's training stream."""
 
     def draw(rows: int, step: int, seed: int) -> Tensor:
-        return world.batch(rows, step + seed * 100_000)[0]
+        return world.batch(rows, step + seed % SEEDS * STRIDE)[0]
 
     return DrawnSource(draw, world.config.d_in, "planted")
 

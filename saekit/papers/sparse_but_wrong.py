@@ -60,6 +60,7 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
         setting=f"50 correlated features in 100 dimensions, {true_l0:.1f} active on average; BatchTopK of {WIDTH} latents at k = {ks[0]} to {ks[-1]}, {STEPS} steps of {BATCH} rows, one stream for all",
         claims=[
             Claim("the k of the smallest mean |cosine| between atoms, against the true L0 (distance)", "minimal near the true L0 (figure)", off(cosine), "<=", 2.0, by_error, "the k of the smallest error"),
+            Claim("that distance less that of the k of the smallest error", "the error is smallest above the true L0 (figure)", [a - b for a, b in zip(off(cosine), by_error, strict=True)], "<", 0.0, [a - b for a, b in zip(off(projection), by_error, strict=True)], "of the projection"),
             Claim(f"the k of the smallest decoder projection at rank {rank} per row, against the true L0 (distance)", "minimal near the true L0 (figure)", off(projection), "<=", 2.0, by_error, "the k of the smallest error"),
         ],
         figure=figure("Diagnostics by k, each as a share of its largest value", "k", "share of the largest", {n: (ks, v) for n, v in scaled.items()}),

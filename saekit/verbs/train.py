@@ -57,7 +57,7 @@ def train(
         bool | None,
         typer.Option(
             "--control/--no-control",
-            help="Also train a TopK with a frozen random decoder, from the same stream, for eval to compare with; a sweep does unless told not to.",
+            help="Also train a TopK with a frozen random decoder, from the same stream: what eval then compares the run with. A sweep does, as rows of its table, unless told not to.",
         ),
     ] = None,
     out: Annotated[str, typer.Option(help="Folder of the run; an interrupted run in it goes on.")] = "run",
@@ -117,6 +117,7 @@ def train(
                 each |= {f"{name}_{run}" if name else run: chosen for run, chosen in own.items()}
             else:
                 made[name] = {"": _create(here, seed), **({"frozen": _frozen(here, seed)} if control else {})}
+                each |= {f"{name}_frozen": AS_MADE} if control else {}
             for d in made[name].values():
                 d.reads, d.writes = place
         if sweep or hook_points:
@@ -145,6 +146,7 @@ def train(
     result(data, as_json, f"{done.path}: {done.steps} steps in {duration(data['seconds'])}; {shown}")
 
 
+AS_MADE = {"init": None, "resample_every": None}  # of controls, which else would be none
 # what --set leaves to flags of their own
 FLAGS = {
     "n_features",
@@ -184,7 +186,7 @@ def _frozen(fields: dict[str, Any], seed: int) -> Any:
     from saekit.dictionaries import create
 
     wiring = {"wiring": "transcoder", "d_out": fields["d_out"]} if "d_out" in fields else {}
-    shape = {key: fields[key] for key in ("n_features", "k", "d_in")}
+    shape = {key: fields[key] for key in ("n_features", "k", "d_in", "normalise") if key in fields}
     return create("frozen", seed=seed, **shape, **wiring)
 
 
@@ -194,18 +196,34 @@ def _sweep(
     """A dictionary for each combination of the values, and the training options that are its own."""
     from saekit.trainers import TrainConfig
 
-    axes = dict(_axis(item) for item in sweep)
+    axes: dict[str, list[Any]] = {}
+    for name, given in map(_axis, sweep):
+        if name in axes:
+            raise SaekitError(f"--sweep names {name} twice; give all its values at once")
+        axes[name] = given
     trains = {f.name for f in dataclasses.fields(TrainConfig)} - {"seed"}
     dictionaries, each = {}, {}
     for values in itertools.product(*axes.values()):
         chosen = dict(zip(axes, values, strict=True))
-        name = "_".join(f"{key}-{value}" for key, value in chosen.items())
+        name = _run_name(chosen)
+        if name in dictionaries:
+            raise SaekitError(f"--sweep gives {name} twice; leave one out")
         each[name] = {key: value for key, value in chosen.items() if key in trains}
         mine = {key: value for key, value in chosen.items() if key not in trains}
         dictionaries[name] = _create({**fields, **mine}, seed)
-    for k in axes.get("k", [fields["k"]]) if control else []:
-        dictionaries[f"frozen_k-{k}"] = _frozen({**fields, "k": k}, seed)
+        # one frozen control for each width, k and normalisation among them
+        shape = {key: value for key, value in mine.items() if key in ("n_features", "k", "normalise")}
+        beside = _run_name({"frozen": "", **shape})
+        if control and beside not in dictionaries:
+            dictionaries[beside] = _frozen({**fields, **shape}, seed)
+            each[beside] = AS_MADE
     return dictionaries, each
+
+
+def _run_name(chosen: dict[str, Any]) -> str:
+    """A name that can be a folder's."""
+    parts = (f"{key}-{value}" if value != "" else key for key, value in chosen.items())
+    return "_".join(parts).replace("/", "-").replace("\\", "-")
 
 
 def _axis(item: str) -> tuple[str, list[Any]]:

@@ -53,6 +53,7 @@ class AuxK(nn.Module):
         variance = (residual - residual.mean(0)).square().sum()
         zero = torch.zeros_like(forward.b_dec)
         squared, _ = squared_error(dead.offsets, dead.indices, dead.values, forward.atoms, zero, residual)
-        term = squared.sum() / variance
-        # a residual of zero has nothing to teach
-        return self.config.coefficient * d_out * torch.nan_to_num(term, nan=0.0, posinf=0.0)
+        # a residual without variance (of one row, or of constant data) has nothing to teach
+        taught = variance > 0
+        term = torch.where(taught, squared.sum() / torch.where(taught, variance, 1.0), 0.0)
+        return self.config.coefficient * d_out * term

@@ -50,6 +50,7 @@ class PAnnealed(nn.Module):
         self.coefficient = Coefficient(config)
         self.register_buffer("stage", torch.zeros((), dtype=torch.int64))  # changes made so far
         self.register_buffer("sums", torch.zeros(2))  # running means with this p and the next
+        self.sizes: Tensor = torch.zeros(0)  # of the codes that the last penalty fell on
 
     def power(self, stage: int) -> float:
         """p after so many changes."""
@@ -60,6 +61,7 @@ class PAnnealed(nn.Module):
         """The weighted term."""
         codes, p = forward.penalised, self.power(int(self.stage))
         size = forward.sizes(codes)
+        self.sizes = size.detach()
         size = size if p == 1 else torch.where(size > 0, (size + SOFT) ** p, 0.0)
         return self.coefficient(forward.state) * size.sum() / max(1, codes.rows)
 
@@ -67,15 +69,18 @@ class PAnnealed(nn.Module):
     def observe(self, codes: Codes, state: TrainState) -> None:
         """Steer the coefficient; change p where it is time."""
         self.coefficient.observe(codes, state)
-        values, stage = codes.values[codes.values > 0], int(self.stage)
-        now = torch.stack([((values + SOFT) ** self.power(s)).sum() for s in (stage, stage + 1)])
+        sizes, stage, c = self.sizes[self.sizes > 0], int(self.stage), self.config
+        now = torch.stack([((sizes + SOFT) ** self.power(s)).sum() for s in (stage, stage + 1)])
         fresh = not bool(self.sums.any())
         self.sums.copy_(now if fresh else torch.lerp(self.sums, now, 1 / MEMORY))
-        c = self.config
         # the last value of p gets as long as the others
         share = (state.step + 1) / state.steps if state.steps else 0.0
         due = int((share - c.begin) / (1 - c.begin) * (c.changes + 1)) if share > c.begin else 0
-        if min(due, c.changes) > stage and self.sums[1] > 0:
-            self.coefficient.value.mul_(self.sums[0] / self.sums[1])
-            self.stage += 1
+        due = min(due, c.changes)
+        if due > stage and self.sums[1] > 0:
+            ratio = self.sums[0] / self.sums[1]
+            if due > stage + 1:  # steps of so short a run skip values of p
+                ratio = ratio * now[1] / ((sizes + SOFT) ** self.power(due)).sum()
+            self.coefficient.value.mul_(ratio)
+            self.stage.fill_(due)
             self.sums.zero_()

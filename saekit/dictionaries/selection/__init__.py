@@ -14,7 +14,7 @@ in normalised space, the encoder ``W_enc [n_features, d_in]`` and ``b_enc [n_fea
 It may also have ``prepare(x, W_enc, b_enc)``, called once with rows of the data before training;
 ``observe(codes, state)``, after each step; ``thresholds(W_enc, b_enc)``, its rule at inference as that of
 a JumpReLU ``(W_enc, b_enc, threshold)``; ``fold(weight)`` where it reads x by weights of its own;
-``begin(b_enc, threshold)``, which takes over what another dictionary ended with; ``elementwise`` (true
+``reset(dead)``, for features that are resampled; ``begin(b_enc, threshold)``, which takes over what another dictionary ended with; ``elementwise`` (true
 where at inference each feature decides by itself); ``unit_encoder`` (true where it needs encoder rows of norm 1, and no biases); ``tied_only`` (true where it
 sends the encoder no gradient); and ``requires``, the term without which a part of it isn't trained.
 """

@@ -40,6 +40,12 @@ class Gated(nn.Module):
         self.b_mag = nn.Parameter(torch.zeros(n_features))
 
     @torch.no_grad()
+    def reset(self, dead: Tensor) -> None:
+        """Give resampled features magnitudes as their gate has them."""
+        self.r[dead] = 0
+        self.b_mag[dead] = 0
+
+    @torch.no_grad()
     def begin(self, b_enc: Tensor, threshold: Tensor | None) -> Tensor:
         """Take over what another dictionary ended with; returns the gate's bias."""
         self.b_mag.copy_(b_enc)

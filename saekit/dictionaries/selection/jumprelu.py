@@ -66,6 +66,12 @@ class JumpReLU(nn.Module):
             count = max(1, round(self.config.density * u.numel()))
             self.threshold.fill_(u.flatten().topk(count).values[-1].clamp(min=0))
 
+    @torch.no_grad()
+    def reset(self, dead: Tensor) -> None:
+        """Give resampled features the threshold of the others."""
+        live = self.threshold[~dead]
+        self.threshold[dead] = live.mean() if len(live) else 0.0
+
     def begin(self, b_enc: Tensor, threshold: Tensor | None) -> Tensor:
         """Take over what another dictionary ended with; returns the encoder's bias."""
         if threshold is not None:
