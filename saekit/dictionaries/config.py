@@ -112,6 +112,12 @@ class Config:
         selection = self.selection[0]
         offers = SELECTIONS[selection].offers
         for name, config in self.objective:
+            if getattr(OBJECTIVES[name], "moves_atoms", False) and getattr(
+                ATOMS[self.atoms[0]], "fixed", False
+            ):
+                raise SaekitError(
+                    f"objective {name!r} moves atoms, and atoms {self.atoms[0]!r} stay as they are; leave one of them out"
+                )
             needs = set(OBJECTIVES[name].needs)
             if isinstance(config, PenaltyConfig) and config.k is not None:
                 needs.add("free_l0")

@@ -111,7 +111,7 @@ def train(
         made: dict[str, dict[str, Any]] = {}  # by place, and there by name
         each: dict[str, dict[str, Any]] = {}
         for name, place in found.items():
-            here = {**fields, **widths(source, place, wiring)}
+            here = {**widths(source, place, wiring), **fields}
             if sweep:
                 made[name], own = _sweep(here, sweep, seed, control is not False)
                 each |= {f"{name}_{run}" if name else run: chosen for run, chosen in own.items()}

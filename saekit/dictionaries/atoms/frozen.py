@@ -19,6 +19,7 @@ class Frozen(nn.Module):
     unit = False  # nothing for an optimizer to keep
     tied = False
     trained = True
+    fixed = True
     weight: Tensor
 
     def __init__(

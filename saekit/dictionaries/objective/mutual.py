@@ -26,6 +26,7 @@ class Mutual(nn.Module):
 
     Config = MutualConfig
     fit = False
+    moves_atoms = True
     needs: frozenset[str] = frozenset()
     peers = True  # whether training has to hand in the decoders of the others
 

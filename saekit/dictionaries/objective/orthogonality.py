@@ -33,6 +33,7 @@ class Orthogonality(nn.Module):
 
     Config = OrthogonalityConfig
     fit = False
+    moves_atoms = True
     needs: frozenset[str] = frozenset()
 
     def __init__(self, config: OrthogonalityConfig, n_features: int):
