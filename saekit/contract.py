@@ -62,11 +62,11 @@ def rows_are_independent(make: Make, rows: Float[Tensor, "batch columns"], folde
     """``encode`` is a function of its own row alone, whatever the batch; no feature has two codes in a row."""
     d = _prepared(make, rows)
     rows = _read(d, rows)
-    whole = d.encode(rows[:40]).to_dense()
-    alone = torch.cat([d.encode(row[None]).to_dense() for row in rows[:40]])
-    moved = ((whole != 0) != (alone != 0)).any(1)
-    assert moved.double().mean() <= 0.05, "supports differ"  # but for codes at the edge of being chosen
-    torch.testing.assert_close(whole[~moved], alone[~moved], **CLOSE)
+    # not of the rows observed: a threshold may be exactly one of their activations, and its last bit decide
+    fresh = rows[BATCH : BATCH + 40]
+    whole = d.encode(fresh).to_dense()
+    alone = torch.cat([d.encode(row[None]).to_dense() for row in fresh])
+    torch.testing.assert_close(whole, alone, **CLOSE)
     codes = d.encode(rows)
     key = (codes.row_ids() * d.n_features + codes.indices)[codes.values != 0]
     assert len(key.unique()) == len(key)
