@@ -92,6 +92,11 @@ class Codes:
         active = self.indices[self.values != 0]
         return torch.bincount(active.long(), minlength=self.n_features)
 
+    def active(self) -> tuple[Int[Tensor, " active"], Int[Tensor, " active"]]:
+        """Row and feature of the entries that fire."""
+        on = self.values != 0
+        return self.row_ids()[on], self.indices[on].long()
+
     def select(self, features: Int[Tensor, " chosen"]) -> Float[Tensor, "*shape chosen"]:
         """Dense values of a few features only, [*shape, chosen]."""
         column = torch.full((self.n_features,), -1, dtype=torch.int64, device=self.values.device)
@@ -113,6 +118,17 @@ class Codes:
     def detach(self) -> "Codes":
         """The same codes, cut from the autograd graph."""
         return replace(self, values=self.values.detach())
+
+
+def check_codes(decoder: Tensor, truth: Tensor, codes: Codes, true_codes: Codes) -> None:
+    """Raise unless each codes' features have directions, and both belong to as many rows."""
+    for name, given, rows in (("codes", codes, decoder), ("true_codes", true_codes, truth)):
+        if given.n_features != len(rows):
+            raise SaekitError(
+                f"{name}.n_features is {given.n_features}: its directions have {len(rows)} rows"
+            )
+    if codes.rows != true_codes.rows:
+        raise SaekitError(f"codes have {codes.rows} rows: encode the {true_codes.rows} rows of true_codes")
 
 
 @dataclass(frozen=True)

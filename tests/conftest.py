@@ -126,3 +126,12 @@ def here(good: Path, tmp_path: Path) -> Path:
         if not (tmp_path / path.name).exists():
             (tmp_path / path.name).symlink_to(path)
     return tmp_path
+
+
+@pytest.fixture
+def rows() -> torch.Tensor:
+    """4000 rows in 32 dimensions, sums of about 4 of 64 directions, far off-centre."""
+    g = torch.Generator().manual_seed(3)
+    atoms = nn.functional.normalize(torch.randn(64, 32, generator=g), dim=-1)
+    on = torch.rand(4000, 64, generator=g) < 1 / 16
+    return (on * (1 + torch.rand(4000, 64, generator=g))) @ atoms + 30.0

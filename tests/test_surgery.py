@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.nn.functional import normalize
 
 import saekit
 from saekit.dictionaries import PRESETS, TrainState, from_weights, merge, warm_start
@@ -12,15 +11,6 @@ from saekit.dictionaries.surgery import calibrate, duplicates, prune
 from saekit.types import SaekitError
 
 pytestmark = pytest.mark.filterwarnings("ignore:k = 4 was asked")  # runs this short don't reach their L0
-
-
-@pytest.fixture
-def rows() -> torch.Tensor:
-    """4000 rows in 32 dimensions, sums of about 4 of 64 directions, far off-centre."""
-    g = torch.Generator().manual_seed(3)
-    atoms = normalize(torch.randn(64, 32, generator=g), dim=-1)
-    on = torch.rand(4000, 64, generator=g) < 1 / 16
-    return (on * (1 + torch.rand(4000, 64, generator=g))) @ atoms + 30.0
 
 
 def make(name: str, **options) -> saekit.Dictionary:

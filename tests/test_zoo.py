@@ -23,15 +23,6 @@ from saekit.trainers import Run, checkpoint
 from saekit.types import SaekitError
 
 
-@pytest.fixture
-def rows() -> torch.Tensor:
-    """4000 rows in 32 dimensions, sums of about 4 of 64 directions, far off-centre."""
-    g = torch.Generator().manual_seed(3)
-    atoms = normalize(torch.randn(64, 32, generator=g), dim=-1)
-    on = torch.rand(4000, 64, generator=g) < 1 / 16
-    return (on * (1 + torch.rand(4000, 64, generator=g))) @ atoms + 30.0
-
-
 def make(name: str, **options) -> saekit.Dictionary:
     return saekit.create(name, **{"d_in": 32, "n_features": 128, "k": 4, "seed": 0, **options})
 

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saekit.evaluate.geometry import cosine_blocks
-from saekit.types import Codes, SaekitError
+from saekit.types import Codes, SaekitError, check_codes
 
 
 class Splitting(NamedTuple):
@@ -44,12 +44,12 @@ def splitting(
     features (Bricken et al. 2023, feature splitting) has share 1 and mean s. A child's feature that
     leans towards its parent counts for the parent: absorption looks like splitting here.
     """
-    _check(decoder, truth, codes, true_codes)
+    check_codes(decoder, truth, codes, true_codes)
     if not 0 <= threshold < 1:
         raise SaekitError(f"threshold = {threshold} must lie in 0..1, 1 excluded; it is a share of rows")
     true_of, n_true = _nearest(decoder, truth), len(truth)
-    row, feature = _active(codes)
-    true_row, true_feature = _active(true_codes)
+    row, feature = codes.active()
+    true_row, true_feature = true_codes.active()
     both = torch.isin(row * n_true + true_of[feature], true_row * n_true + true_feature)
     hits = torch.bincount(feature[both], minlength=len(decoder))
     own = hits > threshold * codes.firing_counts()  # false where neither ever is
@@ -103,19 +103,3 @@ def _nearest(decoder: Tensor, truth: Tensor) -> Tensor:
         if not len(rows):
             raise SaekitError(f"{name} has no rows; give 1 direction or more")
     return torch.cat([cosine.abs().argmax(1) for _, cosine in cosine_blocks(decoder, truth)])
-
-
-def _active(codes: Codes) -> tuple[Tensor, Tensor]:
-    """Row and feature of the entries that fire."""
-    on = codes.values != 0
-    return codes.row_ids()[on], codes.indices[on].long()
-
-
-def _check(decoder: Tensor, truth: Tensor, codes: Codes, true_codes: Codes) -> None:
-    for name, given, rows in (("codes", codes, decoder), ("true_codes", true_codes, truth)):
-        if given.n_features != len(rows):
-            raise SaekitError(
-                f"{name}.n_features is {given.n_features}: its directions have {len(rows)} rows"
-            )
-    if codes.rows != true_codes.rows:
-        raise SaekitError(f"codes have {codes.rows} rows: encode the {true_codes.rows} rows of true_codes")

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from saekit.types import Codes, SaekitError
+from saekit.types import Codes, SaekitError, check_codes
 
 BLOCK = 1 << 24  # cosines, or coordinates of reconstructions, held at a time (64 MB)
 CARRIED = 0.5  # weight of the parent in a child's feature, relative to the child, that counts as carried
@@ -118,9 +118,9 @@ def classification(
     where its own denominator is 0 and the other's is not. SynthSAEBench also scores 0 where both
     are; here those are NaN and left out of means, so that a perfect dictionary scores 1 on any rows.
     """
-    _check(decoder, truth, codes, true_codes)
+    check_codes(decoder, truth, codes, true_codes)
     true_of = matches(decoder, truth).true_of
-    row, feature = _active(codes)
+    row, feature = codes.active()
     n_true = len(truth)
     both = torch.isin(row * n_true + true_of[feature], _keys(true_codes))
     hits = torch.bincount(feature[both], minlength=len(decoder)).double()
@@ -150,7 +150,7 @@ def shrinkage(
     decoder bias minus the world's, 0 when left out. SynthSAEBench averages the ratios of rows, bias
     included; the ratio of sums does not depend on rows that are nearly zero.
     """
-    _check(decoder, truth, codes, true_codes)
+    check_codes(decoder, truth, codes, true_codes)
     return _norms(codes, decoder, offset) / _norms(true_codes, truth, None)
 
 
@@ -195,13 +195,13 @@ def absorption(
     0 for the true dictionary; 1 when every child's feature is child plus parent and the parent's
     feature only fires alone. Invariant to the scale and sign of decoder rows.
     """
-    _check(decoder, truth, codes, true_codes)
+    check_codes(decoder, truth, codes, true_codes)
     found = matches(decoder, truth)
     feature_of, tracked = found.feature_of, _tracked(found, parent)
     nearest, unit = _unit(decoder)[feature_of], _unit(truth)
     fired, active = _keys(codes), _keys(true_codes)
     n_features, n_true = len(decoder), len(truth)
-    row, true_feature = _active(true_codes)
+    row, true_feature = true_codes.active()
     events, absorbed = [row[:0]], [row[:0]]
     ancestor = parent
     while bool((ancestor >= 0).any()):
@@ -246,15 +246,9 @@ def _unit(rows: Tensor) -> Tensor:
     return F.normalize(rows.float(), dim=1)
 
 
-def _active(codes: Codes) -> tuple[Tensor, Tensor]:
-    """Row and feature of the entries that fire."""
-    on = codes.values != 0
-    return codes.row_ids()[on], codes.indices[on].long()
-
-
 def _keys(codes: Codes) -> Tensor:
     """One number for each (row, feature) that fires."""
-    row, feature = _active(codes)
+    row, feature = codes.active()
     return row * codes.n_features + feature
 
 
@@ -270,13 +264,3 @@ def _norms(codes: Codes, directions: Tensor, offset: Tensor | None) -> float:
         )  # fmt: skip
         total += (summed if offset is None else summed + offset).norm(dim=1).double().sum().item()
     return total
-
-
-def _check(decoder: Tensor, truth: Tensor, codes: Codes, true_codes: Codes) -> None:
-    for name, given, rows in (("codes", codes, decoder), ("true_codes", true_codes, truth)):
-        if given.n_features != len(rows):
-            raise SaekitError(
-                f"{name}.n_features is {given.n_features}: its directions have {len(rows)} rows"
-            )
-    if codes.rows != true_codes.rows:
-        raise SaekitError(f"codes have {codes.rows} rows: encode the {true_codes.rows} rows of true_codes")
