@@ -181,11 +181,40 @@ def training_helps(make: Make, rows: Float[Tensor, "batch columns"], folder: Pat
     assert metrics.fvu(y, d(x).detach()) < metrics.fvu(y, fresh(x).detach())
 
 
+def recovers_planted_features(make: Make, rows: Float[Tensor, "batch columns"], folder: Path) -> None:
+    """Training on sums of planted directions brings atoms nearer to them than random ones are.
+
+    A law of atoms that are trained: those of a control stay where they are.
+    """
+    d = make()
+    if getattr(type(d.atoms), "fixed", False):
+        return
+    g = torch.Generator().manual_seed(8191)  # not the seed of a dictionary, whose directions these would be
+    n = 3 * d.d_in // 2
+    read, written = (
+        torch.nn.functional.normalize(torch.randn(n, width, generator=g), dim=-1)
+        for width in (d.d_in, d.d_out)
+    )
+    on = torch.rand(4096, n, generator=g) < 2 / n
+    codes = on * (1 + torch.rand(on.shape, generator=g))
+    truth = read if d.wiring.same_space else written
+    rows = codes @ truth if d.wiring.same_space else torch.cat([codes @ read, codes @ truth], 1)
+    fresh = _prepared(make, rows)
+    _quietly(d, rows, 400, 256, lr=3e-3)
+
+    def nearness(of: Dictionary) -> float:
+        atoms = torch.nn.functional.normalize(of.norm_out.directions(of.W_dec.detach()), dim=-1)
+        return (atoms @ truth.T).abs().amax(0).mean().item()
+
+    assert nearness(d) > nearness(fresh) + 0.05, f"{nearness(d):.3f} after, {nearness(fresh):.3f} before"
+
+
 CONTRACT = {
     law.__name__: law
     for law in (
         shapes, rows_are_independent, sparse_equals_dense, inference_is_the_same_function, saved_is_loaded,
         gradients_reach_every_parameter, every_term_trains, loss_changes_nothing, resume_is_exact, training_helps,
+        recovers_planted_features,
     )
 }  # fmt: skip
 UNTRAINED = (

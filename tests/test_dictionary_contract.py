@@ -120,6 +120,21 @@ def test_omp_error_never_rises_with_k(planted_rows: torch.Tensor) -> None:
     assert errors == sorted(errors, reverse=True) and errors[-1] < 1e-6  # 16 atoms span 16 dimensions
 
 
+def test_more_steps_of_a_trained_pursuit_are_never_worse(planted_rows: torch.Tensor) -> None:
+    d = saekit.create("matching_pursuit", d_in=16, n_features=64, k=4)
+    trainer = saekit.Trainer(d, lr=1e-3)
+    for _ in range(50):
+        trainer.step(planted_rows)
+    read, before = d.norm_in(planted_rows), torch.tensor(torch.inf)
+    for steps in (1, 2, 4, 8, 16, 32):
+        wider = saekit.create("matching_pursuit", d_in=16, n_features=64, k=4, k_inference=steps)
+        wider.load_state_dict(d.state_dict())
+        # of what the pursuit works on: with centred data the bias is not part of its residual
+        left = (read - wider.encode(planted_rows).to_dense() @ wider.W_dec).detach().norm(dim=1)
+        assert (left <= before + 1e-5).all() and left.mean() < before.mean()
+        before = left
+
+
 def test_training_recovers_planted_features_and_beats_the_controls() -> None:
     g = torch.Generator().manual_seed(77)
     truth = torch.nn.functional.normalize(torch.randn(64, 32, generator=g), dim=-1)

@@ -21,6 +21,7 @@ from saekit.report.sweep import rows as rows_of
 from saekit.testbed.forest import Forest, ForestConfig
 from saekit.trainers import Run, checkpoint
 from saekit.types import SaekitError
+from saekit.verbs.evaluate import _trained_control
 
 
 def make(name: str, **options) -> saekit.Dictionary:
@@ -229,6 +230,10 @@ def test_a_sweep_is_many_runs_and_a_front(small_store, tmp_path: Path) -> None:
     assert rows["k-2_architecture-topk"]["front"] and (out / "sweep.html").stat().st_size > 10_000
     for name in rows:
         assert saekit.load(out / name).n_features == 64
+    for k, kind in ((2, "relu"), (8, "topk"), (8, "relu")):  # eval finds the control of a run's own k
+        run = out / f"k-{k}_architecture-{kind}"
+        control = _trained_control(run, saekit.load(run))
+        assert control.config.selection[1].k == k and control.config.atoms[0] == "frozen"
     for given, words in (
         ("steps=1,2", "all runs share one stream"),
         ("k", "has no values"),

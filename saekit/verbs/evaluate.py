@@ -37,6 +37,27 @@ def table(report: Any) -> str:
     return captured.get().rstrip()
 
 
+def _trained_control(path: Path, dictionary: Any) -> Any:
+    """The frozen control that was trained beside a run, or in the sweep that the run is of; None where there is none."""
+    from saekit.hub import load
+
+    def shape(d: Any) -> tuple:
+        choices = (d.config.selection, *d.config.objective)
+        k = next((c.k for _, c in choices if getattr(c, "k", None) is not None), None)
+        return d.reads, d.writes, d.n_features, d.wiring.normalise, k
+
+    own = path / "control"
+    if own.is_dir():
+        return load(str(own))
+    for folder in sorted(path.resolve().parent.glob("*frozen*")):
+        if folder != path.resolve() and (folder / "dictionary.safetensors").exists():
+            control = load(str(folder))
+            wanted = shape(dictionary)
+            if shape(control)[:4] == wanted[:4] and wanted[4] in (None, shape(control)[4]):
+                return control
+    return None
+
+
 def evaluate(
     path: Annotated[str, typer.Argument(help="Dictionary or finished run.", metavar="DICTIONARY")],
     model: Annotated[str | None, typer.Option(help="Model; default: the one it was harvested from.")] = None,
@@ -66,8 +87,8 @@ def evaluate(
     from saekit.verbs.console import finite
 
     dictionary = load(path, device=device)
-    trained = Path(path) / "control"
-    beside = {"frozen": load(trained, device=device)} if controls and trained.is_dir() else controls
+    trained = _trained_control(Path(path), dictionary) if controls else None
+    beside = controls if trained is None else {"frozen": trained.to(dictionary.device)}
     check_writable(Path(path))
     own_model, own_text = origin(dictionary.card)
     model, text = model or own_model, text or own_text
