@@ -25,6 +25,7 @@ from saekit import records
 from saekit.registry import nearest
 from saekit.types import ActivationBatch, SaekitError
 
+Int64 = np.ndarray[Any, np.dtype[np.int64]]
 SCHEMA = 1
 ABOUT = {  # a source of rows
     "kind?": str, "rows?": int, "norm_limits?": {"*": float},
@@ -310,6 +311,21 @@ class Store:
             positions = self.shards[s].array("kept")[local]
             rising = np.argsort(positions)  # reads the file forwards
             out[torch.from_numpy(here[rising])] = self.shards[s].rows(hook_point, positions[rising])
+        return out
+
+    def positions(self) -> Int64:
+        """Where each unmasked row's token stands among all tokens of the store."""
+        starts = np.cumsum([0, *(entry["tokens"] for entry in self.manifest["shards"])])
+        parts = zip(self.shards, starts, strict=False)
+        return np.concatenate([shard.array("kept").astype(np.int64) + start for shard, start in parts])
+
+    def first_tokens(self, n: int) -> Int64:
+        """The ids of the first n tokens, masked ones included; empty for a model of other inputs."""
+        out = np.empty(0, np.int64)
+        for shard in self.shards:
+            if len(out) == n or "tokens" not in shard.header:
+                break
+            out = np.concatenate([out, shard.array("tokens")[: n - len(out)]])
         return out
 
     def batches(

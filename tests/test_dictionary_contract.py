@@ -19,7 +19,8 @@ def name(request: pytest.FixtureRequest) -> str:
 
 def make(name: str) -> Dictionary:
     experts = {"experts": 4} if name == "switch" else {}
-    return saekit.create(name, d_in=16, n_features=64, k=4, seed=0, **experts)
+    d_in = (6, 10) if name == "crosscoder" else 16
+    return saekit.create(name, d_in=d_in, n_features=64, k=4, seed=0, **experts)
 
 
 def columns(d: Dictionary, rows: torch.Tensor) -> torch.Tensor:

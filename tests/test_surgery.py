@@ -14,7 +14,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:k = 4 was asked")  # runs this s
 
 
 def make(name: str, **options) -> saekit.Dictionary:
-    return saekit.create(name, **{"d_in": 32, "n_features": 128, "k": 4, "seed": 0, **options})
+    d_in = (12, 20) if name == "crosscoder" else 32
+    return saekit.create(name, **{"d_in": d_in, "n_features": 128, "k": 4, "seed": 0, **options})
 
 
 def trained(name: str, rows: torch.Tensor, **options) -> saekit.Dictionary:

@@ -88,7 +88,7 @@ def resolve(
 
 RUN = {
     "train": shape_of(TrainConfig), "reasons?": {"*": str}, "dictionary": dict, "init_seed": int, "init?": str, "hook_points": [str], "data?": ABOUT,
-    "source": {"acts?": str, "model?": str, "text?": str, **shape_of(HarvestConfig)},
+    "source": {"acts?": str, "stores?": {"*": str}, "model?": str, "text?": str, **shape_of(HarvestConfig)},
 }  # fmt: skip
 
 

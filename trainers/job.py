@@ -15,7 +15,7 @@ from torch import Tensor
 
 from saekit.activations import Source, Store, write_atomic
 from saekit.dictionaries import Dictionary
-from saekit.harvest import check_writable
+from saekit.harvest import SideBySide, check_writable
 from saekit.hub import native
 from saekit.records import difference
 from saekit.registry import nearest
@@ -220,23 +220,20 @@ def check(dictionary: Dictionary, source: Source, config: TrainConfig) -> tuple[
     points = dictionary.points
     if not points:
         points = wiring.points(*wiring.sites(offered)) if offered else wiring.unnamed
-    if isinstance(source, Store):
+    if isinstance(source, Store | SideBySide):
         for point in points:
             source.check(point)
-        if not source.manifest["complete"]:
-            warnings.warn(
-                f"store {str(source.path)!r} is unfinished: training on the {source.n_rows} rows it holds; its harvest goes on when run again",
-                stacklevel=3,
-            )
+    if isinstance(source, Store) and not source.manifest["complete"]:
+        warnings.warn(
+            f"store {str(source.path)!r} is unfinished: training on the {source.n_rows} rows it holds; its harvest goes on when run again",
+            stacklevel=3,
+        )
     width = sum(source.width(point) for point in points) if offered else source.width(None)
     if width != wiring.columns:
-        parts = f"d_in = {dictionary.d_in}" if wiring.same_space else f"d_in + d_out = {wiring.columns}"
         fix = (
-            f"create it with d_in={width}"
-            if wiring.same_space
-            else "create it with the widths of the two hook points"
+            f"create it with {f'd_in={width}' if wiring.takes == 'each' else 'the widths of its hook points'}"
         )
-        raise SaekitError(f"the data's width {width} is not the dictionary's {parts}; {fix}")
+        raise SaekitError(f"the data's width {width} is not the dictionary's {wiring.stated}; {fix}")
     if source.n_rows is not None and source.n_rows < config.batch_size:
         raise SaekitError(
             f"the data holds {source.n_rows} rows and one batch takes batch_size = {config.batch_size}; harvest more tokens or choose a smaller batch"
@@ -250,6 +247,8 @@ def _origin(source: Source) -> dict[str, Any]:
     """Where the data came from, so that ``--config`` can repeat the run."""
     if isinstance(source, Store):
         return {"acts": str(source.path.resolve())}
+    if isinstance(source, SideBySide):
+        return {"stores": {name: str(store.path.resolve()) for name, store in source.stores.items()}}
     stream = getattr(source, "stream", None)
     return (
         {"model": stream.model.name, "text": stream.text_identity()["name"], **stream.settings()}

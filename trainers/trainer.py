@@ -86,13 +86,14 @@ class Trainer:
             loss = d.loss(x, state)
             loss.total.backward()
         self.optimizer.step(factors, rate, self.step_number + 1, self.clip)
-        if not d.atoms.unit:  # those the optimizer has kept on the sphere
+        if not d.atoms.unit or d.mask is not None:  # those the optimizer has kept on the sphere
             d.after_step()
         d.observe(loss.codes, state)
         dead.update(self.silent, loss.codes.firing_counts(), len(x))
         self.step_number += 1
         if self.resample_every is not None and self.step_number % self.resample_every == 0:
             dead.resample(d, self.dead, x, state, self.optimizer)
+            d.after_step()
             self.silent.masked_fill_(self.dead, 0)
         active = (loss.codes.values != 0).sum() / loss.codes.rows
         out = {"loss": loss.total.detach(), **{k: v.detach() for k, v in loss.terms.items()}}

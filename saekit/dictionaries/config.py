@@ -69,7 +69,7 @@ class Config:
     def __post_init__(self):
         if not isinstance(self.n_features, int) or self.n_features < 1:
             raise SaekitError(f"n_features = {self.n_features!r} must be a whole number of at least 1")
-        for _, config in (self.selection, *self.objective):
+        for _, config in (self.wiring, self.selection, *self.objective):
             if hasattr(config, "check"):
                 config.check(self.n_features)
         self._check_fit()
@@ -82,6 +82,10 @@ class Config:
         if atoms.tied and not WIRINGS[self.wiring[0]].same_space:
             raise SaekitError(
                 f"atoms {self.atoms[0]!r} read by the rows that they write, and wiring {self.wiring[0]!r} writes another space than it reads; choose atoms='unit_norm'"
+            )
+        if getattr(atoms, "hull", False) and any(getattr(self.wiring[1], "dedicated", None) or ()):
+            raise SaekitError(
+                f"atoms {self.atoms[0]!r} are mixtures of candidates, and dedicated = {self.wiring[1].dedicated} would cut them to one source; leave one of the two out"
             )
         if getattr(selection, "unit_encoder", False) and long:
             raise SaekitError(

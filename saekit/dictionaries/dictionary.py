@@ -29,6 +29,7 @@ class Dictionary(nn.Module):
     """
 
     prepared: Tensor
+    mask: Tensor | None  # of dedicated features: the columns that each may read and write
     selection: Any  # rows of the tables: see their packages for what they have
     atoms: Any
     terms: Any
@@ -43,15 +44,19 @@ class Dictionary(nn.Module):
         self.selection = SELECTIONS[config.selection[0]](config.selection[1], n, d_in)
         self.terms = nn.ModuleDict({name: OBJECTIVES[name](c, n) for name, c in config.objective})
         generator = torch.Generator().manual_seed(seed)
-        directions = nn.functional.normalize(torch.randn(n, d_out, generator=generator), dim=-1)
+        self.register_buffer("mask", self.wiring.mask(n), persistent=False)
+        directions = torch.randn(n, d_out, generator=generator)
+        if self.mask is not None:
+            directions = directions * self.mask
+        directions = nn.functional.normalize(directions, dim=-1)
         self.atoms = ATOMS[config.atoms[0]](config.atoms[1], directions, generator)
         tied, trained = self.atoms.tied, self.atoms.trained
         self.encoder = None if tied else nn.Parameter(self._encoder_start(directions, generator))
         biased = trained and not self.encoder_unit
         self.b_enc = nn.Parameter(torch.zeros(n), requires_grad=biased)
         self.b_dec = nn.Parameter(torch.zeros(d_out), requires_grad=biased)
-        self.norm_in = Normalisation(d_in, self.wiring.normalise)
-        self.norm_out = Normalisation(d_out, self.wiring.normalise)
+        self.norm_in = Normalisation(self.wiring.parts_in, self.wiring.normalise)
+        self.norm_out = Normalisation(self.wiring.parts_out, self.wiring.normalise)
         self.register_buffer("prepared", torch.tensor(False))
         self.reads: tuple[str, ...] = ()
         self.writes: tuple[str, ...] = ()
@@ -163,6 +168,7 @@ class Dictionary(nn.Module):
             self.atoms.unit,
             self.norm_out.invert,
             passed,
+            self.wiring.parts_out,
         )
         terms = {name: term(forward) for name, term in self.terms.items()}
         assert forward.squared is not None  # set by the term that fits the data
@@ -175,10 +181,7 @@ class Dictionary(nn.Module):
             points = self.points if self.reads else list(batch.activations)[: len(self.wiring.unnamed)]
             batch = torch.cat([batch.rows(point) for point in points], -1)
         if batch.ndim != 2 or batch.shape[1] != self.wiring.columns:
-            what = (
-                f"d_in = {self.d_in}" if self.wiring.same_space else f"d_in + d_out = {self.wiring.columns}"
-            )
-            raise SaekitError(f"batch has shape {tuple(batch.shape)}; expected [rows, {what}]")
+            raise SaekitError(f"batch has shape {tuple(batch.shape)}; expected [rows, {self.wiring.stated}]")
         return batch
 
     def unit_weights(self) -> list[Tensor]:
@@ -186,8 +189,13 @@ class Dictionary(nn.Module):
         encoder = [self.encoder] if self.encoder_unit and self.encoder is not None else []
         return [*([self.atoms.weight] if self.atoms.unit else []), *encoder]
 
+    @torch.no_grad()
     def after_step(self) -> None:
-        """Restores the constraints of the atoms, after the step of an optimizer that doesn't keep them."""
+        """Restores the constraints of the weights, after the step of an optimizer that doesn't keep them."""
+        if self.mask is not None:
+            for weight in (self.atoms.weight, self.encoder):
+                if weight is not None:
+                    weight.mul_(self.mask)
         self.atoms.after_step()
 
     def observe(self, codes: Codes, state: TrainState) -> None:

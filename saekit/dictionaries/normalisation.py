@@ -1,6 +1,7 @@
 """Normalisation of what a dictionary reads or writes: centred, and scaled or whitened; folds away exactly."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -22,7 +23,8 @@ def check_kind(kind: str) -> None:
 class Normalisation(nn.Module):
     """``(x - mean) * scale``, after which rows have a mean squared norm of d; ``(x - mean) W`` for whitening.
 
-    ``none`` leaves rows as they are and ``centre`` only takes the mean off. Whitening (as SAELens'
+    ``parts`` are the widths of what stands side by side in a row, each with a scale of its own. ``none``
+    leaves rows as they are and ``centre`` only takes the mean off. Whitening (as SAELens'
     covariance whitening, 2511.13981) is symmetric (ZCA), so that directions stay recognisable.
     """
 
@@ -32,11 +34,12 @@ class Normalisation(nn.Module):
     unwhitening: Tensor
     fitted: Tensor
 
-    def __init__(self, d: int, kind: str):
+    def __init__(self, parts: Sequence[int], kind: str):
         super().__init__()
-        self.kind = kind
+        self.parts, self.kind = tuple(parts), kind
+        d = sum(self.parts)
         self.register_buffer("mean", torch.zeros(d))
-        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("scale", torch.ones(() if len(self.parts) == 1 else d))
         self.register_buffer("fitted", torch.tensor(kind == "none"))
         if kind == "whiten":
             self.register_buffer("whitening", torch.eye(d))
@@ -86,11 +89,14 @@ class Normalisation(nn.Module):
         self.fitted.fill_(True)
         if self.kind == "none" or moments.n == 0:
             return
-        d = len(self.mean)
         self.mean.copy_(moments.mean())
         if self.kind == "scale":
-            variance = moments.variance()
-            self.scale.fill_(math.sqrt(d / variance) if variance > 0 else 1.0)
+            variances = [part.sum().item() for part in moments.variance().split(self.parts)]
+            sizes = zip(self.parts, variances, strict=True)
+            scales = torch.tensor([math.sqrt(d / v) if v > 0 else 1.0 for d, v in sizes])
+            if self.scale.ndim:
+                scales = scales.repeat_interleave(torch.tensor(self.parts))
+            self.scale.copy_(scales.view_as(self.scale))
         if self.kind == "whiten":
             values, vectors = torch.linalg.eigh(moments.covariance())
             spread = (values.clamp(min=0) + FLOOR * values.mean().clamp(min=1e-30)).sqrt()
@@ -103,8 +109,7 @@ class Moments:
 
     def __init__(self, covariance: bool = False):
         self.n, self.covariances = 0, covariance
-        self._shift = self._total = self._products = torch.zeros(())
-        self._square = 0.0
+        self._shift = self._total = self._products = self._square = torch.zeros(())
 
     @torch.no_grad()
     def add(self, x: Float[Tensor, "rows d"]) -> None:
@@ -115,7 +120,7 @@ class Moments:
         centred = x - self._shift
         self.n += len(x)
         self._total = self._total + centred.sum(0)
-        self._square += centred.square().sum().item()
+        self._square = self._square + centred.square().sum(0)
         if self.covariances:
             self._products = self._products + centred.T @ centred
 
@@ -123,9 +128,9 @@ class Moments:
         """Mean row."""
         return self._shift + self._total / self.n
 
-    def variance(self) -> float:
-        """Mean squared distance from the mean row."""
-        return self._square / self.n - (self._total / self.n).square().sum().item()
+    def variance(self) -> Float[Tensor, " d"]:
+        """Of each column."""
+        return self._square / self.n - (self._total / self.n).square()
 
     def covariance(self) -> Float[Tensor, "d d"]:
         """Covariance matrix."""

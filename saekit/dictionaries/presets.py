@@ -26,6 +26,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "matching_pursuit": {"selection": "pursuit", "atoms": "tied", "objective": ("reconstruction",)},
     "omp": {"selection": "omp", "atoms": "tied", "objective": ("reconstruction",)},
     "switch": {"selection": "switch", "atoms": "unit_norm", "objective": ("reconstruction", "load_balance", "auxk")},
+    "crosscoder": {"wiring": "crosscoder", "selection": "batchtopk", "atoms": "unit_norm", "objective": TOPK},
     "transcoder": {"wiring": "transcoder", "selection": "topk", "atoms": "unit_norm", "objective": TOPK},
     "skip_transcoder": {"wiring": "transcoder", "selection": "topk", "atoms": "unit_norm", "objective": TOPK, "skip": True},
     "archetypal": {"selection": "topk", "atoms": "archetypal", "objective": TOPK},

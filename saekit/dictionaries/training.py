@@ -77,6 +77,7 @@ class Forward:
     unit: bool = True  # whether atoms have norm 1
     to_model: Callable[[Tensor], Tensor] = field(default=lambda y: y)  # to the units of the model
     passed: Float[Tensor, "batch d_out"] | None = None
+    parts: tuple[int, ...] = ()  # widths of what is written side by side
     squared: Float[Tensor, " batch"] | None = None
     error: Float[Tensor, "batch d_out"] | None = None
 
@@ -100,8 +101,13 @@ class Forward:
         return self.features() if self.passed is None else self.features() + self.passed
 
     def sizes(self, codes: Codes) -> Float[Tensor, " nnz"]:
-        """``|z| * ||d||`` of every entry: what it adds to the output, whatever the scale of its atom."""
+        """``|z| * ||d||`` of every entry: what it adds to the output, whatever the scale of its atom.
+
+        Where several sources are written, the norms in them are added up: ``|z| * sum_s ||d_s||``.
+        """
         values = codes.values.abs()
-        if self.unit:
+        if self.unit and len(self.parts) < 2:
             return values
-        return values * torch.linalg.vector_norm(self.atoms, dim=-1)[codes.indices.long()]
+        parts = self.atoms.split(self.parts, 1) if self.parts else (self.atoms,)
+        norms = torch.stack([torch.linalg.vector_norm(part, dim=-1) for part in parts]).sum(0)
+        return values * norms[codes.indices.long()]

@@ -6,7 +6,7 @@ that every ratio is a ratio of sums and every interval is over documents.
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from saekit import metrics, records
 from saekit.dictionaries import Dictionary, create
 from saekit.evaluate.measure import Measure, Resampler
 from saekit.harvest import HarvestConfig, Stream
-from saekit.hooks import intervene, spliced
+from saekit.hooks import Site, intervene, spliced
 from saekit.models import load_model
 from saekit.types import ActivationBatch, SaekitError
 
@@ -167,11 +167,14 @@ def controls_for(
     k = getattr(dictionary.config.selection[1], "k", None)
     if k is None:
         k = min(dictionary.n_features, max(1, round(metrics.l0(dictionary.encode(rows)))))
-    shape = {"d_in": dictionary.d_in, "n_features": dictionary.n_features, "k": k, "seed": seed}
-    if dictionary.wiring.same_space:
-        out = {name: create(name, **shape) for name in ("random", "random_omp")}
-    else:
-        out = {"random": create("transcoder", d_out=dictionary.d_out, **shape)}
+    wiring = dictionary.wiring
+    shape = {
+        "wiring": dictionary.config.wiring[0], "n_features": dictionary.n_features, "k": k, "seed": seed,
+        **wiring.shape(wiring.parts_in, wiring.parts_out),
+    }  # fmt: skip
+    # where two spaces are mapped there are no atoms to read by: a fresh dictionary is as random
+    presets = {"random": "random", "random_omp": "random_omp"} if wiring.same_space else {"random": "topk"}
+    out = {name: create(preset, **shape) for name, preset in presets.items()}
     for control in out.values():
         control.to(dictionary.device)
         control.norm_in, control.norm_out = dictionary.norm_in, dictionary.norm_out
@@ -205,7 +208,7 @@ def evaluate(
     if ablation not in ("zero", "mean"):
         raise SaekitError(f"ablation {ablation!r} is not one of 'zero', 'mean'")
     view = load_model(model, device=device)
-    stream, read, point = _opened(
+    stream, reads, writes = _opened(
         dictionary, view, text, hook_point, tokens=tokens, context=context, batch_rows=batch_rows, split=split
     )
     _warn_of_training_text(dictionary.card.get("data", {}).get("text", {}), stream)
@@ -220,12 +223,12 @@ def evaluate(
     done = 0
     index: dict[int, int] = defaultdict(lambda: len(index) % MAX_DOCUMENTS)
     for batch, logits, given in stream.with_logits(view.predicts_tokens):
-        x, y = batch.rows(read), batch.rows(point)
+        x, y = (torch.cat([batch.rows(point) for point in side], -1) for side in (reads, writes))
         if len(x) == 0:
             continue
         if not (torch.isfinite(x).all() and torch.isfinite(y).all()):
             raise SaekitError(
-                f"activations at {point!r} of model {view.name!r} hold NaN or Inf; find what makes the model overflow"
+                f"activations at {', '.join(writes)!r} of model {view.name!r} hold NaN or Inf; find what makes the model overflow"
             )
         if shift is None:
             shift = y.double().mean(0)
@@ -240,7 +243,12 @@ def evaluate(
                 if ablation == "zero"
                 else dictionary.norm_out.mean.to(y.dtype).expand_as(y)
             )
-            _language(view, stream, point, batch, given, logits, {**hats, "ablated": baseline}, runs, index)
+            sites = [stream.sites[point] for point in writes]
+            replacements = {
+                name: (rows.float().split(dictionary.wiring.parts_out, -1))
+                for name, rows in {**hats, "ablated": baseline}.items()
+            }
+            _language(view, sites, batch, given, logits, replacements, runs, index)
         done += batch.mask.numel()
         if on_batch:
             on_batch(done, tokens)
@@ -250,7 +258,7 @@ def evaluate(
         )
     measures = _report(runs, Resampler(min(len(index), MAX_DOCUMENTS), seed))
     about = {
-        "model": view.identity(), "text": stream.text_identity(), "hook_point": point, "documents": len(index),
+        "model": view.identity(), "text": stream.text_identity(), "hook_point": ", ".join(writes), "documents": len(index),
         "tokens": done, "ablation": ablation, "context": getattr(stream, "context", None), "seed": seed, "split": split if stream.named else "all",
     }  # fmt: skip
     return Report(measures, about)
@@ -258,8 +266,8 @@ def evaluate(
 
 def _opened(
     dictionary: Dictionary, view: Any, text: Any, hook_point: str | None, **options: Any
-) -> tuple[Stream, str, str]:
-    """The stream of what the dictionary reads and writes, and the two hook points; one, of an autoencoder."""
+) -> tuple[Stream, tuple[str, ...], tuple[str, ...]]:
+    """The stream of what the dictionary reads and writes, and the hook points of both."""
     reads, writes = dictionary.reads, dictionary.writes
     if hook_point is not None:
         reads, writes = dictionary.wiring.sites([hook_point])
@@ -271,7 +279,8 @@ def _opened(
         raise SaekitError(
             f"hook_point {points[0]!r} means {len(stream.hook_points)} of them; name one, for example {stream.hook_points[0]!r}"
         )
-    return stream, stream.hook_points[0], stream.hook_points[-1]
+    found = tuple(stream.hook_points)
+    return stream, found[: len(reads)], found[-len(writes) :]
 
 
 def _owners(batch: ActivationBatch, index: Mapping[int, int]) -> np.ndarray:
@@ -297,11 +306,11 @@ def _warn_of_training_text(trained: Mapping[str, Any], stream: Stream) -> None:
 
 
 def _language(
-    view: Any, stream: Stream, point: str, batch: ActivationBatch, given: Any, logits: Tensor,
-    replacements: Mapping[str, Tensor], runs: Mapping[str, _Evaluation], index: Mapping[int, int],
+    view: Any, sites: Sequence[Site], batch: ActivationBatch, given: Any, logits: Tensor,
+    replacements: Mapping[str, Sequence[Tensor]], runs: Mapping[str, _Evaluation], index: Mapping[int, int],
 ) -> None:  # fmt: skip
-    """Add the losses of the model with each replacement spliced in at the unmasked positions."""
-    site, mask = stream.sites[point], batch.mask
+    """Add the losses of the model with each replacement, rows for every site, spliced in at the unmasked positions."""
+    mask = batch.mask
     assert batch.tokens is not None and batch.documents is not None  # a language model reads tokens
     # a position counts when its activation was replaced and the token it predicts is text
     counted = mask[:, :-1] & (batch.documents[:, 1:] >= 0)
@@ -311,10 +320,14 @@ def _language(
     main = runs[""].sums
     main.add("ce_n", owners, np.ones(len(owners)))
     main.add("ce_original", owners, metrics.cross_entropy(own, targets).cpu())
-    full = torch.zeros(*mask.shape, next(iter(replacements.values())).shape[-1], device=logits.device)
-    for name, rows in replacements.items():
-        full[mask.to(full.device)] = rows.float()
-        with intervene([(site, spliced(mask, full))]):
+    here = mask.to(logits.device)
+    for name, parts in replacements.items():
+        changes: list[tuple[Site, Callable[[Tensor], Tensor | None]]] = []
+        for site, rows in zip(sites, parts, strict=True):
+            full = torch.zeros(*mask.shape, rows.shape[-1], device=logits.device)
+            full[here] = rows
+            changes.append((site, spliced(mask, full)))
+        with intervene(changes):
             changed = view.logits(given)[:, :-1][counted.to(logits.device)]
         ce = metrics.cross_entropy(changed, targets).cpu()
         if name == "ablated":

@@ -1,5 +1,6 @@
 """Model + text -> activations: a live stream, or a store on disk."""
 
+from saekit.harvest.beside import SideBySide as SideBySide
 from saekit.harvest.sequences import ContinuedBatch as ContinuedBatch
 from saekit.harvest.sequences import SequenceSource as SequenceSource
 from saekit.harvest.store import bytes_per_token as bytes_per_token

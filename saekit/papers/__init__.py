@@ -25,6 +25,7 @@ PAPERS = Registry(
         "planted-peers": "saekit.papers.planted_peers:reproduce",
         "sparse-but-wrong": "saekit.papers.sparse_but_wrong:reproduce",
         "end-to-end": "saekit.papers.end_to_end:reproduce",
+        "crosscoder": "saekit.papers.crosscoder:reproduce",
         "mutual-regularisation": "saekit.papers.mutual_regularisation:reproduce",
     },
 )

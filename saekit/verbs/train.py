@@ -21,7 +21,12 @@ def train(
     architecture: Annotated[
         str, typer.Argument(help="A name from the dictionaries' table, e.g. topk.")
     ] = "topk",
-    acts: Annotated[str | None, typer.Option(help="Store to train on (from `saekit harvest`).")] = None,
+    acts: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Store to train on (from `saekit harvest`). Repeated, for a crosscoder: stores of the same text, each of another model; their hook points are STORE/HOOK_POINT."
+        ),
+    ] = None,
     model: Annotated[
         str, typer.Option(help="Without --acts: model to harvest from while training.")
     ] = "code-lm",
@@ -100,7 +105,9 @@ def train(
         trains = {f.name for f in dataclasses.fields(TrainConfig)}
         extra = dict(_option(item) for item in option or [])
         wiring = _wiring(architecture, extra)
-        source, found = open_source(acts, model, text, wiring, hook_point, hook_points, batch_size, device)
+        source, found = open_source(
+            acts or (), model, text, wiring, hook_point, hook_points, batch_size, device
+        )
         other = {key: extra.pop(key) for key in list(extra) if key in trains}
         fields = {"architecture": architecture, "n_features": n_features, "k": k, **extra}
         whole = max(1, source.n_rows // max(1, batch_size)) if source.n_rows else 1000
@@ -113,16 +120,19 @@ def train(
         for name, place in found.items():
             here = {**widths(source, place, wiring), **fields}
             if sweep:
-                made[name], own = _sweep(here, sweep, seed, control is not False)
+                made[name], own = _sweep(here, sweep, seed, wiring, control is not False)
                 each |= {f"{name}_{run}" if name else run: chosen for run, chosen in own.items()}
             else:
-                made[name] = {"": _create(here, seed), **({"frozen": _frozen(here, seed)} if control else {})}
+                made[name] = {
+                    "": _create(here, seed),
+                    **({"frozen": _frozen(here, seed, wiring)} if control else {}),
+                }
                 each |= {f"{name}_frozen": AS_MADE} if control else {}
             for d in made[name].values():
                 d.reads, d.writes = place
-        if sweep or hook_points:
+        if sweep or "" not in made:
             runs = {"_".join(filter(None, (n, run))): d for n, ds in made.items() for run, d in ds.items()}
-            run_many(runs, source, options, out, device, as_json, each, front=not hook_points)
+            run_many(runs, source, options, out, device, as_json, each, front="" in made)
             return
         dictionary, control_ = made[""][""], made[""].get("frozen")
         beside = {"control": control_} if control_ is not None else {}
@@ -181,17 +191,18 @@ def _wiring(architecture: str, extra: dict[str, Any]) -> Any:
     return WIRINGS[name]
 
 
-def _frozen(fields: dict[str, Any], seed: int) -> Any:
+def _frozen(fields: dict[str, Any], seed: int, wiring: Any) -> Any:
     """The control of what a decoder learns: random atoms under a TopK encoder that is trained."""
     from saekit.dictionaries import create
+    from saekit.dictionaries.wiring import WIRINGS
 
-    wiring = {"wiring": "transcoder", "d_out": fields["d_out"]} if "d_out" in fields else {}
-    shape = {key: fields[key] for key in ("n_features", "k", "d_in", "normalise") if key in fields}
-    return create("frozen", seed=seed, **shape, **wiring)
+    name = next(name for name in WIRINGS if WIRINGS[name] is wiring)
+    shape = {key: fields[key] for key in ("n_features", "k", "d_in", "d_out", "normalise") if key in fields}
+    return create("frozen", seed=seed, wiring=name, **shape)
 
 
 def _sweep(
-    fields: dict[str, Any], sweep: list[str], seed: int, control: bool
+    fields: dict[str, Any], sweep: list[str], seed: int, wiring: Any, control: bool
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """A dictionary for each combination of the values, and the training options that are its own."""
     from saekit.trainers import TrainConfig
@@ -215,7 +226,7 @@ def _sweep(
         shape = {key: value for key, value in mine.items() if key in ("n_features", "k", "normalise")}
         beside = _run_name({"frozen": "", **shape})
         if control and beside not in dictionaries:
-            dictionaries[beside] = _frozen({**fields, **shape}, seed)
+            dictionaries[beside] = _frozen({**fields, **shape}, seed, wiring)
             each[beside] = AS_MADE
     return dictionaries, each
 
@@ -259,7 +270,7 @@ def _repeat(path: Path) -> tuple[Any, Any, dict[str, Any]]:
     """Dictionary, source and options of a run, from the config.json in its folder."""
     from saekit.activations import Store
     from saekit.dictionaries import Config, Dictionary
-    from saekit.harvest import StreamSource
+    from saekit.harvest import SideBySide, StreamSource
     from saekit.harvest import harvest as harvest_
     from saekit.trainers import TrainConfig, read_config, weights_digest
 
@@ -274,6 +285,9 @@ def _repeat(path: Path) -> tuple[Any, Any, dict[str, Any]]:
             f"config {str(path)!r} is of a run that went on from trained weights, which it doesn't hold; repeat it from Python"
         )
     source = data["source"]
+    if "stores" in source:
+        stores = {name: Store(folder) for name, folder in source["stores"].items()}
+        return dictionary, SideBySide(stores), data["train"]
     if "acts" in source:
         return dictionary, Store(source["acts"]), data["train"]
     if "model" not in source or "text" not in source:

@@ -48,6 +48,7 @@ class Archetypal(nn.Module):
     unit = False
     tied = False
     trained = True
+    hull = True  # atoms are mixtures, so none can be zero where others are not
     points: Tensor
     given: Tensor
 

@@ -31,13 +31,25 @@ class Autoencoder(nn.Module):
 
     Config = AutoencoderConfig
     same_space = True
+    takes = "each"
     unnamed = ("x",)
     skip = None
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
         self.d_in = self.d_out = self.columns = config.d_in
+        self.parts_in = self.parts_out = (config.d_in,)
+        self.stated = f"d_in = {config.d_in}"
         self.normalise = config.normalise
+
+    @staticmethod
+    def shape(reads: Sequence[int], writes: Sequence[int]) -> dict[str, int]:
+        """The widths of its config, from those of the hook points."""
+        return {"d_in": reads[0]}
+
+    @staticmethod
+    def mask(n_features: int) -> None:
+        """Every feature reads and writes all columns."""
 
     @staticmethod
     def sites(hook_points: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -41,12 +41,15 @@ class Transcoder(nn.Module):
 
     Config = TranscoderConfig
     same_space = False
+    takes = "module"
     unnamed = ("x", "y")
 
     def __init__(self, config: TranscoderConfig):
         super().__init__()
         self.d_in, self.d_out = config.d_in, config.d_out or config.d_in
         self.columns = self.d_in + self.d_out
+        self.parts_in, self.parts_out = (self.d_in,), (self.d_out,)
+        self.stated = f"d_in + d_out = {self.columns}"
         self.normalise = config.normalise
         self.skip = nn.Parameter(torch.zeros(self.d_out, self.d_in)) if config.skip else None
 
@@ -60,6 +63,15 @@ class Transcoder(nn.Module):
                 f"a transcoder needs a hook point to read and one to write, or one module, and {len(hook_points)} are given: {', '.join(hook_points)}; name two, or a module as in blocks.1.mlp"
             )
         return (hook_points[0],), (hook_points[1],)
+
+    @staticmethod
+    def shape(reads: Sequence[int], writes: Sequence[int]) -> dict[str, int]:
+        """The widths of its config, from those of the hook points."""
+        return {"d_in": reads[0], "d_out": writes[0]}
+
+    @staticmethod
+    def mask(n_features: int) -> None:
+        """Every feature reads and writes all columns."""
 
     @staticmethod
     def points(reads: Sequence[str], writes: Sequence[str]) -> tuple[str, ...]:
