@@ -6,7 +6,7 @@ written), ``feature`` (units of a dictionary), ``k`` (active features of a row),
 features of all rows together).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -58,6 +58,29 @@ class Codes:
         offsets = torch.zeros(flat.shape[0] + 1, dtype=torch.int64, device=dense.device)
         offsets[1:] = torch.bincount(row, minlength=flat.shape[0]).cumsum(0)
         return Codes(offsets, index.int(), flat[row, index], dense.shape[-1], tuple(dense.shape[:-1]))
+
+    @staticmethod
+    def beside(parts: "Sequence[Codes]") -> "Codes":
+        """Codes of several dictionaries on the same rows as one: features in the order of the parts."""
+        n_features = sum(part.n_features for part in parts)
+        starts = [sum(part.n_features for part in parts[:i]) for i in range(len(parts))]
+        if all(part.width is not None for part in parts):
+            wide = [part.rectangular()[0] + start for part, start in zip(parts, starts, strict=True)]
+            values = torch.cat([part.rectangular()[1] for part in parts], 1)
+            return Codes.from_rectangular(torch.cat(wide, 1), values, n_features, parts[0].shape)
+        indices = [part.indices + start for part, start in zip(parts, starts, strict=True)]
+        order = torch.cat([part.row_ids() for part in parts]).argsort(stable=True)
+        offsets = torch.stack([part.offsets for part in parts]).sum(0)
+        values = torch.cat([part.values for part in parts])[order]
+        return Codes(offsets, torch.cat(indices)[order], values, n_features, parts[0].shape)
+
+    def part(self, first: int, stop: int) -> "Codes":
+        """The codes of some features only, which are counted from 0."""
+        kept = (self.indices >= first) & (self.indices < stop)
+        before = torch.nn.functional.pad(kept.long().cumsum(0), (1, 0))
+        return Codes(
+            before[self.offsets], self.indices[kept] - first, self.values[kept], stop - first, self.shape
+        )
 
     @property
     def rows(self) -> int:

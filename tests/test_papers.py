@@ -1,5 +1,6 @@
 """The frame of ``saekit reproduce``; the claims themselves are run by ``pytest -m slow``."""
 
+import inspect
 import json
 import math
 import os
@@ -12,9 +13,11 @@ import pytest
 import torch
 
 import saekit
+from saekit import metrics
 from saekit.activations import DrawnSource
 from saekit.papers import PAPERS, training
 from saekit.papers.claims import Claim, Reproduction, bars, figure
+from saekit.papers.controls import FROZEN, RANDOM, untrained
 from saekit.verbs.reproduce import table
 
 
@@ -48,6 +51,43 @@ def test_a_reproduction_is_json_and_a_table() -> None:
         and "demanded: at most 1" in text
     )
     assert figure("t", "x", "y", {"a": ([1], [2.0])})["data"][0]["name"] == "a"
+
+
+def test_controls_are_json_and_a_table() -> None:
+    controls = {"FVU": {"TopK": [0.1, 0.2], FROZEN: [0.5, 0.6], RANDOM: [2.0, 4.0]}, "dead": {"TopK": [0.0]}}
+    found = Reproduction("title", "source", "setting", [claim(0.5)], {}, controls=controls)
+    assert json.loads(json.dumps(found.to_json()))["controls"] == controls
+    lines = table(found, 3.0, Path("x")).splitlines()
+    start = lines.index("means over seeds        FVU      dead")
+    assert lines[start + 1 : start + 5] == [
+        "TopK                   0.15         0",
+        "frozen decoder         0.55",
+        "random dictionary         3",
+        "",
+    ]
+
+
+def test_an_untrained_control_is_the_frozen_one_without_its_encoder() -> None:
+    frozen = saekit.create("frozen", d_in=8, n_features=32, k=3, seed=5)
+    atoms, encoder = frozen.W_dec.clone(), frozen.W_enc.detach().clone()
+    x = 3 + 2 * torch.randn(1024, 8, generator=torch.Generator().manual_seed(0))
+    training.fit(frozen, x, 200, 128, lr=3e-3)
+    random = untrained(frozen)
+    assert torch.equal(frozen.W_dec, atoms) and torch.equal(random.W_dec, atoms)
+    assert not torch.allclose(frozen.W_enc, encoder) and torch.equal(random.W_enc, atoms.T)
+    assert random.normalised and torch.equal(random.norm_in(x), frozen.norm_in(x))
+    assert metrics.l0(random.encode(x)) == pytest.approx(3, abs=0.1)
+    assert metrics.fvu(x, frozen(x).detach()) < 0.9 * metrics.fvu(x, random(x).detach())
+
+
+# compares toolkits; reads by other rows than it writes, so no control can be tied
+UNCONTROLLED = ("planted-peers",)
+
+
+@pytest.mark.parametrize("name", [name for name in PAPERS if name not in UNCONTROLLED])
+def test_every_table_names_both_controls(name: str) -> None:
+    source = inspect.getsource(inspect.getmodule(PAPERS[name]))
+    assert all(word in source for word in ("FROZEN", "RANDOM", "controls="))
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -92,6 +132,8 @@ def test_the_claims_hold(name: str, tmp_path: Path) -> None:
     done = run(name, "--out", str(tmp_path), "--json")
     data = json.loads(done.stdout)
     assert [c["claim"] for c in data["claims"] if not c["holds"]] == []
+    assert (name in UNCONTROLLED) == (data["controls"] == {})
+    assert all(data["controls"][m].keys() >= {FROZEN, RANDOM} for m in data["controls"])
     assert (tmp_path / "figure.html").stat().st_size > 10_000
     assert json.loads((tmp_path / "result.json").read_text())["name"] == name
 

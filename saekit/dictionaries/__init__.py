@@ -2,6 +2,7 @@
 
 from saekit.dictionaries.config import Config as Config
 from saekit.dictionaries.dictionary import Dictionary as Dictionary
+from saekit.dictionaries.kinds import build as build
 from saekit.dictionaries.presets import PRESETS as PRESETS
 from saekit.dictionaries.presets import create as create
 from saekit.dictionaries.start import from_weights as from_weights

@@ -52,6 +52,16 @@ class Normalisation(nn.Module):
         centred = x - self.mean
         return centred @ self.whitening.to(x.dtype) if self.kind == "whiten" else centred.mul_(self.scale)
 
+    def some(self, first: int, stop: int) -> "Normalisation":
+        """The normalisation of some of the parts."""
+        out = Normalisation(self.parts[first:stop], self.kind).to(self.mean)
+        at = slice(sum(self.parts[:first]), sum(self.parts[:stop]))
+        out.mean.copy_(self.mean[at])
+        here = self.scale[at] if self.scale.ndim else self.scale
+        out.scale.copy_(here if out.scale.ndim else here.reshape(-1)[0])
+        out.fitted.copy_(self.fitted)
+        return out
+
     def invert(self, y: Float[Tensor, "rows d"]) -> Float[Tensor, "rows d"]:
         """Rows back in the units of the data."""
         if self.kind == "none":

@@ -4,6 +4,7 @@ from typing import Any
 
 from saekit.dictionaries.config import CHOICES, Config, configure
 from saekit.dictionaries.dictionary import Dictionary
+from saekit.dictionaries.kinds import build
 from saekit.registry import nearest
 from saekit.types import SaekitError
 
@@ -26,6 +27,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "matching_pursuit": {"selection": "pursuit", "atoms": "tied", "objective": ("reconstruction",)},
     "omp": {"selection": "omp", "atoms": "tied", "objective": ("reconstruction",)},
     "switch": {"selection": "switch", "atoms": "unit_norm", "objective": ("reconstruction", "load_balance", "auxk")},
+    "clt": {"wiring": "cross_layer", "selection": "topk", "atoms": "unit_norm", "objective": TOPK},
     "crosscoder": {"wiring": "crosscoder", "selection": "batchtopk", "atoms": "unit_norm", "objective": TOPK},
     "transcoder": {"wiring": "transcoder", "selection": "topk", "atoms": "unit_norm", "objective": TOPK},
     "skip_transcoder": {"wiring": "transcoder", "selection": "topk", "atoms": "unit_norm", "objective": TOPK, "skip": True},
@@ -77,4 +79,4 @@ def create(name: str, *, n_features: int, seed: int = 0, **options: Any) -> Dict
         raise SaekitError(
             f"option {field!r} is not one of {name!r}{nearest(field.rpartition('.')[2], known)}"
         )
-    return Dictionary(Config(n_features=n_features, **parts), seed=seed)
+    return build(Config(n_features=n_features, **parts), seed=seed)

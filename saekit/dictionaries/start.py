@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from saekit.dictionaries.dictionary import Dictionary
 from saekit.dictionaries.presets import create
+from saekit.dictionaries.rows import as_rows
 from saekit.types import SaekitError
 
 
@@ -78,6 +79,8 @@ def warm_start(dictionary: Dictionary, other: Dictionary) -> None:
     that are kept at norm 1 hand their length to the codes. The two are the same function where the selections
     are, but for what lengths and spaces decide: ranks between atoms of several lengths, and pursuits.
     """
+    for one in (dictionary, other):
+        as_rows(one, "a warm start")
     for field in ("n_features", "d_in", "d_out"):
         mine, theirs = getattr(dictionary, field), getattr(other, field)
         if mine != theirs:
@@ -87,7 +90,8 @@ def warm_start(dictionary: Dictionary, other: Dictionary) -> None:
         raise SaekitError(
             f"atoms {dictionary.config.atoms[0]!r} are no trained rows of their own that could be taken from another dictionary; choose 'free', 'unit_norm' or 'tied'"
         )
-    if dictionary.norm_in.kind == other.norm_in.kind and other.normalised:
+    alike = (dictionary.norm_in.kind, dictionary.norm_in.parts) == (other.norm_in.kind, other.norm_in.parts)
+    if alike and other.normalised:
         dictionary.norm_in.load_state_dict(other.norm_in.state_dict())
         dictionary.norm_out.load_state_dict(other.norm_out.state_dict())
     if not dictionary.normalised:

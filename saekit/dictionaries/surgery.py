@@ -10,6 +10,8 @@ from torch import Tensor
 
 from saekit.dictionaries.config import CHOICES, Config, configure
 from saekit.dictionaries.dictionary import Dictionary
+from saekit.dictionaries.kinds import build
+from saekit.dictionaries.rows import as_rows
 from saekit.dictionaries.selection import SELECTIONS
 from saekit.registry import nearest
 from saekit.types import SaekitError
@@ -34,7 +36,7 @@ def with_objective(dictionary: Dictionary, objective: "str | tuple[str, ...]", *
         known = sorted({f for _, config in terms for f in vars(config)})
         field = sorted(unused)[0]
         raise SaekitError(f"option {field!r} is not one of objective {names}{nearest(field, known)}")
-    changed = Dictionary(dataclasses.replace(dictionary.config, objective=terms), dictionary.seed)
+    changed = build(dataclasses.replace(dictionary.config, objective=terms), dictionary.seed)
     mine = {k: v for k, v in dictionary.state_dict().items() if not k.startswith("terms.")}
     changed.load_state_dict({**changed.state_dict(), **mine})
     return _described(changed, dictionary)
@@ -53,6 +55,7 @@ def calibrate(dictionary: Dictionary, rows: Float[Tensor, "batch d_in"], k: floa
     inference comes down to (0 for rules by rank), so their differences stay. Encoder and decoder are the
     dictionary's; for a pursuit that means codes by one look instead of step by step, so measure the FVU.
     """
+    dictionary = as_rows(dictionary, "calibrate()")
     name = dictionary.config.selection[0]
     if name in NOT_THRESHOLDS:
         raise SaekitError(f"selection {name!r} can't be calibrated: {NOT_THRESHOLDS[name]}")
@@ -87,6 +90,7 @@ def calibrate(dictionary: Dictionary, rows: Float[Tensor, "batch d_in"], k: floa
 def duplicates(dictionary: Dictionary, cosine: float = 0.99) -> Int[Tensor, " feature"]:
     """For every feature the first one whose atom and encoder both have at least this cosine with its own; itself
     where there is none before it."""
+    as_rows(dictionary, "duplicates()")
     if not -1 <= cosine <= 1:
         raise SaekitError(f"cosine = {cosine} must lie in -1..1; 0.99 finds near copies")
     sides = [torch.nn.functional.normalize(w, dim=-1) for w in (dictionary.W_dec, dictionary.W_enc.T)]
@@ -111,6 +115,7 @@ def prune(
     get. Weights, thresholds and statistics of the kept ones are unchanged, so outputs are the same where no
     dropped feature was active.
     """
+    as_rows(dictionary, "prune()")
     n_old, n_new = dictionary.n_features, int(keep.sum())
     if keep.dtype != torch.bool or keep.shape != (n_old,):
         raise SaekitError(
@@ -125,7 +130,7 @@ def prune(
     remap[keep] = torch.arange(n_new, device=keep.device)
     if onto is not None:
         remap = torch.where(keep, remap, remap[onto])
-    new = Dictionary(_narrowed(dictionary.config, keep), dictionary.seed)
+    new = build(_narrowed(dictionary.config, keep), dictionary.seed)
     wanted, state = new.state_dict(), {}
     for key, value in dictionary.state_dict().items():
         fits = wanted[key].shape == value.shape
@@ -145,6 +150,7 @@ def merge(
     thresholds) are multiples of each other leave outputs unchanged. Of selections where each feature
     decides by itself at inference; rules by rank give copies a place each.
     """
+    as_rows(dictionary, "merge()")
     name = dictionary.config.selection[0]
     if not getattr(dictionary.selection, "elementwise", False):
         raise SaekitError(

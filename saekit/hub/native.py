@@ -20,7 +20,7 @@ from torch import Tensor
 
 from saekit import records
 from saekit.activations import ABOUT, file_sha256, write_atomic
-from saekit.dictionaries import Config, Dictionary
+from saekit.dictionaries import Config, Dictionary, build
 from saekit.registry import nearest
 from saekit.tokens import GIVEN
 from saekit.types import SaekitError
@@ -104,7 +104,7 @@ def load(path: "str | Path", device: "str | torch.device | None" = None) -> Dict
     card = read_card(path)
     tensors = read_tensors(path / WEIGHTS)
     try:
-        dictionary = Dictionary(Config.from_json(card["config"]))
+        dictionary = build(Config.from_json(card["config"]))
     except SaekitError as error:
         raise SaekitError(f"card {str(path / CARD)!r}: {error}") from None
     except (TypeError, AttributeError, ValueError, RuntimeError) as error:

@@ -13,6 +13,7 @@ from saekit import metrics
 from saekit.activations import DrawnSource
 from saekit.dictionaries import create
 from saekit.papers.claims import Claim, Reproduction, Tell, bars
+from saekit.papers.controls import FROZEN, RANDOM, untrained
 from saekit.papers.training import fit
 
 D, ACTIVE, FEATURES, WIDTH, K = 64, 16, 128, 1024, 8
@@ -23,6 +24,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "random, SparseAdam": {"optimizer": "sparse_adam"},
     "active subspace, Adam": {"init": "active_subspace"},
     "active subspace, SparseAdam": {"init": "active_subspace", "optimizer": "sparse_adam"},
+    FROZEN: {},
 }
 
 
@@ -42,20 +44,25 @@ def _draw(directions: Tensor, rows: int, step: int, seed: int) -> Float[Tensor, 
 
 def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
     """Dead features and error from both beginnings and with both optimizers, without AuxK."""
-    dead: dict[str, list[float]] = {name: [] for name in KINDS}
-    error: dict[str, list[float]] = {name: [] for name in KINDS}
+    dead: dict[str, list[float]] = {name: [] for name in (*KINDS, RANDOM)}
+    error: dict[str, list[float]] = {name: [] for name in dead}
     for i, seed in enumerate(seeds):
         directions = _directions(seed)
         source = DrawnSource(partial(_draw, directions), D, "subspace")
         x = _draw(directions, 8192, 1 << 30, 0)
         for j, (name, options) in enumerate(KINDS.items()):
-            d = create("topk", d_in=D, n_features=WIDTH, k=K, seed=seed, objective=("reconstruction",))
+            preset = "frozen" if name == FROZEN else "topk"
+            d = create(preset, d_in=D, n_features=WIDTH, k=K, seed=seed, objective=("reconstruction",))
             run = fit(
                 d, source, STEPS, BATCH, seed=seed, lr=1e-3, decay=0.0, dead_after=LAST * BATCH, **options
             )
             dead[name].append(run.metrics["dead_share"])
             error[name].append(metrics.fvu(x, d(x).detach()))
             tell(i * len(KINDS) + j + 1, len(seeds) * len(KINDS), name)
+        random = untrained(d)  # the last of them is the frozen one
+        last = torch.cat([_draw(directions, BATCH, step, seed) for step in range(STEPS - LAST, STEPS)])
+        dead[RANDOM].append(metrics.dead_share(metrics.density(random.encode(last))))
+        error[RANDOM].append(metrics.fvu(x, random(x)))
     plain, started = "random, Adam", "active subspace, Adam"
     apart = [abs(math.log(a / b)) for a, b in zip(error[started], error[plain], strict=True)]
     return Reproduction(
@@ -68,5 +75,5 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
             Claim("FVU with the active subspace against the random start (absolute log ratio)", "lower error at 1M features", apart, "<=", math.log(1.15), error[plain], "FVU of the random start"),
         ],
         figure=bars("Dead features and error by start and optimizer", "share", {"dead": dead, "FVU": error}),
-        notes=["FVU: " + ", ".join(f"{name} {sum(v) / len(v):.3f}" for name, v in error.items()) + "."],
+        controls={"dead": dead, "FVU": error},
     )  # fmt: skip

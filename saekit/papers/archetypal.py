@@ -9,6 +9,7 @@ from saekit import metrics
 from saekit.dictionaries import Dictionary, create
 from saekit.evaluate.stability import stability
 from saekit.papers.claims import Claim, Reproduction, Tell, bars
+from saekit.papers.controls import FROZEN, RANDOM, untrained
 from saekit.papers.training import fit_all
 from saekit.testbed.digits import digits
 from saekit.types import SaekitError
@@ -35,6 +36,7 @@ def _dictionaries(x: torch.Tensor, points: torch.Tensor, seed: int) -> dict[str,
         ("archetypal from random mixtures", "archetypal", {"delta": DELTA, "start": "random"}),
         (THEIRS, "topk", {}),
         ("TopK from random directions", "topk", {}),
+        (FROZEN, "frozen", {}),
     ):
         d = create(preset, d_in=x.shape[1], n_features=WIDTH, k=K, seed=seed, **options)
         d.set_normalisation(x)
@@ -68,6 +70,7 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
             for name, d in ds.items():
                 table.setdefault(name, []).append(d)
         tell(i + 1, len(seeds), "seeds")
+    own[RANDOM] = [untrained(d) for d in own[FROZEN]]
 
     def agree(ds: list[Dictionary]) -> list[float]:
         return [stability(a.W_dec.detach(), b.W_dec.detach()) for a, b in itertools.combinations(ds, 2)]
@@ -92,7 +95,7 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
         figure=bars("Agreement of seeds and explained variance", "cosine, or share", {"agreement": stable, "agreement, one start for all seeds": confounded, "explained variance": r2}),
         notes=[
             "Where all seeds begin at one set of candidates they agree before any training: archetypal "
-            f"{sum(confounded[MINE]) / len(confounded[MINE]):.3f}, TopK {sum(confounded[THEIRS]) / len(confounded[THEIRS]):.3f}. So candidates are drawn anew for each seed here. "
-            + "; ".join(f"{name}: agreement {sum(stable[name]) / len(stable[name]):.3f}, explained variance {sum(r2[name]) / len(r2[name]):.3f}" for name in stable) + "."
+            f"{sum(confounded[MINE]) / len(confounded[MINE]):.3f}, TopK {sum(confounded[THEIRS]) / len(confounded[THEIRS]):.3f}. So candidates are drawn anew for each seed here."
         ],
+        controls={"agreement": stable, "explained variance": r2},
     )  # fmt: skip

@@ -7,6 +7,7 @@ import torch
 from saekit import metrics
 from saekit.dictionaries import TrainState
 from saekit.papers.claims import Claim, Reproduction, Tell, bars
+from saekit.papers.controls import FROZEN, RANDOM, untrained
 from saekit.papers.planted import make, stream
 from saekit.papers.training import fit_all
 from saekit.testbed.planted import PlantedConfig, PlantedWorld
@@ -19,13 +20,15 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
     """BatchTopK beside TopK and JumpReLU at the same L0 on planted features."""
     world = PlantedWorld(PlantedConfig(seed=1))
     x = world.evaluation_set(16384)[0]
-    l0: dict[str, list[float]] = {"BatchTopK": [], "TopK": [], "JumpReLU": []}
+    kinds = {"BatchTopK": "batchtopk", "TopK": "topk", "JumpReLU": "jumprelu", FROZEN: "frozen"}
+    l0: dict[str, list[float]] = {name: [] for name in (*kinds, RANDOM)}
     fvu: dict[str, list[float]] = {name: [] for name in l0}
     spread, single = [], []
     for i, seed in enumerate(seeds):
-        ds = {name: make(world, name.lower(), WIDTH, seed, k=K) for name in l0}
+        ds = {name: make(world, preset, WIDTH, seed, k=K) for name, preset in kinds.items()}
         with torch.enable_grad():
             fit_all(ds, stream(world), STEPS, BATCH, seed=seed)
+        ds[RANDOM] = untrained(ds[FROZEN])
         for name, d in ds.items():
             l0[name].append(metrics.l0(d.encode(x)))
             fvu[name].append(metrics.fvu(x, d(x)))
@@ -52,5 +55,5 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
             Claim("a batch of one row gives TopK's codes (largest difference)", "an identity", single, "<=", 1e-5),
         ],
         figure=bars("Error at equal L0", "FVU", {"FVU": fvu}),
-        notes=["L0: " + ", ".join(f"{name} {sum(v) / len(v):.2f}" for name, v in l0.items()) + "."],
+        controls={"FVU": fvu, "L0": l0},
     )  # fmt: skip

@@ -69,7 +69,11 @@ def _interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 @dataclass(frozen=True)
 class Reproduction:
-    """The result of a paper's row. ``figure`` is a plotly figure as JSON; ``notes`` are said beside the table."""
+    """The result of a paper's row. ``figure`` is a plotly figure as JSON; ``notes`` are said beside the table.
+
+    ``controls`` maps a measure to ``{dictionary: values over seeds}``: those that the paper compares, and
+    beside them the controls of :mod:`saekit.papers.controls`, on the same rows at the same k.
+    """
 
     title: str
     source: str
@@ -77,6 +81,7 @@ class Reproduction:
     claims: Sequence[Claim]
     figure: dict[str, Any]
     notes: Sequence[str] = field(default=())
+    controls: Mapping[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
 
     @property
     def holds(self) -> bool:
@@ -88,6 +93,7 @@ class Reproduction:
         return {
             "title": self.title, "source": self.source, "setting": self.setting, "holds": self.holds,
             "claims": [claim.to_json() for claim in self.claims], "notes": list(self.notes), "figure": self.figure,
+            "controls": {m: {name: list(v) for name, v in rows.items()} for m, rows in self.controls.items()},
         }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from saekit.activations import DrawnSource
 from saekit.dictionaries import Dictionary, create
 from saekit.evaluate.diffing import norm_difference, specific
 from saekit.papers.claims import Claim, Reproduction, Tell, bars
+from saekit.papers.controls import FROZEN, RANDOM, untrained
 from saekit.papers.planted import STRIDE
 from saekit.papers.training import fit_all
 from saekit.testbed.two_models import TwoModels, TwoModelsConfig
@@ -54,7 +55,7 @@ def _scores(world: TwoModels, d: Dictionary, x: Tensor) -> dict[str, float]:
 
 def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
     """Private features of two planted models, by BatchTopK and L1 crosscoders."""
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in (*KINDS, "frozen decoder")}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in (*KINDS, FROZEN, RANDOM)}
     for i, seed in enumerate(seeds):
         world = TwoModels(TwoModelsConfig(seed=seed))
         c = world.config
@@ -64,9 +65,10 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
 
         shape: dict[str, Any] = {"d_in": (c.d, c.d), "n_features": WIDTH, "seed": seed}
         ds = {name: create("crosscoder", **shape, **options) for name, options in KINDS.items()}
-        ds["frozen decoder"] = create("frozen", wiring="crosscoder", k=K, **shape)
+        ds[FROZEN] = create("frozen", wiring="crosscoder", k=K, **shape)
         fit_all(ds, DrawnSource(draw, 2 * c.d, "two models"), STEPS, BATCH, seed=seed, lr=LR)
         x = world.batch(20_000, (1 << 30) + seed)
+        ds[RANDOM] = untrained(ds[FROZEN])
         for name, d in ds.items():
             found[name].append(_scores(world, d, x))
         tell(i + 1, len(seeds), "seeds")
@@ -83,6 +85,6 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
             Claim("BatchTopK with latent scaling: recall of the private sets", "no number", batch["recall, latent scaling"], ">=", 0.95, l1["recall, latent scaling"], "L1 with latent scaling"),
             Claim("L1, by norms alone: share of false ones among the features it calls private", "complete shrinkage and latent decoupling (figures)", false, ">", 0.1, [1 - p for p in batch["precision, norms"]], "BatchTopK"),
         ],
-        figure=bars("Private features found", "share", {name: {key: of[name][key] for key in shown} for name in of}),
-        notes=["; ".join(f"{name}: L0 {sum(m['L0']) / len(seeds):.2f}, FVU {sum(m['FVU']) / len(seeds):.3f}" for name, m in of.items()) + "."],
+        figure=bars("Private features found", "share", {name: {key: of[name][key] for key in shown} for name in KINDS}),
+        controls={key: {name: m[key] for name, m in of.items()} for key in of["L1"]},
     )  # fmt: skip

@@ -6,6 +6,7 @@ import torch
 
 from saekit import metrics
 from saekit.papers.claims import Claim, Reproduction, Tell, bars
+from saekit.papers.controls import FROZEN, RANDOM, untrained
 from saekit.papers.planted import make, stream
 from saekit.papers.training import fit_all
 from saekit.testbed.planted import PlantedConfig, PlantedWorld
@@ -21,14 +22,15 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
         PlantedConfig(n_features=96, d_in=64, roots=0, correlation=0.0, p_max=0.1, p_min=0.03, seed=1)
     )
     x, true = world.evaluation_set(16384)
-    kinds = {"gated": "gated", "L1": "relu", "p-annealed": "p_annealing"}
-    short: dict[str, list[float]] = {name: [] for name in kinds}
-    l0: dict[str, list[float]] = {name: [] for name in kinds}
-    fvu: dict[str, list[float]] = {name: [] for name in kinds}
+    kinds = {"gated": "gated", "L1": "relu", "p-annealed": "p_annealing", FROZEN: "frozen"}
+    short: dict[str, list[float]] = {name: [] for name in (*kinds, RANDOM)}
+    l0: dict[str, list[float]] = {name: [] for name in short}
+    fvu: dict[str, list[float]] = {name: [] for name in short}
     for i, seed in enumerate(seeds):
         ds = {name: make(world, preset, WIDTH, seed, k=K) for name, preset in kinds.items()}
         with torch.enable_grad():
             fit_all(ds, stream(world), STEPS, BATCH, seed=seed)
+        ds[RANDOM] = untrained(ds[FROZEN])
         for name, d in ds.items():
             folded, codes = d.to_inference(), d.encode(x)
             short[name].append(
@@ -50,4 +52,5 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
             Claim("FVU of gated over that of L1", "lower error at equal L0 (figure)", [a / b for a, b in zip(fvu["gated"], fvu["L1"], strict=True)], "<", 1.0),
         ],
         figure=bars("Shrinkage and error at equal L0", "share", {"norm ratio": short, "FVU": fvu}),
+        controls={"norm ratio": short, "FVU": fvu, "L0": l0},
     )  # fmt: skip

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 import torch
 
 from saekit import metrics
-from saekit.dictionaries import Dictionary
+from saekit.dictionaries import Dictionary, build
 from saekit.papers.claims import Claim, Reproduction, Tell, figure
+from saekit.papers.controls import FROZEN, RANDOM, untrained
 from saekit.papers.planted import make, reconstruct, stream
 from saekit.papers.training import fit_all
 from saekit.testbed.planted import PlantedConfig, PlantedWorld
@@ -43,7 +44,7 @@ def brute_force(d: Dictionary, x: torch.Tensor) -> float:
 
 
 def _double(d: Dictionary) -> Dictionary:
-    copy = Dictionary(d.config, d.seed)
+    copy = build(d.config, d.seed)
     copy.load_state_dict(d.state_dict())
     return copy.double()
 
@@ -54,13 +55,17 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
         PlantedConfig(n_features=192, d_in=48, roots=0, correlation=0.0, p_max=0.2, p_min=0.05, seed=1)
     )
     x = world.evaluation_set(8192)[0]
-    curves: dict[str, list[list[float]]] = {"HierarchicalTopK": [], "TopK at 32": [], "TopK at each k": []}
+    curves: dict[str, list[list[float]]] = {
+        name: [] for name in ("HierarchicalTopK", "TopK at 32", "TopK at each k", FROZEN, RANDOM)
+    }
     loops, worst = [], []
     for i, seed in enumerate(seeds):
         ds = {"all": make(world, "hierarchical_topk", WIDTH, seed, k=K)}
         ds |= {f"topk-{k}": make(world, "topk", WIDTH, seed, k=k) for k in BUDGETS}
+        ds[FROZEN] = make(world, "frozen", WIDTH, seed, k=K)
         fit_all(ds, stream(world), STEPS, BATCH, seed=seed)
-        for name, at in (("HierarchicalTopK", ds["all"]), ("TopK at 32", ds["topk-32"])):
+        cuts = {"HierarchicalTopK": ds["all"], "TopK at 32": ds["topk-32"], FROZEN: ds[FROZEN], RANDOM: untrained(ds[FROZEN])}  # fmt: skip
+        for name, at in cuts.items():
             curves[name].append([metrics.fvu(x, reconstruct(at, x, k)) for k in BUDGETS])
         curves["TopK at each k"].append([metrics.fvu(x, reconstruct(ds[f"topk-{k}"], x)) for k in BUDGETS])
         every = [
@@ -89,6 +94,7 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
         source="Balagansky et al. 2025, arXiv 2505.24473",
         setting=f"192 planted features in 48 dimensions (about {world.rates.sum():.0f} active), {WIDTH} latents, K = {K}, {STEPS} steps of {BATCH} rows, one stream for all",
         claims=claims,
-        figure=figure("Error of a dictionary cut to k codes", "k", "FVU", {n: (BUDGETS, m) for n, m in means.items()}, xaxis={"type": "log"}),
+        figure=figure("Error of a dictionary cut to k codes", "k", "FVU", {n: (BUDGETS, m) for n, m in means.items() if n != RANDOM}, xaxis={"type": "log"}),
         notes=["A TopK trained at its own small k stays ahead there at this scale; the paper's claim that one dictionary matches them all is for 65k features."],
+        controls={f"FVU at k = {k}": {name: [row[j] for row in rows] for name, rows in curves.items()} for j, k in enumerate(BUDGETS)},
     )  # fmt: skip

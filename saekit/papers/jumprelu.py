@@ -9,6 +9,7 @@ from torch import Tensor
 from saekit import metrics
 from saekit.dictionaries import Dictionary, TrainState
 from saekit.papers.claims import Claim, Reproduction, Tell, bars
+from saekit.papers.controls import FROZEN, RANDOM, untrained
 from saekit.papers.planted import make, stream
 from saekit.papers.training import fit_all
 from saekit.testbed.planted import PlantedConfig, PlantedWorld
@@ -62,6 +63,7 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
     wide = [world.batch(1 << 16, (1 << 30) - 8 + i)[0] for i in range(8)]
     off: dict[int, list[float]] = {k: [] for k in TARGETS}
     fvu: dict[str, dict[str, list[float]]] = {"JumpReLU": {}, "TopK": {}}
+    plain: dict[str, list[float]] = {FROZEN: [], RANDOM: []}
     relative, cosine = [], []
     for i, seed in enumerate(seeds):
         ds = {
@@ -69,12 +71,16 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
             for k in TARGETS
             for name in ("jumprelu", "topk")
         }
+        ds[FROZEN] = make(world, "frozen", WIDTH, seed, k=8)
         fit_all(ds, stream(world), STEPS, BATCH, seed=seed)
+        ds[RANDOM] = untrained(ds[FROZEN])
         for k in TARGETS:
             mine = ds[f"jumprelu-{k}"]
             off[k].append(abs(metrics.l0(mine.encode(x)) / k - 1))
             for name, d in (("JumpReLU", mine), ("TopK", ds[f"topk-{k}"])):
                 fvu[name].setdefault(f"L0 {k}", []).append(metrics.fvu(x, d(x).detach()))
+        for name, values in plain.items():
+            values.append(metrics.fvu(x, ds[name](x).detach()))
         penalty = float(ds["jumprelu-8"].terms["l0"].coefficient.value)
         pairs = [threshold_gradients(ds["jumprelu-8"], rows, penalty) for rows in wide]
         a, b = (torch.stack(side).mean(0) for side in zip(*pairs, strict=True))
@@ -92,4 +98,5 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
             Claim("FVU over that of TopK at L0 8", "at or below TopK at equal L0 (figure)", ratios, "<=", 1.1),
         ],
         figure=bars("Error by L0", "FVU", fvu),
+        controls={"FVU at L0 8": {name: by_l0["L0 8"] for name, by_l0 in fvu.items()} | plain},
     )  # fmt: skip

@@ -6,11 +6,13 @@ import torch
 
 from saekit.dictionaries import Dictionary, create
 from saekit.papers.claims import Claim, Reproduction, Tell, figure
+from saekit.papers.controls import FROZEN, RANDOM, untrained
 from saekit.papers.training import fit
 from saekit.testbed.digits import Digits, classification_error, digits
 
 WIDTH, K_START, STEPS, BATCH, LR = 300, 100, 1200, 100, 3e-3
 KS = (2, 5, 10, 25, 60, 300)
+K_CONTROL = 25  # at which the controls stand: the paper's best
 ALPHAS = (1, 2)
 
 
@@ -20,12 +22,17 @@ def _trained(data: Digits, k: int, seed: int) -> Dictionary:
     return d
 
 
-def _error(d: Dictionary, data: Digits, alpha: float) -> float:
-    """Classification error of the codes with alpha * k entries."""
+def _wider(d: Dictionary, alpha: float) -> Dictionary:
+    """The same dictionary with alpha * k entries."""
     k = d.config.selection[1].k
     wider = create("k_sparse", d_in=64, n_features=WIDTH, k=k, alpha=float(alpha))
     wider.load_state_dict(d.state_dict())
-    codes = [wider.encode(rows).to_dense().detach() for rows in (data.train, data.test)]
+    return wider
+
+
+def _error(d: Dictionary, data: Digits) -> float:
+    """Classification error of the codes."""
+    codes = [d.encode(rows).to_dense().detach() for rows in (data.train, data.test)]
     return classification_error(codes[0], data.train_labels, codes[1], data.test_labels)
 
 
@@ -56,14 +63,19 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
     """Digits classified by k-sparse codes, over k and alpha, beside raw pixels; and the theorem."""
     raw: list[float] = []
     errors: dict[tuple[int, int], list[float]] = {(k, a): [] for k in KS for a in ALPHAS}
+    plain: dict[str, list[float]] = {FROZEN: [], RANDOM: []}
     for i, seed in enumerate(seeds):
         data = digits(seed)
         raw.append(classification_error(data.train, data.train_labels, data.test, data.test_labels))
         for j, k in enumerate(KS):
             d = _trained(data, k, seed)
             for a in ALPHAS:
-                errors[k, a].append(_error(d, data, a))
+                errors[k, a].append(_error(_wider(d, a), data))
             tell(i * len(KS) + j + 1, len(seeds) * len(KS), f"k = {k}")
+        frozen = create("frozen", d_in=64, n_features=WIDTH, k=K_CONTROL, seed=seed)
+        fit(frozen, data.train, STEPS, BATCH, lr=LR, seed=seed)
+        for name, d in ((FROZEN, frozen), (RANDOM, untrained(frozen))):
+            plain[name].append(_error(d, data))
     mean = {key: sum(v) / len(v) for key, v in errors.items()}
     best = min(((k, a) for k in (10, 25) for a in ALPHAS), key=lambda key: mean[key])
     inner = min((k for k in KS[1:-1]), key=lambda k: mean[k, 1])
@@ -87,4 +99,5 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
         ],
         figure=figure("Error of digits classified by k-sparse codes", "k", "error, %", {f"alpha = {a}": (KS, [mean[k, a] for k in KS]) for a in ALPHAS} | {"raw pixels": (KS, [sum(raw) / len(raw)] * len(KS))}, xaxis={"type": "log"}),
         notes=[chosen],
+        controls={f"error at k = {K_CONTROL}, %": {"k-sparse": errors[K_CONTROL, 1], **plain, "raw pixels": raw}},
     )  # fmt: skip

@@ -9,6 +9,7 @@ from torch import Tensor
 from saekit.dictionaries import Dictionary
 from saekit.kernels import pursuit_encode
 from saekit.papers.claims import Claim, Reproduction, Tell, bars
+from saekit.papers.controls import FROZEN, RANDOM, untrained
 from saekit.papers.forest import HELD_OUT, measure, trained
 from saekit.testbed.forest import Forest, ForestConfig
 
@@ -44,17 +45,20 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
         "pursuit": ("matching_pursuit", ADAM, PURSUIT),
         "L1": ("relu", CONTROL, {"coefficient": 0.5}),
         "BatchTopK": ("batchtopk", CONTROL, {"k": 1, "k_start": 3}),
+        FROZEN: ("frozen", CONTROL, {"k": 1}),
     }
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in kinds}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in (*kinds, RANDOM)}
     steps = []
     for i, seed in enumerate(seeds):
         for j, (name, (preset, adam, options)) in enumerate(kinds.items()):
             with torch.enable_grad():
                 d = trained(forest, preset, seed, adam, **options)
             found[name].append(measure(forest, d))
+            if name == FROZEN:
+                found[RANDOM].append(measure(forest, untrained(d)))
             if name == "pursuit":
                 steps.append(residuals(d, x))
-            tell(3 * i + j + 1, 3 * len(seeds), name)
+            tell(len(kinds) * i + j + 1, len(kinds) * len(seeds), name)
     of = {name: {key: [m[key] for m in ms] for key in ms[0]} for name, ms in found.items()}
     return Reproduction(
         title="Matching pursuit recovers a tree with correlated siblings",
@@ -69,5 +73,6 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
             Claim("the residual is orthogonal to the atom taken last (largest product)", "a property of atoms of norm 1", [s[1] for s in steps], "<=", 1e-5),
         ],
         figure=bars("Features of a tree with correlated siblings", "cosine", {n: {k: m[k] for k in ("matched", "absorption", "recall")} for n, m in of.items()}),
-        notes=["L0: " + ", ".join(f"{name} {sum(m['l0']) / len(seeds):.2f}" for name, m in of.items()) + f"; the truth {forest.l0:.2f}."],
+        notes=[f"True L0 {forest.l0:.2f}."],
+        controls={key: {name: m[key] for name, m in of.items()} for key in of["L1"]},
     )  # fmt: skip

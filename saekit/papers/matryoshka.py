@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from saekit.papers.claims import Claim, Reproduction, Tell, bars
+from saekit.papers.controls import FROZEN, RANDOM, untrained
 from saekit.papers.forest import measure, trained
 from saekit.testbed.forest import Forest, ForestConfig
 
@@ -14,23 +15,23 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
     """An L1 dictionary with and without random prefixes on Nabeshima's tree."""
     forest = Forest(ForestConfig())
     # L1 alone reaches its L0 only by absorption, which needs fewer codes; see the note
-    kinds: dict[str, dict[str, Any]] = {
-        "L1": {"coefficient": 0.5},
-        "Matryoshka": {"objective": ("matryoshka", "l1"), "random": True, "levels": 10, "k": forest.l0},
+    nested = {"objective": ("matryoshka", "l1"), "random": True, "levels": 10, "k": forest.l0}
+    kinds: dict[str, tuple[str, dict[str, Any]]] = {
+        "L1": ("relu", {"coefficient": 0.5}),
+        "Matryoshka": ("relu", nested),
+        FROZEN: ("frozen", {"k": round(forest.l0)}),
     }
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in kinds}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in (*kinds, RANDOM)}
     for i, seed in enumerate(seeds):
-        for j, (name, options) in enumerate(kinds.items()):
-            found[name].append(
-                measure(forest, trained(forest, "relu", seed, {"steps": STEPS, "lr": 3e-3}, **options))
-            )
-            tell(2 * i + j + 1, 2 * len(seeds), name)
-    ours = {key: [m[key] for m in found["Matryoshka"]] for key in found["L1"][0]}
-    plain = {key: [m[key] for m in found["L1"]] for key in found["L1"][0]}
-    shown = {
-        name: {key: [m[key] for m in ms] for key in ("absorption", "recall", "matched")}
-        for name, ms in found.items()
-    }
+        for j, (name, (preset, options)) in enumerate(kinds.items()):
+            d = trained(forest, preset, seed, {"steps": STEPS, "lr": 3e-3}, **options)
+            found[name].append(measure(forest, d))
+            if name == FROZEN:
+                found[RANDOM].append(measure(forest, untrained(d)))
+            tell(len(kinds) * i + j + 1, len(kinds) * len(seeds), name)
+    of = {key: {name: [m[key] for m in ms] for name, ms in found.items()} for key in found["L1"][0]}
+    ours, plain = ({key: rows[name] for key, rows in of.items()} for name in ("Matryoshka", "L1"))
+    shown = {name: {key: of[key][name] for key in ("absorption", "recall", "matched")} for name in found}
     return Reproduction(
         title="Matryoshka dictionaries do not absorb parents into children",
         source="Bussmann, Nabeshima, Karvonen and Nanda 2025, arXiv 2503.17547",
@@ -47,4 +48,5 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
             f"L0: Matryoshka {sum(ours['l0']) / len(seeds):.2f}, plain L1 {sum(plain['l0']) / len(seeds):.2f}, the truth {forest.l0:.2f}. "
             "Plain L1 has a lower L0 because absorption saves the parent's code; its coefficient is fixed at 0.5."
         ],
+        controls=of,
     )  # fmt: skip

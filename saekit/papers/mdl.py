@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from saekit import metrics
-from saekit.dictionaries import create
+from saekit.dictionaries import Dictionary, create
 from saekit.evaluate.mdl import coarsest_precision, description_length
 from saekit.papers.claims import Claim, Reproduction, Tell, figure
-from saekit.papers.training import fit_all
+from saekit.papers.controls import FROZEN, RANDOM, untrained
+from saekit.papers.planted import cut
+from saekit.papers.training import fit, fit_all
 from saekit.testbed.digits import digits
 from saekit.types import Codes
 
@@ -31,18 +33,33 @@ def bernoulli(seed: int) -> float:
     return abs(description_length(codes, 1.0) / truth - 1)
 
 
+def described(d: Dictionary, codes: Codes, x: Tensor) -> tuple[float, float]:
+    """Variance explained, and bits per row at the coarsest precision that the tolerance allows."""
+    bits = description_length(codes, coarsest_precision(codes, d.decode, x, TOLERANCE))
+    return metrics.explained_variance(x, d.decode(codes)), bits
+
+
 @torch.no_grad()
 def curve(width: int, seed: int, train: Tensor, x: Tensor) -> list[tuple[float, float]]:
     """Variance explained and bits per digit of held-out digits at this width, by rising k."""
     ds = {f"k{k}": create("topk", d_in=64, n_features=width, k=k, seed=seed) for k in KS}
     with torch.enable_grad():
         fit_all(ds, train, STEPS, BATCH, seed=seed, lr=LR)
-    out = []
-    for d in ds.values():
-        codes = d.encode(x)
-        bits = description_length(codes, coarsest_precision(codes, d.decode, x, TOLERANCE))
-        out.append((metrics.explained_variance(x, d.decode(codes)), bits))
-    return out
+    return [described(d, d.encode(x), x) for d in ds.values()]
+
+
+@torch.no_grad()
+def controls(seed: int, train: Tensor, x: Tensor) -> dict[str, tuple[float, float]]:
+    """Variance explained and bits per digit of both controls, at the largest width and the k that explains most."""
+    frozen = create("frozen", d_in=64, n_features=WIDTHS[-1], k=KS[-1], seed=seed)
+    with torch.enable_grad():
+        fit(frozen, train, STEPS, BATCH, seed=seed, lr=LR)
+    random = untrained(frozen)
+    codes = random.encode(x)
+    return {
+        FROZEN: described(frozen, frozen.encode(x), x),  # a trained encoder gains with every code
+        RANDOM: max(described(random, cut(codes, k), x) for k in KS),
+    }
 
 
 def length(points: list[tuple[float, float]], variance: float) -> float:
@@ -56,6 +73,7 @@ def length(points: list[tuple[float, float]], variance: float) -> float:
 def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
     """Bits per digit by the width of the dictionary, at equal distortion."""
     at: dict[float, dict[int, list[float]]] = {v: {w: [] for w in WIDTHS} for v in (VARIANCE, *OTHERS)}
+    plain: dict[str, list[tuple[float, float]]] = {"TopK": [], FROZEN: [], RANDOM: []}
     for i, seed in enumerate(seeds):
         data = digits(seed)
         for j, width in enumerate(WIDTHS):
@@ -63,6 +81,8 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
             for variance, table in at.items():
                 table[width].append(length(points, variance))
             tell(i * len(WIDTHS) + j + 1, len(seeds) * len(WIDTHS), f"{width} features")
+        for name, point in ({"TopK": max(points)} | controls(seed, data.train, data.test)).items():
+            plain[name].append(point)
     lengths = at[VARIANCE]
     mean = {w: sum(v) / len(v) for w, v in lengths.items()}
     best = min((w for w in WIDTHS if math.isfinite(mean[w])), key=lambda w: mean[w])
@@ -88,6 +108,8 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
         notes=[
             "Bits by width: " + "; ".join(f"{v:.0%} explained: " + ", ".join(f"{w}: {b:.1f}" for w, b in table.items()) for v, table in ({VARIANCE: mean} | elsewhere).items()) + " (nan: explained at no k). "
             "The minimum depends on the distortion: where less is asked for, wide dictionaries stay as short; where more is, narrow ones can't give it. "
-            "On the digits that they were trained on, 1024 features at k = 2 explain 82 % in 17 bits: they know 1797 images by heart."
+            "On the digits that they were trained on, 1024 features at k = 2 explain 82 % in 17 bits: they know 1797 images by heart.",
+            f"Table: {WIDTHS[-1]} features, at the k up to {KS[-1]} that explains most. A control that stays below {VARIANCE:.0%} there has no length at that distortion.",
         ],
+        controls={key: {name: [p[at] for p in points] for name, points in plain.items()} for at, key in enumerate(("most variance explained", "bits per digit"))},
     )  # fmt: skip

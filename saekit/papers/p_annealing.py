@@ -6,6 +6,7 @@ import torch
 
 from saekit import metrics
 from saekit.papers.claims import Claim, Reproduction, Tell, bars
+from saekit.papers.controls import FROZEN, RANDOM, untrained
 from saekit.papers.planted import make, stream
 from saekit.papers.training import fit_all
 from saekit.testbed.planted import PlantedConfig, PlantedWorld
@@ -18,14 +19,15 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
     """p-annealed beside L1 at equal L0 on planted features."""
     world = PlantedWorld(PlantedConfig(seed=1))
     x = world.evaluation_set(16384)[0]
-    kinds = {"p-annealed": "p_annealing", "L1": "relu", "gated": "gated"}
-    l0: dict[str, list[float]] = {name: [] for name in kinds}
-    fvu: dict[str, list[float]] = {name: [] for name in kinds}
+    kinds = {"p-annealed": "p_annealing", "L1": "relu", "gated": "gated", FROZEN: "frozen"}
+    l0: dict[str, list[float]] = {name: [] for name in (*kinds, RANDOM)}
+    fvu: dict[str, list[float]] = {name: [] for name in l0}
     ends = []
     for i, seed in enumerate(seeds):
         ds = {name: make(world, preset, WIDTH, seed, k=K) for name, preset in kinds.items()}
         with torch.enable_grad():
             fit_all(ds, stream(world), STEPS, BATCH, seed=seed)
+        ds[RANDOM] = untrained(ds[FROZEN])
         for name, d in ds.items():
             l0[name].append(metrics.l0(d.encode(x)))
             fvu[name].append(metrics.fvu(x, d(x)))
@@ -42,4 +44,5 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
             Claim("p at the end", "0.2", ends, "<=", 0.2001),
         ],
         figure=bars("Error at equal L0", "FVU", {"FVU": fvu}),
+        controls={"FVU": fvu, "L0": l0},
     )  # fmt: skip

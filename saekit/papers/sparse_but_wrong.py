@@ -7,6 +7,7 @@ import torch
 from saekit import metrics
 from saekit.evaluate.geometry import decoder_projection, mean_decoder_cosine
 from saekit.papers.claims import Claim, Reproduction, Tell, figure
+from saekit.papers.controls import FROZEN, RANDOM, untrained
 from saekit.papers.planted import make, stream
 from saekit.papers.training import fit_all
 from saekit.testbed.planted import PlantedConfig, PlantedWorld
@@ -30,8 +31,11 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
     projection: dict[int, list[float]] = {k: [] for k in ks}
     recovered: dict[int, list[float]] = {k: [] for k in ks}
     error: dict[int, list[float]] = {k: [] for k in ks}
+    nearest = min(ks, key=lambda k: abs(k - true_l0))
+    plain: dict[str, list[tuple[float, float]]] = {FROZEN: [], RANDOM: []}
     for i, seed in enumerate(seeds):
         ds = {f"k{k}": make(world, "batchtopk", WIDTH, seed, k=k) for k in ks}
+        ds[FROZEN] = make(world, "frozen", WIDTH, seed, k=nearest)
         with torch.enable_grad():
             fit_all(ds, stream(world), STEPS, BATCH, seed=seed, lr=3e-3)
         for k in ks:
@@ -40,6 +44,8 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
             projection[k].append(decoder_projection(d.norm_in(x), d.W_dec, d.b_dec, rank))
             recovered[k].append(mcc(d.W_dec, world.directions))
             error[k].append(metrics.fvu(x, d(x)))
+        for name, d in ((FROZEN, ds[FROZEN]), (RANDOM, untrained(ds[FROZEN]))):
+            plain[name].append((mcc(d.W_dec, world.directions), metrics.fvu(x, d(x))))
         tell(i + 1, len(seeds), "seeds")
 
     def off(table: dict[int, list[float]]) -> list[float]:
@@ -65,4 +71,8 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
         ],
         figure=figure("Diagnostics by k, each as a share of its largest value", "k", "share of the largest", {n: (ks, v) for n, v in scaled.items()}),
         notes=[f"True L0 {true_l0:.2f}. " + "; ".join(f"{n}: " + ", ".join(f"{k}: {v:.3f}" for k, v in zip(ks, values, strict=True)) for n, values in means.items()) + "."],
+        controls={
+            f"{key} at k = {nearest}": {"BatchTopK": table[nearest]} | {name: [v[at] for v in values] for name, values in plain.items()}
+            for at, (key, table) in enumerate((("MCC", recovered), ("FVU", error)))
+        },
     )  # fmt: skip

@@ -9,6 +9,7 @@ import torch
 from saekit import metrics
 from saekit.dictionaries import Dictionary
 from saekit.papers.claims import Claim, Reproduction, Tell, bars
+from saekit.papers.controls import FROZEN, RANDOM, untrained
 from saekit.papers.planted import make, stream
 from saekit.papers.training import fit_all
 from saekit.testbed.planted import PlantedConfig, PlantedWorld, preset
@@ -21,7 +22,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "TopK": ("topk", {}),
     "L1": ("relu", {}),
     "pursuit": ("matching_pursuit", {"normalise": "none"}),
-    "frozen decoder": ("frozen", {}),
+    FROZEN: ("frozen", {}),
 }
 # of the 16k world at L0 20 (tables of 2602.14687)
 PUBLISHED = "F1 at 16k features, L0 20: Matryoshka .860, JumpReLU .824, BatchTopK .818, L1 .578, pursuit .444"
@@ -63,13 +64,14 @@ def scores(world: PlantedWorld, d: Dictionary, rows: int) -> dict[str, float]:
 def run(size: Size, seeds: Sequence[int], tell: Tell) -> dict[str, dict[str, list[float]]]:
     """Scores of every kind over the seeds; all kinds of a seed train on one stream."""
     world = PlantedWorld(size.world)
-    found: dict[str, dict[str, list[float]]] = {name: {} for name in KINDS}
+    found: dict[str, dict[str, list[float]]] = {name: {} for name in (*KINDS, RANDOM)}
     for i, seed in enumerate(seeds):
         ds = {
             name: make(world, kind, size.latents, seed, k=size.k, **options)
             for name, (kind, options) in KINDS.items()
         }
         fit_all(ds, stream(world), size.steps, size.batch_size, seed=seed)
+        ds[RANDOM] = untrained(ds[FROZEN])
         for name, d in ds.items():
             for key, value in scores(world, d, size.rows).items():
                 found[name].setdefault(key, []).append(value)
@@ -84,7 +86,7 @@ def report(size: Size, seeds: Sequence[int], tell: Tell) -> Reproduction:
     def ahead(a: str, b: str, key: str = "f1") -> list[float]:
         return [x - y for x, y in zip(found[a][key], found[b][key], strict=True)]
 
-    frozen = found["frozen decoder"]
+    frozen = found[FROZEN]
     best = [
         max(found[name]["explained_variance"][i] for name in KINDS if name != "pursuit")
         for i in range(len(seeds))
@@ -102,12 +104,10 @@ def report(size: Size, seeds: Sequence[int], tell: Tell) -> Reproduction:
             Claim("F1: JumpReLU above L1", PUBLISHED, ahead("JumpReLU", "L1"), ">", 0.0, found["L1"]["f1"], "F1 of L1"),
             Claim("F1: L1 above pursuit", PUBLISHED, ahead("L1", "pursuit"), ">", 0.0, found["pursuit"]["f1"], "F1 of pursuit"),
             Claim("explained variance: pursuit above all others", PUBLISHED_EV, first, ">", 0.0, found["pursuit"]["explained_variance"], "pursuit's"),
-            Claim("F1: a trained decoder above a frozen one (TopK)", "no such control in the paper", ahead("TopK", "frozen decoder"), ">", 0.0, frozen["f1"], "F1 of the frozen decoder"),
+            Claim("F1: a trained decoder above a frozen one (TopK)", "no such control in the paper", ahead("TopK", FROZEN), ">", 0.0, frozen["f1"], "F1 of the frozen decoder"),
         ],
-        figure=bars("Recovery and reconstruction", "score", {key: {name: found[name][key] for name in KINDS} for key in keys}),
-        notes=[
-            "; ".join(f"{name}: " + ", ".join(f"{key} {sum(v) / len(v):.3f}" for key, v in found[name].items() if key in (*keys, "shrinkage", "l0", "dead_share")) for name in KINDS) + "."
-        ],
+        figure=bars("Recovery and reconstruction", "score", {key: {name: found[name][key] for name in found} for key in keys}),
+        controls={key: {name: found[name][key] for name in found} for key in (*keys, "shrinkage", "l0", "dead_share")},
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from saekit.registry import nearest
 from saekit.types import SaekitError
 
-TAKES = {"each": 1, "module": 2, "all": math.inf}  # hook points of one dictionary
+TAKES = {"each": 1, "module": 2, "all": math.inf, "modules": math.inf}  # hook points of one dictionary
 Place = tuple[tuple[str, ...], tuple[str, ...]]  # what is read, and what is written
 
 
@@ -58,12 +58,12 @@ def _places(wiring: Any, one: str, many: str | None, known: Sequence[str]) -> di
     """One place, or with ``many``, a glob, a place for each hook point (of a transcoder: module) that it matches."""
     if not many:
         return {"": wiring.sites(one.split(","))}
-    pairs = wiring.takes == "module"
+    pairs = wiring.takes in ("module", "modules")
     names = list(dict.fromkeys(name.partition(":")[0] if pairs else name for name in known))
     found = fnmatch.filter(names, many)
     if not found:
         raise SaekitError(f"--hook-points {many!r} matches nothing{nearest(many, names)}")
-    if wiring.takes == "all":
+    if wiring.takes in ("all", "modules"):
         return {"": wiring.sites(found)}
     return {name.replace(":", "-"): wiring.sites([name]) for name in found}
 

@@ -4,6 +4,7 @@ import inspect
 import json
 import textwrap
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -100,6 +101,23 @@ def table(found: Any, seconds: float, folder: Path) -> str:
         lines += textwrap.wrap(
             f"paper: {claim.paper}", 106, initial_indent="    ", subsequent_indent="      "
         )
+    if found.controls:
+        lines += ["", *_controls(found.controls)]
     for note in found.notes:
         lines += ["", *textwrap.wrap(note, 110)]
     return "\n".join([*lines, "", f"{folder}/result.json, {folder}/figure.html; {duration(seconds)}"])
+
+
+def _controls(controls: Mapping[str, Mapping[str, Sequence[float]]]) -> list[str]:
+    """Lines of a table: dictionaries down, measures across."""
+    names = dict.fromkeys(name for rows in controls.values() for name in rows)
+    first = "means over seeds"
+    left = max(map(len, (first, *names)))
+    right = {measure: max(len(measure), 8) for measure in controls}
+    lines = [f"{first:{left}}" + "".join(f"  {measure:>{w}}" for measure, w in right.items())]
+    for name in names:
+        values = [controls[measure].get(name) for measure in controls]
+        shown = [f"{sum(v) / len(v):.3g}" if v else "" for v in values]
+        cells = "".join(f"  {text:>{w}}" for text, w in zip(shown, right.values(), strict=True))
+        lines.append(f"{name:{left}}{cells}".rstrip())
+    return lines

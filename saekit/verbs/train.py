@@ -269,7 +269,7 @@ def _option(item: str) -> tuple[str, Any]:
 def _repeat(path: Path) -> tuple[Any, Any, dict[str, Any]]:
     """Dictionary, source and options of a run, from the config.json in its folder."""
     from saekit.activations import Store
-    from saekit.dictionaries import Config, Dictionary
+    from saekit.dictionaries import Config, build
     from saekit.harvest import SideBySide, StreamSource
     from saekit.harvest import harvest as harvest_
     from saekit.trainers import TrainConfig, read_config, weights_digest
@@ -278,7 +278,7 @@ def _repeat(path: Path) -> tuple[Any, Any, dict[str, Any]]:
     if "betas" in data["train"]:
         data["train"]["betas"] = tuple(data["train"]["betas"])  # JSON has lists alone
     TrainConfig(**data["train"])
-    dictionary = Dictionary(Config.from_json(data["dictionary"]), seed=data["init_seed"])
+    dictionary = build(Config.from_json(data["dictionary"]), seed=data["init_seed"])
     dictionary.reads, dictionary.writes = dictionary.wiring.sites(data["hook_points"])
     if data.get("init", weights_digest(dictionary)) != weights_digest(dictionary):
         raise SaekitError(

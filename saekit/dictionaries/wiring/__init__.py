@@ -6,9 +6,9 @@ row of training data is the columns of ``points(reads, writes)`` side by side, `
 says so in words), and ``split(rows)`` gives what is encoded and the target. ``sites(hook_points)`` says which
 hook points are read and which are written, and ``shape(reads, writes)`` gives the config's widths for theirs.
 ``takes`` says what one dictionary takes of the hook points that a glob matches: "each" by itself, each
-"module", or "all" together. ``same_space`` is true where both sides are one space, so that encoder and
+"module", "all" together, or all "modules". ``same_space`` is true where both sides are one space, so that encoder and
 decoder may share directions. ``skip`` is a linear map [d_out, d_in] from input to output beside the features,
-or None. ``mask(n_features)`` says which columns each feature may read and write, None for all.
+or None. ``kind`` names the class that is built for it, in :mod:`saekit.dictionaries.kinds`. ``mask(n_features)`` says which columns each feature may read and write, None for all.
 """
 
 from saekit.registry import Registry
@@ -17,6 +17,7 @@ WIRINGS = Registry(
     "wiring",
     {
         "autoencoder": "saekit.dictionaries.wiring.autoencoder:Autoencoder",
+        "cross_layer": "saekit.dictionaries.wiring.cross_layer:CrossLayerWiring",
         "crosscoder": "saekit.dictionaries.wiring.crosscoder:Crosscoder",
         "transcoder": "saekit.dictionaries.wiring.transcoder:Transcoder",
     },

@@ -31,6 +31,7 @@ class Autoencoder(nn.Module):
 
     Config = AutoencoderConfig
     same_space = True
+    kind = "rows"
     takes = "each"
     unnamed = ("x",)
     skip = None

@@ -55,6 +55,7 @@ class Crosscoder(nn.Module):
 
     Config = CrosscoderConfig
     same_space = True
+    kind = "rows"
     takes = "all"
     skip = None
 

@@ -41,6 +41,7 @@ class Transcoder(nn.Module):
 
     Config = TranscoderConfig
     same_space = False
+    kind = "rows"
     takes = "module"
     unnamed = ("x", "y")
 

@@ -1,0 +1,230 @@
+"""A cross-layer transcoder: one transcoder for each layer, which also writes to all later layers.
+
+The error of the sum of all their outputs is what is minimised. Its gradient for one layer's part is that of the
+part's own error against what the others have left of the target, so every part is an ordinary dictionary with
+any selection, atoms and terms. Held are codes, the decoders, and an output and an error of each part; nothing is
+ever dense in the features.
+"""
+
+import copy
+import dataclasses
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from saekit.dictionaries.config import Config
+from saekit.dictionaries.dictionary import Dictionary
+from saekit.dictionaries.objective import OBJECTIVES
+from saekit.dictionaries.rows import Rows
+from saekit.dictionaries.training import TrainState
+from saekit.dictionaries.wiring import WIRINGS
+from saekit.kernels import sparse_decode
+from saekit.types import ActivationBatch, Codes, Loss, SaekitError
+
+OWN = ("mutual", "end_to_end")  # terms that look at a whole decoder or a whole output
+
+
+class CrossLayer(Dictionary):
+    """A transcoder for each layer that writes to all later ones too.
+
+    ``parts[l]`` is the transcoder of layer l, in normalised space: it reads layer l and writes the layers l,
+    l + 1, ... side by side. Features are counted through, layer by layer. The bias of the output is that of
+    the first part, which writes to all layers.
+    """
+
+    mask = None
+    parts: Any  # a ModuleList of Rows
+
+    def __init__(self, config: Config, seed: int = 0):
+        super().__init__(config, seed)
+        for name, _ in config.objective:
+            if name in OWN:
+                raise SaekitError(
+                    f"objective {name!r} needs one decoder, and a cross-layer transcoder has one for each layer; leave it out"
+                )
+        self.layers: int = self.wiring.layers
+        parts = [Rows(_part(config, layer), seed + layer) for layer in range(self.layers)]
+        self.parts = nn.ModuleList(parts)
+        for part in parts[1:]:
+            part.b_dec.requires_grad_(False)
+
+    @property
+    def b_dec(self) -> Tensor:
+        """The bias of the output, in normalised space."""
+        return self.parts[0].b_dec
+
+    @property
+    def atoms(self) -> Any:
+        """What kind the parts' atoms are; each part has its own."""
+        return self.parts[0].atoms
+
+    @property
+    def selection(self) -> Any:
+        """What kind the parts' selections are; each part has its own."""
+        return self.parts[0].selection
+
+    @property
+    def terms(self) -> dict[str, Any]:
+        """The terms of all parts, by layer and name."""
+        return {f"{i}.{name}": term for i, part in enumerate(self.parts) for name, term in part.terms.items()}
+
+    @property
+    def W_dec(self) -> Float[Tensor, "feature d_out"]:
+        """Decoder weights in normalised space, dense: zero where an earlier layer is written. For small ones."""
+        step = self.d_out // self.layers
+        rows = [nn.functional.pad(part.W_dec, (i * step, 0)) for i, part in enumerate(self.parts)]
+        return torch.cat(rows)
+
+    @property
+    def W_enc(self) -> Float[Tensor, "d_in feature"]:
+        """Encoder weights in normalised space, dense: zero where another layer is read. For small ones."""
+        return torch.block_diag(*(part.W_enc for part in self.parts))
+
+    def _layers(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.read(x).split(self.wiring.parts_in, 1)
+
+    def _from(self, layer: int) -> slice:
+        """The columns that a layer's part writes to."""
+        return slice(layer * (self.d_out // self.layers), None)
+
+    def _features(self, layer: int) -> tuple[int, int]:
+        each = self.n_features // self.layers
+        return layer * each, (layer + 1) * each
+
+    def encode(self, x: Float[Tensor, "*shape d_in"]) -> Codes:
+        """Codes of all layers by the inference rule: each row by itself."""
+        inputs = [layer.contiguous() for layer in self._layers(x)]
+        codes = Codes.beside([part.encode(y) for part, y in zip(self.parts, inputs, strict=True)])
+        return dataclasses.replace(codes, shape=tuple(x.shape[:-1]))
+
+    def decode(
+        self, codes: Codes, x: Float[Tensor, "*shape d_in"] | None = None
+    ) -> Float[Tensor, "*shape d_out"]:
+        """What the codes write to each layer, side by side, in the units of the model."""
+        shares = [codes.part(*self._features(layer)) for layer in range(self.layers)]
+        y = self._sum(shares) + self.b_dec
+        return self.norm_out.invert(y).view(*codes.shape, self.d_out)
+
+    def _sum(self, shares: list[Codes]) -> Tensor:
+        """What the layers' codes write together, without the bias."""
+        y = self.b_dec.new_zeros(shares[0].rows, self.d_out)
+        for layer, (part, c) in enumerate(zip(self.parts, shares, strict=True)):
+            y[:, self._from(layer)] += sparse_decode(c.offsets, c.indices, c.values, part.W_dec)
+        return y
+
+    def loss(
+        self, batch: "Float[Tensor, 'batch columns'] | ActivationBatch", state: TrainState | None = None
+    ) -> Loss:
+        """The training loss; the value of the term that fits is that of the first part, which sees every layer."""
+        read, target = self.wiring.split(self.rows_of(batch))
+        state = state or TrainState()
+        inputs, y = self._layers(read), self.norm_out(target.to(self.dtype))
+        states = [self._state(state, layer) for layer in range(self.layers)]
+        pairs = list(zip(self.parts, inputs, states, strict=True))
+        chosen = [part.select(x.contiguous(), s) for part, x, s in pairs]
+        with torch.no_grad():
+            error = self._sum([c.codes for c in chosen]) + self.b_dec - y
+        terms: dict[str, Tensor] = {}
+        fit = self.config.objective[0][0]
+        for layer, ((part, x, s), selected) in enumerate(zip(pairs, chosen, strict=True)):
+            c = selected.codes.detach()
+            with torch.no_grad():  # what the other parts leave of the target for this one
+                left = sparse_decode(c.offsets, c.indices, c.values, part.W_dec) + part.b_dec
+                left -= error[:, self._from(layer)]
+            mine, _ = part.judge(x, left, selected, s)
+            for name, term in mine.items():
+                # the errors of the later parts are counted in the first one's: theirs only teach
+                term = term - term.detach() if layer and name == fit else term
+                terms[name] = terms[name] + term if name in terms else term
+        fvu = error.square().sum() / (y - y.mean(0)).square().sum()
+        codes = Codes.beside([c.codes.detach() for c in chosen])
+        return Loss(torch.stack(list(terms.values())).sum(), terms, codes, fvu)
+
+    def _state(self, state: TrainState, layer: int) -> TrainState:
+        first, stop = self._features(layer)
+        return dataclasses.replace(state, dead=None if state.dead is None else state.dead[first:stop])
+
+    def unit_weights(self) -> list[Tensor]:
+        """The weights whose rows an optimizer has to keep on the sphere."""
+        return [weight for part in self.parts for weight in part.unit_weights()]
+
+    def after_step(self) -> None:
+        """Restores the constraints of the weights, after the step of an optimizer that doesn't keep them."""
+        for part in self.parts:
+            part.after_step()
+
+    def observe(self, codes: Codes, state: TrainState) -> None:
+        """After a step: let thresholds and coefficients learn from the codes of the batch."""
+        for layer, part in enumerate(self.parts):
+            part.observe(codes.part(*self._features(layer)), self._state(state, layer))
+
+    @torch.no_grad()
+    def prepare(self, rows: Float[Tensor, "batch columns"]) -> None:
+        """What depends on data before the first step, for every part."""
+        if not self.normalised:
+            self.set_normalisation(rows)
+        read, target = self.wiring.split(rows.to(self.device))
+        y = self.norm_out(target.to(self.dtype))
+        for layer, (part, x) in enumerate(zip(self.parts, self._layers(read), strict=True)):
+            part.prepare(torch.cat([x, y[:, self._from(layer)]], 1))
+        self.prepared.fill_(True)
+
+    @torch.no_grad()
+    def to_inference(self) -> "CrossLayer":
+        """The same function of raw activations, every part folded by itself."""
+        parts = []
+        for layer, part in enumerate(self.parts):
+            whole = copy.deepcopy(part)
+            whole.norm_in = self.norm_in.some(layer, layer + 1)
+            whole.norm_out = self.norm_out.some(layer, self.layers)
+            folded = whole.to_inference()
+            if not folded.selection.affine:  # a pursuit works in normalised space: nothing is folded
+                return copy.deepcopy(self).eval()
+            if layer:
+                folded.b_dec.zero_()  # the mean is written once, by the first part
+            parts.append(folded)
+        one = parts[0].config
+        name, settings = self.config.wiring
+        own = one.selection if one.selection[0] != self.config.selection[0] else self.config.selection
+        config = Config(
+            self.n_features, (name, dataclasses.replace(settings, normalise="none")), own, one.atoms, one.objective
+        )  # fmt: skip
+        out = CrossLayer(config, self.seed).to(self.device)
+        for mine, folded in zip(out.parts, parts, strict=True):
+            mine.load_state_dict(folded.state_dict())
+        out.prepared.fill_(True)
+        out.reads, out.writes, out.card = self.reads, self.writes, dict(self.card)
+        return out.eval()
+
+
+def _part(config: Config, layer: int) -> Config:
+    """The config of one layer's part: its share of the features and of k, writing from its layer on."""
+    w = config.wiring[1]
+    d_out = (w.d_out or w.d_in) * (w.n_layers - layer)
+    transcoder = WIRINGS["transcoder"].Config(d_in=w.d_in, d_out=d_out, normalise="none")
+
+    def share(choice: tuple[str, Any]) -> tuple[str, Any]:
+        name, settings = choice
+        changes = {
+            key: _share(key, getattr(settings, key), w.n_layers, name in OBJECTIVES)
+            for key in ("k", "k_start", "k_aux", "k_inference")
+            if getattr(settings, key, None) is not None
+        }
+        return name, dataclasses.replace(settings, **changes)
+
+    return Config(
+        config.n_features // w.n_layers, ("transcoder", transcoder), share(config.selection), config.atoms,
+        tuple(share(term) for term in config.objective),
+    )  # fmt: skip
+
+
+def _share(name: str, total: float, layers: int, real: bool) -> float:
+    if real and name != "k_aux":  # a penalty's target needn't be whole
+        return total / layers
+    if total % layers:
+        raise SaekitError(
+            f"{name} = {total} can't be shared out among {layers} layers; choose a multiple of {layers}"
+        )
+    return int(total) // layers

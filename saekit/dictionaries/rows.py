@@ -1,0 +1,204 @@
+"""Dictionaries of rows: four choices, of which every common architecture is a combination."""
+
+import copy
+import dataclasses
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from saekit.dictionaries.atoms import ATOMS
+from saekit.dictionaries.config import Config
+from saekit.dictionaries.dictionary import Dictionary
+from saekit.dictionaries.objective import OBJECTIVES
+from saekit.dictionaries.selection import SELECTIONS
+from saekit.dictionaries.training import Forward, Selected, TrainState
+from saekit.kernels import sparse_decode
+from saekit.types import ActivationBatch, Codes, Loss, SaekitError
+
+
+class Rows(Dictionary):
+    """A dictionary whose codes are rows of features: one encoder, one decoder, one selection.
+
+    ``mask`` is that of dedicated features: the columns that each may read and write; None for all.
+    """
+
+    mask: Tensor | None
+
+    def __init__(self, config: Config, seed: int = 0):
+        super().__init__(config, seed)
+        n, d_out = config.n_features, self.d_out
+        self.selection = SELECTIONS[config.selection[0]](config.selection[1], n, self.d_in)
+        self.terms = nn.ModuleDict({name: OBJECTIVES[name](c, n) for name, c in config.objective})
+        generator = torch.Generator().manual_seed(seed)
+        self.register_buffer("mask", self.wiring.mask(n), persistent=False)
+        directions = torch.randn(n, d_out, generator=generator)
+        if self.mask is not None:
+            directions = directions * self.mask
+        directions = nn.functional.normalize(directions, dim=-1)
+        self.atoms = ATOMS[config.atoms[0]](config.atoms[1], directions, generator)
+        tied, trained = self.atoms.tied, self.atoms.trained
+        self.encoder = None if tied else nn.Parameter(self._encoder_start(directions, generator))
+        biased = trained and not self.encoder_unit
+        self.b_enc = nn.Parameter(torch.zeros(n), requires_grad=biased)
+        self.b_dec = nn.Parameter(torch.zeros(d_out), requires_grad=biased)
+
+    def _encoder_start(self, directions: Tensor, generator: torch.Generator) -> Tensor:
+        # an encoder that starts as the decoder's transpose avoids most early deaths (Gao et al. 2024)
+        if self.wiring.same_space:
+            return directions.clone()
+        return nn.functional.normalize(torch.randn(len(directions), self.d_in, generator=generator), dim=-1)
+
+    @property
+    def encoder_unit(self) -> bool:
+        """Whether encoder rows have norm 1 and there are no biases, as a pursuit needs."""
+        return getattr(self.selection, "unit_encoder", False)
+
+    @property
+    def W_enc(self) -> Float[Tensor, "d_in feature"]:
+        """Encoder weights in normalised space, as a view of the stored [n_features, d_in]."""
+        return self._encoder_rows().T
+
+    @property
+    def W_dec(self) -> Float[Tensor, "feature d_out"]:
+        """Decoder weights in normalised space: row i is what feature i writes."""
+        return self.atoms.rows()
+
+    def _encoder_rows(self) -> Tensor:
+        return self.atoms.rows() if self.encoder is None else self.encoder
+
+    def encode(self, x: Float[Tensor, "*shape d_in"]) -> Codes:
+        """Codes by the inference rule: each row (or sequence) by itself."""
+        codes = self.selection(self.read(x), self._encoder_rows(), self.b_enc)
+        return dataclasses.replace(codes, shape=tuple(x.shape[:-1]))
+
+    def decode(
+        self, codes: Codes, x: Float[Tensor, "*shape d_in"] | None = None
+    ) -> Float[Tensor, "*shape d_out"]:
+        """What the codes write, in the units of the model; ``x`` is for wirings that pass input through."""
+        y = sparse_decode(codes.offsets, codes.indices, codes.values, self.atoms.rows()) + self.b_dec
+        if self.wiring.skip is not None:
+            if x is None:
+                raise SaekitError("x is not given, and this dictionary passes its input on; decode(codes, x)")
+            y = y + self.read(x) @ self.wiring.skip.T
+        return self.norm_out.invert(y).view(*codes.shape, self.d_out)
+
+    def loss(
+        self, batch: "Float[Tensor, 'batch d_in'] | ActivationBatch", state: TrainState | None = None
+    ) -> Loss:
+        """The training loss of a batch of rows (or of the unmasked rows of an ActivationBatch)."""
+        read, target = self.wiring.split(self.rows_of(batch))
+        x, state = self.read(read), state or TrainState()
+        y = x if target is read else self.norm_out(target.to(x.dtype))
+        passed = None if self.wiring.skip is None else x @ self.wiring.skip.T
+        selected = self.select(x, state)
+        terms, forward = self.judge(x, y if passed is None else y - passed, selected, state, passed)
+        assert forward.squared is not None  # set by the term that fits the data
+        fvu = forward.squared.sum() / (y - y.mean(0)).square().sum()
+        return Loss(torch.stack(list(terms.values())).sum(), terms, selected.codes.detach(), fvu.detach())
+
+    def select(self, x: Float[Tensor, "batch d_in"], state: TrainState) -> Selected:
+        """Codes of a training batch in normalised space, with what the terms need beside them."""
+        picks = (term.picks(self.d_out) for term in self.terms.values() if hasattr(term, "picks"))
+        k_aux = max(picks, default=0)
+        n_dead = int(state.dead.sum()) if k_aux and state.dead is not None else 0
+        return self.selection.train_codes(x, self._encoder_rows(), self.b_enc, state, min(k_aux, n_dead))
+
+    def judge(
+        self, x: Float[Tensor, "batch d_in"], y: Float[Tensor, "batch d_out"], selected: Selected,
+        state: TrainState, passed: Tensor | None = None,
+    ) -> tuple[dict[str, Tensor], Forward]:  # fmt: skip
+        """The terms of the objective for a selection; ``y`` is what the features have to write."""
+        forward = Forward(
+            x, y, selected, self.atoms.rows(), self._encoder_rows(), self.b_dec, state, self.atoms.unit,
+            self.norm_out.invert, passed, self.wiring.parts_out,
+        )  # fmt: skip
+        return {name: term(forward) for name, term in self.terms.items()}, forward
+
+    def unit_weights(self) -> list[Tensor]:
+        """The weights whose rows an optimizer has to keep on the sphere."""
+        encoder = [self.encoder] if self.encoder_unit and self.encoder is not None else []
+        return [*([self.atoms.weight] if self.atoms.unit else []), *encoder]
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Restores the constraints of the weights, after the step of an optimizer that doesn't keep them."""
+        if self.mask is not None:
+            for weight in (self.atoms.weight, self.encoder):
+                if weight is not None:
+                    weight.mul_(self.mask)
+        self.atoms.after_step()
+
+    def observe(self, codes: Codes, state: TrainState) -> None:
+        """After a step: let thresholds and coefficients learn from the codes of the batch."""
+        for part in (self.selection, *self.terms.values()):
+            if hasattr(part, "observe"):
+                part.observe(codes, state)
+
+    @torch.no_grad()
+    def prepare(self, rows: Float[Tensor, "batch d_in"]) -> None:
+        """What depends on data before the first step: normalisation, atoms among data, first thresholds."""
+        if not self.normalised:
+            self.set_normalisation(rows)
+        x, y = self.wiring.split(rows.to(self.device))
+        if hasattr(self.atoms, "prepare"):
+            self.atoms.prepare(self.norm_out(y.to(self.dtype)))
+            if self.encoder is not None and self.wiring.same_space:
+                self.encoder.copy_(nn.functional.normalize(self.atoms.rows(), dim=-1))
+        if hasattr(self.selection, "prepare"):
+            self.selection.prepare(self.read(x), self._encoder_rows(), self.b_enc)
+        self.prepared.fill_(True)
+
+    @torch.no_grad()
+    def to_inference(self) -> "Rows":
+        """The same function of raw activations, with normalisation and thresholds folded into the weights.
+
+        Codes keep their values; the decoder's rows are no longer of unit norm, so atoms are free, and
+        rules that come down to a threshold per feature become a JumpReLU. A pursuit works in the
+        normalised space itself, so there nothing is folded.
+        """
+        if not self.selection.affine:
+            return copy.deepcopy(self).eval()
+        name, settings = self.config.selection
+        weight, bias, state = self._encoder_rows(), self.b_enc, self.selection.state_dict()
+        if hasattr(self.selection, "thresholds"):
+            weight, bias, threshold = self.selection.thresholds(weight, bias)
+            name, settings, state = "jumprelu", SELECTIONS["jumprelu"].Config(), {"threshold": threshold}
+        return self.folded((name, settings), weight, bias, state)
+
+    @torch.no_grad()
+    def folded(self, selection: tuple[str, Any], weight: Tensor, bias: Tensor, state: dict) -> "Rows":
+        """A dictionary of raw activations with this one's decoder and the given selection and encoder.
+
+        ``weight`` [n_features, d_in] and ``bias`` are in normalised space; ``state`` is the selection's.
+        """
+        wiring = (self.config.wiring[0], dataclasses.replace(self.config.wiring[1], normalise="none"))
+        fit = ("reconstruction", OBJECTIVES["reconstruction"].Config())
+        free = ("free", ATOMS["free"].Config())
+        folded = Rows(Config(self.n_features, wiring, selection, free, (fit,))).to(self.device)
+        assert folded.encoder is not None  # free atoms are not tied
+        encoder, shift = self.norm_in.fold(weight)
+        folded.encoder.copy_(encoder)
+        folded.b_enc.copy_(bias.double() + shift)
+        folded.selection.load_state_dict(state)
+        if hasattr(folded.selection, "fold"):
+            folded.selection.fold(self.norm_in.fold)
+        folded.atoms.weight.copy_(self.norm_out.directions(self.atoms.rows().double()))
+        folded.b_dec.copy_(self.norm_out.invert(self.b_dec.double()[None])[0])
+        if self.wiring.skip is not None:
+            skip, shift = self.norm_in.fold(self.wiring.skip)
+            folded.wiring.skip.copy_(self.norm_out.directions(skip.T).T)
+            folded.b_dec.add_(self.norm_out.directions(shift[None])[0])
+        folded.prepared.fill_(True)
+        folded.reads, folded.writes, folded.card = self.reads, self.writes, dict(self.card)
+        return folded.eval()
+
+
+def as_rows(dictionary: Dictionary, doing: str) -> Rows:
+    """The dictionary, if it is one encoder and one decoder, as ``doing`` something to its features needs."""
+    if not isinstance(dictionary, Rows):
+        raise SaekitError(
+            f"a dictionary of wiring {dictionary.config.wiring[0]!r} is made of parts, and {doing} takes one at a time; give one of its parts"
+        )
+    return dictionary

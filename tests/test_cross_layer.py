@@ -1,0 +1,149 @@
+"""Cross-layer transcoders: their diagonal case, their gradient, and a set of layers from one command."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import saekit
+from saekit.dictionaries import TrainState, calibrate, prune
+from saekit.types import Codes, SaekitError
+from tests.test_cli import saekit as command
+
+LAYERS, D, D_OUT = 3, 10, 8
+
+
+def make(**options) -> saekit.Dictionary:
+    shape = {"d_in": D, "d_out": D_OUT, "n_layers": LAYERS, "n_features": 96, "k": 9, "seed": 0}
+    return saekit.create("clt", **{**shape, **options})
+
+
+@pytest.fixture
+def pairs(rows: torch.Tensor) -> torch.Tensor:
+    """Rows of three layers' inputs, then outputs, that depend on this layer's and earlier inputs."""
+    x = rows[:, : LAYERS * D].split(D, 1)
+    outputs = [(sum(x[: layer + 1]) / (layer + 1)).abs()[:, :D_OUT] for layer in range(LAYERS)]
+    return torch.cat([*x, *outputs], 1)
+
+
+def test_a_diagonal_one_equals_its_transcoders(pairs: torch.Tensor) -> None:
+    x, y = pairs.split((LAYERS * D, LAYERS * D_OUT), 1)
+    inputs, outputs = x.split(D, 1), y.split(D_OUT, 1)
+    singles = []
+    for layer in range(LAYERS):
+        one = saekit.create("transcoder", d_in=D, d_out=D_OUT, n_features=32, k=3, seed=layer, atoms="free")
+        saekit.train(one, (inputs[layer], outputs[layer]), steps=20, batch_size=256, lr=2e-3)
+        singles.append(one)
+    d = make(atoms="free")
+    d.set_normalisation(pairs)
+    with torch.no_grad():
+        for layer, (part, one) in enumerate(zip(d.parts, singles, strict=True)):
+            part.encoder.copy_(one.encoder)
+            part.b_enc.copy_(one.b_enc)
+            part.atoms.weight.zero_()[:, :D_OUT] = one.W_dec
+            d.b_dec[layer * D_OUT : (layer + 1) * D_OUT] = one.b_dec
+        d.norm_in.load_state_dict(make().norm_in.state_dict())
+        d.set_normalisation(pairs)
+        for layer, one in enumerate(singles):  # those of the transcoders come from fewer batches
+            one.norm_in, one.norm_out = d.norm_in.some(layer, layer + 1), d.norm_out.some(layer, layer + 1)
+    torch.testing.assert_close(
+        d(x), torch.cat([one(x_) for one, x_ in zip(singles, inputs, strict=True)], 1), rtol=1e-5, atol=1e-5
+    )
+    codes = Codes.beside([one.encode(x_) for one, x_ in zip(singles, inputs, strict=True)])
+    torch.testing.assert_close(d.encode(x).to_dense(), codes.to_dense(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("selection", ["topk", "batchtopk", "jumprelu", "relu"])
+def test_its_gradient_is_that_of_the_summed_error(selection: str, pairs: torch.Tensor) -> None:
+    options = {"objective": ("reconstruction",)}
+    if selection in ("jumprelu", "relu"):
+        d = saekit.create("clt", d_in=D, d_out=D_OUT, n_layers=LAYERS, n_features=96, selection=selection, **options)  # fmt: skip
+    else:
+        d = make(selection=selection, **options)
+    d.prepare(pairs)
+    batch = pairs[:200]
+    loss = d.loss(batch)
+    loss.total.backward()
+    mine = {name: p.grad.clone() for name, p in d.named_parameters() if p.grad is not None}
+    d.zero_grad()
+    x, y = d.norm_in(batch[:, : LAYERS * D]).split(D, 1), d.norm_out(batch[:, LAYERS * D :])
+    state = TrainState()
+    hat = d.b_dec.expand(len(batch), -1)
+    for layer, part in enumerate(d.parts):
+        codes = part.select(x[layer].contiguous(), state).codes.to_dense()
+        hat = hat + torch.nn.functional.pad(codes @ part.W_dec, (layer * D_OUT, 0))
+    error = (hat - y).square().sum(1).mean()
+    torch.testing.assert_close(loss.total, error, rtol=1e-4, atol=1e-4)
+    error.backward()
+    for name, p in d.named_parameters():
+        if p.requires_grad and p.grad is not None:
+            torch.testing.assert_close(mine[name], p.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_of_one_layer_it_is_a_transcoder(pairs: torch.Tensor) -> None:
+    rows = torch.cat([pairs[:, :D], pairs[:, LAYERS * D : LAYERS * D + D_OUT]], 1)
+    one = make(n_layers=1)
+    two = saekit.create("transcoder", d_in=D, d_out=D_OUT, n_features=96, k=9, seed=0)
+    for d in (one, two):
+        saekit.train(d, rows, steps=30, batch_size=256, lr=2e-3)
+    torch.testing.assert_close(one(rows[:, :D]), two(rows[:, :D]), rtol=1e-4, atol=1e-4)
+
+
+def test_it_beats_per_layer_transcoders_where_layers_repeat_each_other(pairs: torch.Tensor) -> None:
+    x, y = pairs.split((LAYERS * D, LAYERS * D_OUT), 1)
+    d = make()
+    saekit.train(d, pairs, steps=400, batch_size=256, lr=3e-3)
+    errors = 0.0
+    for layer in range(LAYERS):
+        one = saekit.create("transcoder", d_in=D, d_out=D_OUT, n_features=32, k=3, seed=layer)
+        mine = (x.split(D, 1)[layer], y.split(D_OUT, 1)[layer])
+        saekit.train(one, mine, steps=400, batch_size=256, lr=3e-3)
+        errors += (one(mine[0]) - mine[1]).square().sum().item()
+    assert (d(x) - y).square().sum().item() < errors
+
+
+def test_codes_of_parts_are_put_together_and_taken_apart() -> None:
+    g = torch.Generator().manual_seed(0)
+    dense = [torch.rand(7, n, generator=g) * (torch.rand(7, n, generator=g) < 0.4) for n in (5, 3, 4)]
+    parts = [Codes.from_dense(d) for d in dense]
+    whole = Codes.beside(parts)
+    assert torch.equal(whole.to_dense(), torch.cat(dense, 1))
+    for (first, stop), d in zip(((0, 5), (5, 8), (8, 12)), dense, strict=True):
+        assert torch.equal(whole.part(first, stop).to_dense(), d)
+
+
+def test_bad_layers_are_refused(pairs: torch.Tensor) -> None:
+    for options, words in (
+        ({"n_features": 97}, "can't be shared out among 3 layers"),
+        ({"k": 8}, "k = 8 can't be shared out among 3 layers"),
+        ({"n_layers": 0}, "n_layers = 0 must be at least 1"),
+        ({"normalise": "whiten"}, "would mix the layers"),
+        ({"atoms": "tied"}, "writes another space"),
+        ({"objective": ("reconstruction", "mutual")}, "has one for each layer"),
+    ):
+        with pytest.raises(SaekitError, match=words):
+            make(**options)
+    with pytest.raises(SaekitError, match="width 20 is not"):
+        saekit.train(make(), pairs[:, :20], steps=1, batch_size=8)
+    with pytest.raises(SaekitError, match="is made of parts"):
+        prune(make(), torch.ones(96, dtype=torch.bool))
+    with pytest.raises(SaekitError, match="is made of parts"):
+        calibrate(make(), pairs[:, : LAYERS * D], 3)
+    wiring = make().wiring
+    with pytest.raises(SaekitError, match="reads as many hook points as it writes"):
+        wiring.sites(["a:in", "b:in", "a:out"])
+    with pytest.raises(SaekitError, match="needs layers of one width"):
+        wiring.shape([4, 5], [4, 4])
+    assert wiring.sites(["blocks.0.mlp", "blocks.1.mlp"])[1] == ("blocks.0.mlp:out", "blocks.1.mlp:out")
+
+
+def test_one_command_trains_one_over_all_layers(tmp_path: Path) -> None:
+    train = ("train", "clt", "--n-features", "256", "--k", "16", "--steps", "3", "--batch-size", "256")
+    done = command(*train, "--hook-points", "blocks.*.mlp", "--out", str(tmp_path / "clt"))
+    assert done.returncode == 0, done.stderr
+    d = saekit.load(tmp_path / "clt")
+    assert d.reads == tuple(f"blocks.{i}.mlp:in" for i in range(4)) and d.n_features == 256
+    report = saekit.evaluate(d, "code-lm", "stdlib", tokens=1024)
+    assert float(report["l0"]) <= 16 and "random" in report["ce_recovered"].control
+    bad = command(*train[:4], "--k", "7", "--hook-points", "blocks.*.mlp", "--out", str(tmp_path / "bad"))
+    assert bad.returncode == 2 and "can't be shared out" in bad.stderr and not (tmp_path / "bad").exists()
