@@ -26,40 +26,40 @@ def pairs(rows: torch.Tensor) -> torch.Tensor:
     return torch.cat([*x, *outputs], 1)
 
 
-def test_a_diagonal_one_equals_its_transcoders(pairs: torch.Tensor) -> None:
+@pytest.mark.parametrize("reach", [None, 1])
+def test_a_diagonal_one_equals_its_transcoders(reach: int | None, pairs: torch.Tensor) -> None:
     x, y = pairs.split((LAYERS * D, LAYERS * D_OUT), 1)
     inputs, outputs = x.split(D, 1), y.split(D_OUT, 1)
+    d = make(atoms="free", reach=reach)
+    d.set_normalisation(pairs)
     singles = []
-    for layer in range(LAYERS):
+    for layer, part in enumerate(d.parts):
         one = saekit.create("transcoder", d_in=D, d_out=D_OUT, n_features=32, k=3, seed=layer, atoms="free")
         saekit.train(one, (inputs[layer], outputs[layer]), steps=20, batch_size=256, lr=2e-3)
-        singles.append(one)
-    d = make(atoms="free")
-    d.set_normalisation(pairs)
-    with torch.no_grad():
-        for layer, (part, one) in enumerate(zip(d.parts, singles, strict=True)):
+        # those of the transcoders come from fewer rows
+        one.norm_in, one.norm_out = d.norm_in.some(layer, layer + 1), d.norm_out.some(layer, layer + 1)
+        with torch.no_grad():
             part.encoder.copy_(one.encoder)
             part.b_enc.copy_(one.b_enc)
             part.atoms.weight.zero_()[:, :D_OUT] = one.W_dec
             d.b_dec[layer * D_OUT : (layer + 1) * D_OUT] = one.b_dec
-        d.norm_in.load_state_dict(make().norm_in.state_dict())
-        d.set_normalisation(pairs)
-        for layer, one in enumerate(singles):  # those of the transcoders come from fewer batches
-            one.norm_in, one.norm_out = d.norm_in.some(layer, layer + 1), d.norm_out.some(layer, layer + 1)
-    torch.testing.assert_close(
-        d(x), torch.cat([one(x_) for one, x_ in zip(singles, inputs, strict=True)], 1), rtol=1e-5, atol=1e-5
-    )
+        singles.append(one)
+    theirs = torch.cat([one(x_) for one, x_ in zip(singles, inputs, strict=True)], 1)
+    torch.testing.assert_close(d(x), theirs, rtol=1e-5, atol=1e-5)
     codes = Codes.beside([one.encode(x_) for one, x_ in zip(singles, inputs, strict=True)])
     torch.testing.assert_close(d.encode(x).to_dense(), codes.to_dense(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("reach", [None, 1, 2])
 @pytest.mark.parametrize("selection", ["topk", "batchtopk", "jumprelu", "relu"])
-def test_its_gradient_is_that_of_the_summed_error(selection: str, pairs: torch.Tensor) -> None:
+def test_its_gradient_is_that_of_the_summed_error(
+    selection: str, reach: int | None, pairs: torch.Tensor
+) -> None:
     options = {"objective": ("reconstruction",)}
     if selection in ("jumprelu", "relu"):
-        d = saekit.create("clt", d_in=D, d_out=D_OUT, n_layers=LAYERS, n_features=96, selection=selection, **options)  # fmt: skip
+        d = saekit.create("clt", d_in=D, d_out=D_OUT, n_layers=LAYERS, n_features=96, selection=selection, reach=reach, **options)  # fmt: skip
     else:
-        d = make(selection=selection, **options)
+        d = make(selection=selection, reach=reach, **options)
     d.prepare(pairs)
     batch = pairs[:200]
     loss = d.loss(batch)
@@ -71,7 +71,9 @@ def test_its_gradient_is_that_of_the_summed_error(selection: str, pairs: torch.T
     hat = d.b_dec.expand(len(batch), -1)
     for layer, part in enumerate(d.parts):
         codes = part.select(x[layer].contiguous(), state).codes.to_dense()
-        hat = hat + torch.nn.functional.pad(codes @ part.W_dec, (layer * D_OUT, 0))
+        first, stop = d.wiring.written(layer)
+        behind = (LAYERS - stop) * D_OUT
+        hat = hat + torch.nn.functional.pad(codes @ part.W_dec, (first * D_OUT, behind))
     error = (hat - y).square().sum(1).mean()
     torch.testing.assert_close(loss.total, error, rtol=1e-4, atol=1e-4)
     error.backward()

@@ -30,8 +30,8 @@ class CrossLayer(Dictionary):
     """A transcoder for each layer that writes to all later ones too.
 
     ``parts[l]`` is the transcoder of layer l, in normalised space: it reads layer l and writes the layers l,
-    l + 1, ... side by side. Features are counted through, layer by layer. The bias of the output is that of
-    the first part, which writes to all layers.
+    l + 1, ... side by side. Features are counted through, layer by layer. ``b_dec`` is the one bias of the
+    output; those of the parts stay 0.
     """
 
     mask = None
@@ -47,13 +47,9 @@ class CrossLayer(Dictionary):
         self.layers: int = self.wiring.layers
         parts = [Rows(_part(config, layer), seed + layer) for layer in range(self.layers)]
         self.parts = nn.ModuleList(parts)
-        for part in parts[1:]:
+        for part in parts:
             part.b_dec.requires_grad_(False)
-
-    @property
-    def b_dec(self) -> Tensor:
-        """The bias of the output, in normalised space."""
-        return self.parts[0].b_dec
+        self.b_dec = nn.Parameter(torch.zeros(self.d_out), requires_grad=parts[0].b_enc.requires_grad)
 
     @property
     def atoms(self) -> Any:
@@ -73,9 +69,10 @@ class CrossLayer(Dictionary):
     @property
     def W_dec(self) -> Float[Tensor, "feature d_out"]:
         """Decoder weights in normalised space, dense: zero where an earlier layer is written. For small ones."""
-        step = self.d_out // self.layers
-        rows = [nn.functional.pad(part.W_dec, (i * step, 0)) for i, part in enumerate(self.parts)]
-        return torch.cat(rows)
+        places = map(self._columns, range(self.layers))
+        pairs = zip(self.parts, places, strict=True)
+        pad = nn.functional.pad
+        return torch.cat([pad(part.W_dec, (at.start, self.d_out - at.stop)) for part, at in pairs])
 
     @property
     def W_enc(self) -> Float[Tensor, "d_in feature"]:
@@ -85,9 +82,10 @@ class CrossLayer(Dictionary):
     def _layers(self, x: Tensor) -> tuple[Tensor, ...]:
         return self.read(x).split(self.wiring.parts_in, 1)
 
-    def _from(self, layer: int) -> slice:
-        """The columns that a layer's part writes to."""
-        return slice(layer * (self.d_out // self.layers), None)
+    def _columns(self, layer: int) -> slice:
+        """The columns of the output that a layer's part writes to."""
+        first, stop = self.wiring.written(layer)
+        return slice(sum(self.wiring.parts_out[:first]), sum(self.wiring.parts_out[:stop]))
 
     def _features(self, layer: int) -> tuple[int, int]:
         each = self.n_features // self.layers
@@ -111,13 +109,13 @@ class CrossLayer(Dictionary):
         """What the layers' codes write together, without the bias."""
         y = self.b_dec.new_zeros(shares[0].rows, self.d_out)
         for layer, (part, c) in enumerate(zip(self.parts, shares, strict=True)):
-            y[:, self._from(layer)] += sparse_decode(c.offsets, c.indices, c.values, part.W_dec)
+            y[:, self._columns(layer)] += sparse_decode(c.offsets, c.indices, c.values, part.W_dec)
         return y
 
     def loss(
         self, batch: "Float[Tensor, 'batch columns'] | ActivationBatch", state: TrainState | None = None
     ) -> Loss:
-        """The training loss; the value of the term that fits is that of the first part, which sees every layer."""
+        """The training loss; the value of the term that fits is the squared error of the summed output."""
         read, target = self.wiring.split(self.rows_of(batch))
         state = state or TrainState()
         inputs, y = self._layers(read), self.norm_out(target.to(self.dtype))
@@ -126,17 +124,17 @@ class CrossLayer(Dictionary):
         chosen = [part.select(x.contiguous(), s) for part, x, s in pairs]
         with torch.no_grad():
             error = self._sum([c.codes for c in chosen]) + self.b_dec - y
-        terms: dict[str, Tensor] = {}
         fit = self.config.objective[0][0]
+        terms: dict[str, Tensor] = {fit: (error + self.b_dec - self.b_dec.detach()).square().sum(1).mean()}
         for layer, ((part, x, s), selected) in enumerate(zip(pairs, chosen, strict=True)):
             c = selected.codes.detach()
             with torch.no_grad():  # what the other parts leave of the target for this one
-                left = sparse_decode(c.offsets, c.indices, c.values, part.W_dec) + part.b_dec
-                left -= error[:, self._from(layer)]
+                left = sparse_decode(c.offsets, c.indices, c.values, part.W_dec)
+                left -= error[:, self._columns(layer)]
             mine, _ = part.judge(x, left, selected, s)
             for name, term in mine.items():
-                # the errors of the later parts are counted in the first one's: theirs only teach
-                term = term - term.detach() if layer and name == fit else term
+                # a part's own error is counted already: it only teaches
+                term = term - term.detach() if name == fit else term
                 terms[name] = terms[name] + term if name in terms else term
         fvu = error.square().sum() / (y - y.mean(0)).square().sum()
         codes = Codes.beside([c.codes.detach() for c in chosen])
@@ -168,7 +166,7 @@ class CrossLayer(Dictionary):
         read, target = self.wiring.split(rows.to(self.device))
         y = self.norm_out(target.to(self.dtype))
         for layer, (part, x) in enumerate(zip(self.parts, self._layers(read), strict=True)):
-            part.prepare(torch.cat([x, y[:, self._from(layer)]], 1))
+            part.prepare(torch.cat([x, y[:, self._columns(layer)]], 1))
         self.prepared.fill_(True)
 
     @torch.no_grad()
@@ -178,12 +176,11 @@ class CrossLayer(Dictionary):
         for layer, part in enumerate(self.parts):
             whole = copy.deepcopy(part)
             whole.norm_in = self.norm_in.some(layer, layer + 1)
-            whole.norm_out = self.norm_out.some(layer, self.layers)
+            whole.norm_out = self.norm_out.some(*self.wiring.written(layer))
             folded = whole.to_inference()
             if not folded.selection.affine:  # a pursuit works in normalised space: nothing is folded
                 return copy.deepcopy(self).eval()
-            if layer:
-                folded.b_dec.zero_()  # the mean is written once, by the first part
+            folded.b_dec.zero_()  # the mean is written once, by the whole's bias
             parts.append(folded)
         one = parts[0].config
         name, settings = self.config.wiring
@@ -194,6 +191,7 @@ class CrossLayer(Dictionary):
         out = CrossLayer(config, self.seed).to(self.device)
         for mine, folded in zip(out.parts, parts, strict=True):
             mine.load_state_dict(folded.state_dict())
+        out.b_dec.copy_(self.norm_out.invert(self.b_dec.double()[None])[0])
         out.prepared.fill_(True)
         out.reads, out.writes, out.card = self.reads, self.writes, dict(self.card)
         return out.eval()
@@ -202,7 +200,7 @@ class CrossLayer(Dictionary):
 def _part(config: Config, layer: int) -> Config:
     """The config of one layer's part: its share of the features and of k, writing from its layer on."""
     w = config.wiring[1]
-    d_out = (w.d_out or w.d_in) * (w.n_layers - layer)
+    d_out = (w.d_out or w.d_in) * min(w.reach or w.n_layers, w.n_layers - layer)
     transcoder = WIRINGS["transcoder"].Config(d_in=w.d_in, d_out=d_out, normalise="none")
 
     def share(choice: tuple[str, Any]) -> tuple[str, Any]:

@@ -26,6 +26,7 @@ PAPERS = Registry(
         "sparse-but-wrong": "saekit.papers.sparse_but_wrong:reproduce",
         "end-to-end": "saekit.papers.end_to_end:reproduce",
         "crosscoder": "saekit.papers.crosscoder:reproduce",
+        "cross-layer-transcoder": "saekit.papers.cross_layer_transcoder:reproduce",
         "mutual-regularisation": "saekit.papers.mutual_regularisation:reproduce",
     },
 )

@@ -17,17 +17,19 @@ from saekit.types import SaekitError
 class CrossLayerConfig:
     """``n_layers`` layers of widths ``d_in`` and ``d_out`` (None: the same).
 
-    The dictionary's ``n_features`` and ``k`` are totals, shared out equally among the layers. ``normalise``:
+    The dictionary's ``n_features`` and ``k`` are totals, shared out equally among the layers. ``reach``: how
+    many layers a feature writes to, from its own on; None for all, 1 for per-layer transcoders. ``normalise``:
     "scale" (centred, one scale for each layer's input and output), "centre" or "none".
     """
 
     d_in: int
     n_layers: int
     d_out: int | None = None
+    reach: int | None = None
     normalise: str = "scale"
 
     def __post_init__(self):
-        for name in ("d_in", "n_layers", "d_out"):
+        for name in ("d_in", "n_layers", "d_out", "reach"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SaekitError(f"{name} = {value} must be at least 1")
@@ -55,6 +57,7 @@ class CrossLayerWiring(nn.Module):
     def __init__(self, config: CrossLayerConfig):
         super().__init__()
         self.layers, d_out = config.n_layers, config.d_out or config.d_in
+        self.reach = min(config.reach or self.layers, self.layers)
         self.parts_in, self.parts_out = (config.d_in,) * self.layers, (d_out,) * self.layers
         self.d_in, self.d_out = sum(self.parts_in), sum(self.parts_out)
         self.columns = self.d_in + self.d_out
@@ -70,6 +73,10 @@ class CrossLayerWiring(nn.Module):
                 f"the layers read {', '.join(map(str, reads))} and write {', '.join(map(str, writes))} columns: a cross-layer transcoder needs layers of one width"
             )
         return {"d_in": reads[0], "n_layers": len(reads), "d_out": writes[0]}
+
+    def written(self, layer: int) -> tuple[int, int]:
+        """The layers that a layer's features write to: from the first, up to the second."""
+        return layer, min(layer + self.reach, self.layers)
 
     @staticmethod
     def mask(n_features: int) -> None:
