@@ -26,6 +26,7 @@ TRAINED = [name for name in ATOMS if ATOMS[name].trained]
 FACTORS = (list(SELECTIONS), TRAINED, FITS, PENALTIES, NORMALISE, list(WIRINGS))
 WIDTHS: dict[str, dict[str, Any]] = {
     "autoencoder": {"d_in": 16},
+    "cross_layer": {"d_in": 8, "n_layers": 2, "d_out": 6},
     "crosscoder": {"d_in": (6, 10), "dedicated": (4, 8)},
     "transcoder": {"d_in": 16, "d_out": 12, "skip": True},
 }
@@ -51,7 +52,11 @@ def meaningful(selection: str, atoms: str, fit: str, penalty: str, normalise: st
         return False
     if wiring == "crosscoder" and (normalise == "whiten" or atoms == "archetypal"):
         return False  # whitening mixes sources; a hull has no corner for one source alone
-    if wiring == "transcoder" and (atoms == "tied" or selection == "omp"):  # one space for both ways
+    if wiring == "cross_layer" and (normalise == "whiten" or penalty == "mutual"):
+        return False  # whitening mixes layers; each layer has a decoder of its own
+    if wiring in ("transcoder", "cross_layer") and (
+        atoms == "tied" or selection == "omp"
+    ):  # one space for both ways
         return False
     if selection == "omp" and (atoms != "tied" or penalty in ("l1", "tanh", "p_annealed")):
         return False
@@ -74,7 +79,8 @@ def columns(combination: Combination, rows: torch.Tensor) -> torch.Tensor:
     """Rows of training data: for a transcoder the target is a map of what is read, of another width."""
     if combination[3] == "tanh":
         rows = rows / 20  # of codes as large as these, unnormalised, it has levelled off
-    return torch.cat([rows, rows[:, 4:].abs()], 1) if combination[5] == "transcoder" else rows
+    two = combination[5] in ("transcoder", "cross_layer")
+    return torch.cat([rows, rows[:, 4:].abs()], 1) if two else rows
 
 
 def pairwise() -> list[Combination]:
@@ -128,6 +134,6 @@ def test_a_meaningless_combination_is_refused_with_its_reason() -> None:
         else:
             with pytest.raises(
                 SaekitError,
-                match=f"objective '.*' with selection '{c[0]}'|selection 'omp' sends|atoms 'tied' read by|moves atoms|would cut them",
+                match=f"objective '.*' with selection '{c[0]}'|selection 'omp' sends|atoms 'tied' read by|moves atoms|would cut them|has one for each layer",
             ):
                 make(*c)
