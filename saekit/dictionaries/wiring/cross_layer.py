@@ -6,10 +6,10 @@ Ameisen et al. and Lindsey et al. 2025 (transformer-circuits.pub). A per-layer t
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
 from saekit.dictionaries.normalisation import check_kind
+from saekit.dictionaries.wiring.transcoder import Transcoder
 from saekit.types import SaekitError
 
 
@@ -99,13 +99,5 @@ class CrossLayerWiring(nn.Module):
             )
         return reads, writes
 
-    @staticmethod
-    def points(reads: Sequence[str], writes: Sequence[str]) -> tuple[str, ...]:
-        """The hook points whose columns make a row of training data."""
-        return (*reads, *writes)
-
-    def split(
-        self, rows: Float[Tensor, "batch columns"]
-    ) -> tuple[Float[Tensor, "batch d_in"], Float[Tensor, "batch d_out"]]:
-        """What is encoded, and what the output is compared with."""
-        return rows[:, : self.d_in], rows[:, self.d_in :]
+    points = staticmethod(Transcoder.points)
+    split = Transcoder.split

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from saekit.dictionaries.normalisation import check_kind
+from saekit.dictionaries.wiring.autoencoder import Autoencoder
 from saekit.types import SaekitError
 
 
@@ -78,16 +79,8 @@ class Crosscoder(nn.Module):
         """``(reads, writes)``: all hook points given, for both."""
         return tuple(hook_points), tuple(hook_points)
 
-    @staticmethod
-    def points(reads: Sequence[str], writes: Sequence[str]) -> tuple[str, ...]:
-        """The hook points whose columns make a row of training data."""
-        return tuple(reads)
-
-    def split(
-        self, rows: Float[Tensor, "batch columns"]
-    ) -> tuple[Float[Tensor, "batch d_in"], Float[Tensor, "batch d_out"]]:
-        """What is encoded, and what the output is compared with; the same tensor."""
-        return rows, rows
+    points = staticmethod(Autoencoder.points)
+    split = Autoencoder.split
 
     def mask(self, n_features: int) -> Bool[Tensor, "feature d_in"] | None:
         """Which columns each feature may read and write; None where no feature is dedicated."""
