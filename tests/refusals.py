@@ -34,11 +34,11 @@ def refusal(argv: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capt
     return sentence(out, err, seconds)
 
 
-def sentence(out: str, err: str, seconds: float) -> str:
+def sentence(out: str, err: str, seconds: float, limit: float = LIMIT) -> str:
     """The text of an error that is one line, on stderr, in time."""
     assert out == ""
     assert err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1, err
-    assert seconds < LIMIT, (seconds, err)
+    assert seconds < limit, (seconds, err)
     assert "Traceback" not in err
     return err.removeprefix("error: ").strip()
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from refusals import EVAL, HARVEST, POINT, TRAIN, leftovers, refusal, sentence, swap
+from refusals import EVAL, HARVEST, LIMIT, POINT, TRAIN, leftovers, refusal, sentence, swap
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -141,7 +141,20 @@ def finish(process: subprocess.Popen[str], began: float) -> tuple[str, str, floa
     return out, err, seconds
 
 
-def test_processes_answer_in_under_five_seconds_imports_included(here: Path, good: Path) -> None:
+@pytest.fixture(scope="module")
+def limit() -> float:
+    """Five seconds; on a machine that takes longer than three for the libraries alone, two more than those."""
+    began = time.monotonic()
+    libraries = subprocess.Popen(
+        [sys.executable, "-P", "-c", "import torch, transformers.models.gpt2.modeling_gpt2"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    return max(LIMIT, finish(libraries, began)[2] + 2)
+
+
+def test_processes_answer_in_under_five_seconds_imports_included(
+    here: Path, good: Path, limit: float
+) -> None:
     out = str(here / "out")
     cases = [
         (["harvest", "nosuch/model", "--hook-point", "x", "--out", out], {"HF_HUB_OFFLINE": "0"}, ["'nosuch/model'", "the hub answers"]),
@@ -152,7 +165,7 @@ def test_processes_answer_in_under_five_seconds_imports_included(here: Path, goo
     for argv, environment, words in cases:
         began = time.monotonic()
         process = command(*argv, **environment)
-        said = sentence(*finish(process, began))
+        said = sentence(*finish(process, began), limit=limit)
         assert process.returncode == 2
         for word in words:
             assert word in said, (word, said)

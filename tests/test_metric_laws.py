@@ -9,6 +9,7 @@ import torch
 
 import saekit
 from saekit import metrics
+from saekit.dictionaries.rows import Rows
 from saekit.evaluate import evaluate
 from saekit.evaluate.core import UNITS, controls_for
 from saekit.hooks import intervene
@@ -140,11 +141,11 @@ def test_more_documents_than_are_kept_apart(trained, tiny_gpt2, monkeypatch: pyt
     assert found.about["documents"] == 40 and found["fvu"].interval and found["kl"].interval
 
 
-class _Stub(saekit.Dictionary):
+class _Stub(Rows):
     """A dictionary whose reconstruction is a given function: for the laws of the evaluation itself."""
 
     def __init__(self, base: saekit.Dictionary, function) -> None:
-        super().__init__(base.config)
+        super().__init__(base.config, seed=0)
         self.reads, self.function = base.reads, function
 
     def decode(self, codes, x=None):
