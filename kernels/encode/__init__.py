@@ -4,6 +4,9 @@ Gradients flow through the selected entries only, so all of them are sparse. Sel
 fp32 dot products exactly, with exact ties to the lowest index. ``shortlist="bf16"`` makes the CPU's
 matrix unit find the candidates, which changes the time and not the result; ``"auto"`` does so where
 the CPU has one.
+
+x may be [rows, blocks, d_in]: then the features are shared out evenly among the blocks, in order, and each
+reads its own block's columns. Groups are shared out among the blocks too.
 """
 
 import torch
@@ -11,6 +14,7 @@ from torch import Tensor
 
 from saekit.kernels import checks
 from saekit.kernels.backend import run
+from saekit.kernels.encode import blocks
 from saekit.kernels.factors import collector
 from saekit.kernels.product import _decode, feature_sums, weight_gradient
 
@@ -70,7 +74,7 @@ def _(x, weight, bias, lower, shortlist):
     return _fake_csr(x, torch.library.get_ctx().new_dynamic_size())
 
 
-def _gradients(ctx, x, weight, entries):
+def gradients(ctx, x, weight, entries):
     """Gradients of x, weight and bias from entries ``(offsets, indices, gradients)`` of u."""
     grad_x = grad_weight = grad_bias = None
     n = weight.shape[0]
@@ -103,7 +107,7 @@ def _backward_topk(ctx, grad, _, grad_aux, __):
         for i, g in ((indices, grad), (aux_indices, grad_aux))
         if g is not None and i.shape[1]
     ]
-    return *_gradients(ctx, x, weight, entries), None, None, None, None, None, None
+    return *gradients(ctx, x, weight, entries), None, None, None, None, None, None
 
 
 def _setup_rows(ctx, inputs, output):
@@ -118,7 +122,7 @@ def _setup_rows(ctx, inputs, output):
 def _backward_rows(ctx, grad, *_):
     x, weight, offsets, indices = ctx.saved_tensors
     entries = [] if grad is None else [(offsets, indices, grad.contiguous())]
-    return *_gradients(ctx, x, weight, entries), None, None
+    return *gradients(ctx, x, weight, entries), None, None
 
 
 _topk.register_autograd(_backward_topk, setup_context=_setup_topk)
@@ -128,7 +132,10 @@ _threshold.register_autograd(_backward_rows, setup_context=_setup_rows)
 
 def _check(x, weight, bias, shortlist):
     checks.matrix("weight", weight)
-    checks.matrix("x", x, weight.shape[1])
+    if x.ndim == 3:
+        checks.matrix("x", x.flatten(1), x.shape[1] * weight.shape[1])
+    else:
+        checks.matrix("x", x, weight.shape[1])
     checks.vector("bias", bias, weight.shape[0])
     checks.alike(x=x, weight=weight, bias=bias)
     if shortlist not in SHORTLISTS:
@@ -168,7 +175,33 @@ def _topk_call(x, weight, bias, k, groups, absolute, dead, k_aux, shortlist):
         raise ValueError(f"groups = {groups} doesn't divide n_features = {n}")
     checks.count("k", k, n // groups, "n_features" if groups == 1 else "n_features / groups")
     dead = None if dead is None else dead.contiguous()
+    if x.ndim == 3:
+        return _topk_blocks(x, weight, bias, k, groups, absolute, dead, k_aux, shortlist)
     return _topk(x, weight, bias, k, n // groups, absolute, dead, k_aux, shortlist)
+
+
+def _topk_blocks(x, weight, bias, k, groups, absolute, dead, k_aux, shortlist):
+    each, over = divmod(groups, x.shape[1])
+    if groups > 1 and over:
+        raise ValueError(f"groups = {groups} can't be shared out among {x.shape[1]} blocks of x")
+    found, aux = [], []
+    for first, own, w, b, d in blocks.parts(x, weight, bias, dead):
+        n = len(w)
+        values, indices, aux_values, aux_indices = _topk(
+            own, w, b, min(k, n), n if groups == 1 else n // each, absolute, d, min(k_aux, n), shortlist
+        )
+        found.append((values, indices + first))
+        aux.append((aux_values, aux_indices + first))
+    out = []
+    for parts, most in ((found, k * groups), (aux, k_aux)):
+        # groups stand side by side in the order of the features; without them the blocks compete
+        values, indices = (
+            (torch.cat(side, 1) for side in zip(*parts, strict=True))
+            if groups > 1 and parts is found
+            else blocks.ranked(parts, most, absolute)
+        )
+        out += [blocks.attached(x, weight, bias, indices, values), indices]
+    return tuple(out)
 
 
 def batchtopk_encode(x, weight, bias, k, *, shortlist="auto"):
@@ -179,6 +212,12 @@ def batchtopk_encode(x, weight, bias, k, *, shortlist="auto"):
     """
     x, weight, bias = _check(x, weight, bias, shortlist)
     checks.count("k", k, weight.shape[0], "n_features")
+    if x.ndim == 3:
+        found = []
+        for first, own, w, b in blocks.parts(x, weight, bias):
+            values, offsets, indices = _batchtopk(own, w, b, min(k, len(w)), shortlist)
+            found.append((offsets, indices + first, values))
+        return _joined(x, weight, bias, found, k * len(x))
     values, offsets, indices = _batchtopk(x, weight, bias, k, shortlist)
     return offsets, indices, values
 
@@ -193,5 +232,21 @@ def threshold_encode(x, weight, bias, lower, *, shortlist="auto"):
     checks.vector("lower", lower, weight.shape[0])
     checks.alike(weight=weight, lower=lower)
     checks.finite(lower, lower=lower)
+    if x.ndim == 3:
+        found = []
+        for first, own, w, b, low in blocks.parts(x, weight, bias, lower):
+            values, offsets, indices = _threshold(own, w, b, low, shortlist)
+            found.append((offsets, indices + first, values))
+        return _joined(x, weight, bias, found)
     values, offsets, indices = _threshold(x, weight, bias, lower.detach().contiguous(), shortlist)
     return offsets, indices, values
+
+
+def _joined(x, weight, bias, found, most=None):
+    """``(offsets, indices, values)`` of the entries of all blocks, or of the ``most`` largest of them."""
+    rows, indices, values = blocks.in_rows(found)
+    if most is not None and most < len(values):
+        kept = values.argsort(descending=True, stable=True)[:most].sort().values
+        rows, indices, values = rows[kept], indices[kept], values[kept]
+    values = blocks.Entries.apply(x, weight, bias, rows, indices, values)
+    return blocks.offsets_of(rows, len(x)), indices, values

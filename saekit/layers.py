@@ -1,0 +1,134 @@
+"""Layers of models taken apart into records of tensors: what a dictionary that stands in for one begins from."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saekit.attention import Attention, PatternConfig, Patterns
+from saekit.hooks import capture
+from saekit.models import Model, load_model
+from saekit.types import SaekitError
+
+PROBE = 24  # positions of random tokens on which a record is compared with its layer
+MOST = 512  # and at most, to see past a window
+TOLERANCE = 1e-3  # of the output's norm
+
+
+def _record(
+    q: tuple[Tensor, Tensor | None], k: tuple[Tensor, Tensor | None], v: tuple[Tensor, Tensor | None],
+    o: tuple[Tensor, Tensor | None], d_head: int, frequencies: Tensor | None = None, norms: Any = (), **options: Any,
+) -> Attention:  # fmt: skip
+    """A record of projections ``(weight [out, in], bias)``."""
+    (w_q, w_k, w_v), d_in = (w.detach().unflatten(0, (-1, d_head)) for w, _ in (q, k, v)), q[0].shape[1]
+    b_q, b_k, b_v = (
+        torch.zeros(w.shape[:2]) if b is None else b.detach().view(w.shape[:2])
+        for w, b in ((w_q, q[1]), (w_k, k[1]), (w_v, v[1]))
+    )
+    rotary = 0 if frequencies is None else 2 * len(frequencies)
+    patterns = Patterns(
+        PatternConfig(d_in, len(w_q), d_head, len(w_k), rotary=rotary, qk_norm=bool(norms), **options)
+    )
+    turns = torch.zeros(0) if frequencies is None else frequencies
+    given = {"W_Q": w_q, "b_Q": b_q, "W_K": w_k, "b_K": b_k, "frequencies": turns}
+    given |= dict(zip(("norm_q", "norm_k"), norms, strict=False))
+    patterns.load_state_dict({name: t.detach().float().cpu() for name, t in given.items()})
+    w_o = o[0].detach().unflatten(1, (-1, d_head)).movedim(1, 0)
+    b_o = torch.zeros(len(o[0])) if o[1] is None else o[1].detach()
+    return Attention(patterns.requires_grad_(False), *(t.float().cpu() for t in (w_v, b_v, w_o, b_o)))
+
+
+def _pair(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
+    return linear.weight, linear.bias  # type: ignore[return-value]
+
+
+def _gpt2(layer: Any, model: Model) -> Attention:
+    d = layer.embed_dim
+    w, b = layer.c_attn.weight.T, layer.c_attn.bias
+    parts = [(w[i * d : (i + 1) * d], b[i * d : (i + 1) * d]) for i in range(3)]
+    scale = layer.head_dim**-0.5 if layer.scale_attn_weights else 1.0
+    if layer.scale_attn_by_inverse_layer_idx:
+        scale /= layer.layer_idx + 1
+    o = (layer.c_proj.weight.T, layer.c_proj.bias)
+    return _record(*parts, o, layer.head_dim, attn_scale=scale)
+
+
+def _llama(layer: Any, model: Model) -> Attention:
+    rotary = _rotary(model)
+    if getattr(layer, "attn_logit_softcapping", None):
+        raise AttributeError("attn_logit_softcapping")
+    norms = [getattr(layer, name).weight for name in ("q_norm", "k_norm") if hasattr(layer, name)]
+    return _record(
+        *(_pair(getattr(layer, f"{name}_proj")) for name in "qkvo"), layer.head_dim, rotary.inv_freq, norms,
+        attn_scale=layer.scaling, rotary_scale=float(rotary.attention_scaling),
+        window=getattr(layer, "sliding_window", getattr(layer.config, "sliding_window", None)),
+        eps=getattr(getattr(layer, "q_norm", None), "variance_epsilon", 1e-6),
+    )  # fmt: skip
+
+
+def _neox(layer: Any, model: Model) -> Attention:
+    rotary, d_head = _rotary(model), layer.head_size
+    w = layer.query_key_value.weight.unflatten(0, (-1, 3, d_head))
+    b = layer.query_key_value.bias
+    b = None if b is None else b.unflatten(0, (-1, 3, d_head))
+    parts = [(w[:, i].flatten(0, 1), None if b is None else b[:, i].flatten()) for i in range(3)]
+    return _record(
+        *parts, _pair(layer.dense), d_head, rotary.inv_freq,
+        attn_scale=layer.scaling, rotary_scale=float(rotary.attention_scaling),
+    )  # fmt: skip
+
+
+def _rotary(model: Model) -> Any:
+    found = [m for name, m in model.module.named_modules() if name.split(".")[-1] == "rotary_emb"]
+    if not found:
+        raise AttributeError("rotary_emb")
+    return found[0]
+
+
+FAMILIES: dict[str, Callable[[Any, Model], Attention]] = {  # by an attribute that only their layers have
+    "c_attn": _gpt2,
+    "query_key_value": _neox,
+    "q_proj": _llama,
+}
+
+
+def attention(model: "Model | str | nn.Module", hook_point: str) -> Attention:
+    """The attention layer of a model at a hook point (``blocks.1.attn``), as a record of its tensors.
+
+    Known are the layers of GPT-2, GPT-NeoX and Llama and what is built like them (biases, grouped keys,
+    rotary positions of any frequencies, norms of queries and keys, windows). The record is run on random tokens
+    beside the layer itself; an attention that computes anything else is refused.
+    """
+    model = load_model(model)
+    layer = model.site(hook_point).module
+    family = next((f for attribute, f in FAMILIES.items() if hasattr(layer, attribute)), None)
+    if family is None:
+        raise SaekitError(
+            f"{hook_point!r} of model {model.name!r} is a {type(layer).__name__}, and an attention layer is taken apart where it has {', '.join(FAMILIES)}; name the module itself, as in blocks.1.attn"
+        )
+    try:
+        record = family(layer, model)
+    except (AttributeError, RuntimeError, TypeError) as error:
+        raise SaekitError(
+            f"{hook_point!r} of model {model.name!r} is a {type(layer).__name__}, which is not built as those of GPT-2, GPT-NeoX or Llama ({error}); choose another layer"
+        ) from error
+    off = _difference(model, hook_point, record)
+    if not off < TOLERANCE:
+        raise SaekitError(
+            f"{hook_point!r} of model {model.name!r} ({type(layer).__name__}) differs by {off:.2g} of its norm from softmax attention with its weights: it computes something else (softcaps, ALiBi, sinks?); choose another layer"
+        )
+    return record
+
+
+def _difference(model: Model, hook_point: str, record: Attention) -> float:
+    """Relative error of the record on random tokens."""
+    vocabulary = model.module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    length = min(MOST, model.context or MOST, max(PROBE, (record.patterns.config.window or 0) + 8))
+    tokens = torch.randint(vocabulary, (2, length), generator=torch.Generator().manual_seed(0))
+    base = hook_point.partition(":")[0]
+    sites = {side: model.site(f"{base}:{side}") for side in ("in", "out")}
+    given = model.inputs(tokens, torch.ones_like(tokens, dtype=torch.bool))
+    found = capture(lambda: model(given), sites)
+    x, y = (found[side].float().cpu() for side in ("in", "out"))
+    return ((record(x) - y).norm() / y.norm()).item()
