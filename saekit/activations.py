@@ -119,21 +119,23 @@ def shuffled_rows(n: int, batch_size: int, seed: int, start: int) -> Iterator[np
 
 
 class TensorSource:
-    """Rows of a tensor in memory."""
+    """Rows of a tensor in memory, or whole sequences of one, which then are what ``batch_size`` counts."""
 
-    def __init__(self, rows: Float[Tensor, "rows d_in"]):
-        if rows.ndim != 2 or len(rows) == 0:
+    def __init__(self, rows: Float[Tensor, "rows *seq d_in"]):
+        if rows.ndim not in (2, 3) or rows.numel() == 0:
             raise SaekitError(
-                f"source has shape {tuple(rows.shape)}; give activations as [rows, d_in] with at least one row"
+                f"source has shape {tuple(rows.shape)}; give activations as [rows, d_in], or [sequences, seq, d_in], with at least one row"
             )
         if not torch.isfinite(rows).all():
-            bad = (~torch.isfinite(rows)).any(-1).nonzero()[0].item()
+            bad = (~torch.isfinite(rows)).any(-1).flatten().nonzero()[0].item()
             raise SaekitError(f"source holds NaN or Inf, first in row {bad}; remove those rows")
         self.rows, self.n_rows = rows, len(rows)
+        if rows.ndim == 3:
+            self.rows_per_item = rows.shape[1]
 
     def width(self, hook_point: str | None) -> int:
         """Width of the rows."""
-        return self.rows.shape[1]
+        return self.rows.shape[-1]
 
     def batches(
         self, hook_points: Sequence[str], batch_size: int, seed: int, start: int = 0

@@ -1,7 +1,8 @@
 """The exam that every dictionary takes, importable for dictionaries that are made elsewhere.
 
 ``CONTRACT`` is a table of laws; each takes ``make()``, which gives the same fresh dictionary at each call,
-rows to train on (of a transcoder: the columns read, then those written), and an empty folder, and raises AssertionError where the law doesn't hold:
+rows to train on (of a transcoder: the columns read, then those written; whole sequences of them for a
+dictionary that reads sequences), and an empty folder, and raises AssertionError where the law doesn't hold:
 
     from saekit.contract import examine
     examine(lambda: saekit.create("topk", d_in=16, n_features=64, k=4, selection="mine"), rows, folder)
@@ -29,7 +30,7 @@ CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
 
 def _prepared(make: Make, rows: Tensor) -> Dictionary:
     d = make()
-    d.prepare(rows)
+    d.prepare(d.gather([rows]))
     if d.atoms.trained:  # thresholds and other statistics of training take their first values
         d.observe(d.loss(rows[:BATCH]).codes, TrainState())
     return d
@@ -46,20 +47,21 @@ def _quietly(*given: Any, **options: Any) -> None:
         train(*given, **options)
 
 
-def shapes(make: Make, rows: Float[Tensor, "batch columns"], folder: Path) -> None:
+def shapes(make: Make, rows: Float[Tensor, "batch *seq columns"], folder: Path) -> None:
     """Codes and outputs keep the leading shape of the input; codes are sorted into rows; an empty batch is one."""
     d = _prepared(make, rows)
     rows = _read(d, rows)
-    x = rows[:12].view(3, 4, -1)
-    codes = d.encode(x)
-    assert codes.shape == (3, 4) and codes.n_features == d.n_features and codes.offsets.shape == (13,)
+    x = rows[:12].unflatten(0, (3, 4))
+    codes, lead = d.encode(x), x.shape[:-1]
+    assert codes.shape == lead and codes.n_features == d.n_features
+    assert codes.offsets.shape == (lead.numel() + 1,)
     assert codes.indices.dtype == torch.int32 and bool((codes.indices < d.n_features).all())
-    assert d.decode(codes, x).shape == (3, 4, d.d_out) and d(x).shape == (3, 4, d.d_out)
-    assert d.encode(rows[:0]).rows == 0 and d(rows[:0]).shape == (0, d.d_out)
+    assert d.decode(codes, x).shape == (*lead, d.d_out) and d(x).shape == (*lead, d.d_out)
+    assert d.encode(rows[:0]).rows == 0 and d(rows[:0]).shape == (0, *rows.shape[1:-1], d.d_out)
 
 
-def rows_are_independent(make: Make, rows: Float[Tensor, "batch columns"], folder: Path) -> None:
-    """``encode`` is a function of its own row alone, whatever the batch; no feature has two codes in a row."""
+def rows_are_independent(make: Make, rows: Float[Tensor, "batch *seq columns"], folder: Path) -> None:
+    """``encode`` is a function of its own row (or sequence) alone, whatever the batch; no feature has two codes in a row."""
     d = _prepared(make, rows)
     rows = _read(d, rows)
     # not of the rows observed: a threshold may be exactly one of their activations, and its last bit decide
@@ -72,34 +74,39 @@ def rows_are_independent(make: Make, rows: Float[Tensor, "batch columns"], folde
     assert len(key.unique()) == len(key)
 
 
-def sparse_equals_dense(make: Make, rows: Float[Tensor, "batch columns"], folder: Path) -> None:
+def sparse_equals_dense(make: Make, rows: Float[Tensor, "batch *seq columns"], folder: Path) -> None:
     """Decoding codes equals the dense product with the decoder."""
     d = _prepared(make, rows)
     x = _read(d, rows[:50])
     codes = d.encode(x)
-    dense = codes.to_dense() @ d.W_dec + d.b_dec
+    dense = codes.to_dense().flatten(0, -2) @ d.W_dec + d.b_dec
     if d.wiring.skip is not None:
         dense = dense + d.norm_in(x) @ d.wiring.skip.T
     torch.testing.assert_close(
-        d.decode(codes, x), d.norm_out.invert(dense), rtol=1e-4, atol=1e-4 * float(rows.abs().max())
+        d.decode(codes, x).flatten(0, -2),
+        d.norm_out.invert(dense),
+        rtol=1e-4,
+        atol=1e-4 * float(rows.abs().max()),
     )
 
 
-def inference_is_the_same_function(make: Make, rows: Float[Tensor, "batch columns"], folder: Path) -> None:
+def inference_is_the_same_function(
+    make: Make, rows: Float[Tensor, "batch *seq columns"], folder: Path
+) -> None:
     """``to_inference`` keeps codes and outputs to 1e-5 relative, but for codes at the edge of being chosen."""
     d = _prepared(make, rows)
     folded = d.to_inference()
     rows = _read(d, rows)
     a, b = d.encode(rows).to_dense(), folded.encode(rows).to_dense()
     size = a.abs().max()
-    moved = ((a != 0) != (b != 0)).any(1)
+    moved = ((a != 0) != (b != 0)).any(-1)
     assert moved.double().mean() <= 0.02, "supports differ"
     assert ((a - b)[~moved].abs() <= 2e-5 * size).all(), "codes differ"
     x, y = d(rows)[~moved], folded(rows)[~moved]
     assert ((x - y).abs() <= 2e-5 * rows.abs().max()).all(), "outputs differ"
 
 
-def saved_is_loaded(make: Make, rows: Float[Tensor, "batch columns"], folder: Path) -> None:
+def saved_is_loaded(make: Make, rows: Float[Tensor, "batch *seq columns"], folder: Path) -> None:
     """Saving and loading gives the same config, the same bits, and so the same outputs."""
     d = _prepared(make, rows)
     d.reads = d.writes = ("blocks.1.hook_resid_post",)
@@ -114,7 +121,9 @@ def saved_is_loaded(make: Make, rows: Float[Tensor, "batch columns"], folder: Pa
         assert torch.equal(one(_read(d, rows[:20])), back(_read(d, rows[:20])))
 
 
-def gradients_reach_every_parameter(make: Make, rows: Float[Tensor, "batch columns"], folder: Path) -> None:
+def gradients_reach_every_parameter(
+    make: Make, rows: Float[Tensor, "batch *seq columns"], folder: Path
+) -> None:
     """The loss is the sum of its terms, and trains every parameter with finite gradients."""
     d = _prepared(make, rows)
     dead = torch.zeros(d.n_features, dtype=torch.bool)
@@ -131,7 +140,7 @@ def gradients_reach_every_parameter(make: Make, rows: Float[Tensor, "batch colum
         assert bool(term > 0), f"{name} is {term.item()}"
 
 
-def every_term_trains(make: Make, rows: Float[Tensor, "batch columns"], folder: Path) -> None:
+def every_term_trains(make: Make, rows: Float[Tensor, "batch *seq columns"], folder: Path) -> None:
     """Each term of the objective by itself sends a gradient to some parameter: none is there for show."""
     d = _prepared(make, rows)
     dead = torch.zeros(d.n_features, dtype=torch.bool)
@@ -145,7 +154,7 @@ def every_term_trains(make: Make, rows: Float[Tensor, "batch columns"], folder: 
         assert any(g is not None and bool(g.abs().sum() > 0) for g in grads), f"{name} trains nothing"
 
 
-def loss_changes_nothing(make: Make, rows: Float[Tensor, "batch columns"], folder: Path) -> None:
+def loss_changes_nothing(make: Make, rows: Float[Tensor, "batch *seq columns"], folder: Path) -> None:
     """Computing a loss twice gives the same bits and leaves every tensor as it was."""
     d = _prepared(make, rows)
     before = copy.deepcopy(d.state_dict())
@@ -155,7 +164,7 @@ def loss_changes_nothing(make: Make, rows: Float[Tensor, "batch columns"], folde
         assert torch.equal(value, before[key]), key
 
 
-def resume_is_exact(make: Make, rows: Float[Tensor, "batch columns"], folder: Path) -> None:
+def resume_is_exact(make: Make, rows: Float[Tensor, "batch *seq columns"], folder: Path) -> None:
     """A run that goes on from its checkpoint ends with the same bytes as one that was never interrupted."""
 
     def run(out: Path) -> bytes:
@@ -172,16 +181,16 @@ def resume_is_exact(make: Make, rows: Float[Tensor, "batch columns"], folder: Pa
     assert run(folder / "again") == whole
 
 
-def training_helps(make: Make, rows: Float[Tensor, "batch columns"], folder: Path) -> None:
+def training_helps(make: Make, rows: Float[Tensor, "batch *seq columns"], folder: Path) -> None:
     """A short training lowers the error of the fresh dictionary."""
     fresh = _prepared(make, rows)
     d = make()
-    _quietly(d, rows, 150, 256, lr=3e-3)
+    _quietly(d, rows, 150, min(256, len(rows)), lr=3e-3)
     x, y = d.wiring.split(rows)
     assert metrics.fvu(y, d(x).detach()) < metrics.fvu(y, fresh(x).detach())
 
 
-def recovers_planted_features(make: Make, rows: Float[Tensor, "batch columns"], folder: Path) -> None:
+def recovers_planted_features(make: Make, rows: Float[Tensor, "batch *seq columns"], folder: Path) -> None:
     """Training on sums of planted directions brings atoms nearer to them than random ones are.
 
     A law of atoms that are trained: those of a control stay where they are.
@@ -199,6 +208,8 @@ def recovers_planted_features(make: Make, rows: Float[Tensor, "batch columns"], 
     codes = on * (1 + torch.rand(on.shape, generator=g))
     truth = read if d.wiring.same_space else written
     rows = codes @ truth if d.wiring.same_space else torch.cat([codes @ read, codes @ truth], 1)
+    if d.wiring.kind == "sequences":  # of one position, where attention has no choice
+        rows = rows[:, None]
     fresh = _prepared(make, rows)
     _quietly(d, rows, 400, 256, lr=3e-3)
 
@@ -232,8 +243,8 @@ def laws(dictionary: Dictionary) -> list[str]:
     return [name for name in CONTRACT if trained or name in UNTRAINED]
 
 
-def examine(make: Make, rows: Float[Tensor, "batch columns"], folder: "str | Path") -> None:
-    """Put a dictionary to every law; ``rows`` should number 500 or more."""
+def examine(make: Make, rows: Float[Tensor, "batch *seq columns"], folder: "str | Path") -> None:
+    """Put a dictionary to every law; ``rows`` should number 500 or more, whole sequences 64 or more."""
     for name in laws(make()):
         inner = Path(folder) / name
         inner.mkdir(parents=True)

@@ -16,7 +16,7 @@ from saekit.activations import DrawnSource, TensorSource
 from saekit.contract import examine
 from saekit.dictionaries import TrainState
 from saekit.dictionaries.surgery import with_objective
-from saekit.harvest import SequenceSource
+from saekit.harvest import ContinuedSource
 from saekit.report.sweep import rows as rows_of
 from saekit.testbed.forest import Forest, ForestConfig
 from saekit.trainers import Run, checkpoint
@@ -196,7 +196,9 @@ def test_orthogonality_pushes_atoms_apart(rows: torch.Tensor) -> None:
 
 
 def test_end_to_end_training_lowers_kl_and_leaves_the_model_alone(tiny_gpt2) -> None:
-    source = SequenceSource(tiny_gpt2, "stdlib", "blocks.1.hook_resid_post", tokens=4000, context=32)
+    source = ContinuedSource(
+        saekit.harvest(tiny_gpt2, "stdlib", ["blocks.1.hook_resid_post"], tokens=4000, context=32)
+    )
     weights = {k: v.clone() for k, v in tiny_gpt2.module.state_dict().items()}
     d = saekit.create("topk", d_in=32, n_features=64, k=4)
     saekit.train(d, source, 4, 8, lr=1e-2)

@@ -34,6 +34,10 @@ def dead(silent: Int[Tensor, " feature"], limit: int) -> Bool[Tensor, " feature"
 def check_resampling(dictionary: Dictionary) -> None:
     """Raise unless features have atoms of their own that can be written anew."""
     name = dictionary.config.atoms[0]
+    if dictionary.wiring.kind != "rows":
+        raise SaekitError(
+            f"resample_every gives features the directions of rows, and a dictionary of wiring {dictionary.config.wiring[0]!r} reads others; leave it out"
+        )
     if not isinstance(getattr(dictionary.atoms, "weight", None), torch.nn.Parameter):
         raise SaekitError(
             f"resample_every needs atoms that are trained one by one, and those of {name!r} aren't; leave it out"

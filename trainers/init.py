@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from saekit.dictionaries import Dictionary, warm_start
+from saekit.dictionaries.rows import as_rows
 from saekit.hub import native
 from saekit.registry import nearest
 from saekit.types import SaekitError
@@ -25,8 +27,11 @@ def check_init(name: str) -> None:
 
 
 @torch.no_grad()
-def initialise(dictionary: Dictionary, name: str, rows: Float[Tensor, "batch columns"]) -> None:
-    """Move atoms and encoder of a fresh dictionary to where they shall begin; the normalisation must be set."""
+def initialise(dictionary: Dictionary, name: str, batch: Any) -> None:
+    """Move atoms and encoder of a fresh dictionary to where they shall begin; the normalisation must be set.
+
+    ``batch`` is what ``dictionary.gather`` gives.
+    """
     if name not in INITS:
         warm_start(dictionary, native.load(Path(name)))
         return
@@ -35,8 +40,7 @@ def initialise(dictionary: Dictionary, name: str, rows: Float[Tensor, "batch col
         raise SaekitError(
             f"init = {name!r} needs atoms that are trained one by one, and those of {dictionary.config.atoms[0]!r} aren't; leave it out"
         )
-    y = dictionary.norm_out(dictionary.wiring.split(rows)[1].to(weight))
-    INITS[name](dictionary, y)
+    INITS[name](dictionary, as_rows(dictionary, f"init = {name!r}").pairs(batch)[1])
     if dictionary.encoder is not None and dictionary.wiring.same_space:
         dictionary.encoder.copy_(weight)
 

@@ -3,7 +3,7 @@
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from itertools import islice
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from saekit.activations import Source, Store, write_atomic
 from saekit.dictionaries import Dictionary
-from saekit.harvest import SideBySide, check_writable
+from saekit.harvest import SideBySide, StoredSequences, check_writable
 from saekit.hub import native
 from saekit.records import difference
 from saekit.registry import nearest
@@ -101,15 +101,21 @@ class Job:
         d = self.trainer.dictionary
         if not d.prepared:
             if not d.normalised:
-                d.set_normalisation(_sample(d, source, self.points, self.config))
-            if self.config.init is not None or hasattr(d.atoms, "prepare") or hasattr(d.selection, "prepare"):
-                rows = torch.cat(list(_sample(d, source, self.points, self.config))).to(d.device, d.dtype)
+                d.set_normalisation(self._sample(source))
+            if self.config.init is not None or d.needs_data:
+                batch = d.gather(list(self._sample(source)))
                 if self.config.init is not None:
-                    initialise(d, self.config.init, rows)
+                    initialise(d, self.config.init, batch)
                 if not d.prepared:
-                    d.prepare(rows)
+                    d.prepare(batch)
             d.prepared.fill_(True)
         self.began = (time.perf_counter(), self.trainer.step_number)
+
+    def _sample(self, source: Source) -> Iterator[Any]:
+        """The first batches of the run, about as many rows as a normalisation needs."""
+        batches = source.batches(self.points, self.config.batch_size, self.config.seed)
+        have = (source.n_rows or NORMALISATION_ROWS) * self.rows // self.config.batch_size
+        return islice(batches, max(1, -(-min(NORMALISATION_ROWS, have) // self.rows)))
 
     def rewind(self, step: int) -> None:
         """Go back to the checkpoint of a step, for a run that others beside it look at."""
@@ -220,12 +226,13 @@ def check(dictionary: Dictionary, source: Source, config: TrainConfig) -> tuple[
     points = dictionary.points
     if not points:
         points = wiring.points(*wiring.sites(offered)) if offered else wiring.unnamed
-    if isinstance(source, Store | SideBySide):
+    if isinstance(source, Store | SideBySide | StoredSequences):
         for point in points:
             source.check(point)
-    if isinstance(source, Store) and not source.manifest["complete"]:
+    store = getattr(source, "store", source)
+    if isinstance(store, Store) and not store.manifest["complete"]:
         warnings.warn(
-            f"store {str(source.path)!r} is unfinished: training on the {source.n_rows} rows it holds; its harvest goes on when run again",
+            f"store {str(store.path)!r} is unfinished: training on the {store.n_rows} rows it holds; its harvest goes on when run again",
             stacklevel=3,
         )
     width = sum(source.width(point) for point in points) if offered else source.width(None)
@@ -236,7 +243,7 @@ def check(dictionary: Dictionary, source: Source, config: TrainConfig) -> tuple[
         raise SaekitError(f"the data's width {width} is not the dictionary's {wiring.stated}; {fix}")
     if source.n_rows is not None and source.n_rows < config.batch_size:
         raise SaekitError(
-            f"the data holds {source.n_rows} rows and one batch takes batch_size = {config.batch_size}; harvest more tokens or choose a smaller batch"
+            f"the data holds {source.n_rows} {'sequences' if hasattr(source, 'rows_per_item') else 'rows'} and one batch takes batch_size = {config.batch_size}; harvest more tokens or choose a smaller batch"
         )
     if not any(p.requires_grad for p in dictionary.parameters()):
         raise SaekitError("this dictionary is a control with nothing to train; evaluate it as it is")
@@ -245,8 +252,9 @@ def check(dictionary: Dictionary, source: Source, config: TrainConfig) -> tuple[
 
 def _origin(source: Source) -> dict[str, Any]:
     """Where the data came from, so that ``--config`` can repeat the run."""
-    if isinstance(source, Store):
-        return {"acts": str(source.path.resolve())}
+    store = getattr(source, "store", source)
+    if isinstance(store, Store):
+        return {"acts": str(store.path.resolve())}
     if isinstance(source, SideBySide):
         return {"stores": {name: str(store.path.resolve()) for name, store in source.stores.items()}}
     stream = getattr(source, "stream", None)
@@ -255,13 +263,6 @@ def _origin(source: Source) -> dict[str, Any]:
         if stream
         else {}
     )
-
-
-def _sample(d: Dictionary, source: Source, points: Sequence[str], config: TrainConfig) -> Iterator[Tensor]:
-    """The first batches of the run, about as many rows as a normalisation needs."""
-    batches = map(d.rows_of, source.batches(points, config.batch_size, config.seed))
-    n = max(1, -(-min(NORMALISATION_ROWS, source.n_rows or NORMALISATION_ROWS) // config.batch_size))
-    return islice(batches, n)
 
 
 def _prepare(path: Path, settings: dict[str, Any], trainer: Trainer) -> None:

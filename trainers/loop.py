@@ -13,14 +13,20 @@ from torch import Tensor
 
 from saekit.activations import Source, Store, TensorSource
 from saekit.dictionaries import Dictionary
-from saekit.harvest import Stream, StreamSource
+from saekit.harvest import SequenceSource, SideBySide, StoredSequences, Stream, StreamSource
 from saekit.registry import nearest
+from saekit.trainers.config import TrainConfig
 from saekit.trainers.job import Job, Run
 from saekit.types import SaekitError
 
 
-def as_source(source: Any) -> Source:
-    """A tensor (or a pair, of inputs and outputs), a store's path, a store, a harvest stream, or a source itself."""
+def as_source(source: Any, whole: bool = False) -> Source:
+    """A tensor (or a pair, of inputs and outputs), a store's path, a store, a harvest stream, or a source itself.
+
+    ``whole``: as whole sequences, which a tensor has as ``[n, seq, columns]``.
+    """
+    if whole:
+        return _whole(source)
     if isinstance(source, Tensor):
         return TensorSource(source)
     if isinstance(source, str | Path):
@@ -38,6 +44,31 @@ def as_source(source: Any) -> Source:
             f"source is of type {type(source).__name__}; give rows as a tensor, a store or its path, or what harvest() returns"
         )
     return StreamSource(source) if isinstance(source, Stream) else source
+
+
+def _whole(source: Any) -> Source:
+    if isinstance(source, str | Path | Store):
+        return StoredSequences(source if isinstance(source, Store) else Store(source))
+    if isinstance(source, StreamSource | Stream):
+        return SequenceSource(source.stream if isinstance(source, StreamSource) else source)
+    if isinstance(source, SideBySide):
+        raise SaekitError(
+            "source holds stores side by side, row by row, and this dictionary reads whole sequences; give one store"
+        )
+    return as_source(source)
+
+
+def _takes_whole(dictionary: Dictionary) -> bool:
+    return dictionary.wiring.kind == "sequences"
+
+
+def _batch_size(given: int | None, source: Source) -> int:
+    """About 4096 rows, where nothing is given; of whole sequences as many as come nearest."""
+    return (
+        max(1, round(TrainConfig.batch_size / getattr(source, "rows_per_item", 1)))
+        if given is None
+        else given
+    )
 
 
 @contextmanager
@@ -65,7 +96,7 @@ def train(
     dictionary: Dictionary,
     source: Any,
     steps: int = 1000,
-    batch_size: int = 4096,
+    batch_size: int | None = None,
     out: "str | Path | None" = None,
     *,
     control: Dictionary | None = None,
@@ -75,14 +106,15 @@ def train(
 ) -> Run:
     """Train a dictionary on a tensor, a store's path, or a harvest stream; resumes from ``out``.
 
-    ``options`` are the other fields of :class:`TrainConfig`. The run folder holds ``config.json``,
+    ``batch_size`` counts rows (default: 4096), or whole sequences for a dictionary that reads them (default: of
+    as many positions). ``options`` are the other fields of :class:`TrainConfig`. The run folder holds ``config.json``,
     ``log.jsonl``, ``checkpoints/`` and in the end ``dictionary.safetensors`` with ``card.json``.
     ``on_step(step, record)`` is called where a log line is written. ``control`` is a dictionary that is
     trained beside it on the same batches, as a run of its own in the folder ``control``.
     """
-    source = as_source(source)
+    source = as_source(source, _takes_whole(dictionary))
     path = Path(out) if out is not None else None
-    options |= {"steps": steps, "batch_size": batch_size}
+    options |= {"steps": steps, "batch_size": _batch_size(batch_size, source)}
     job = Job.of("", dictionary, source, path, device, options)
     job.on_step = on_step
     jobs = [job]
@@ -101,7 +133,7 @@ def train_many(
     dictionaries: Mapping[str, Dictionary],
     source: Any,
     steps: int = 1000,
-    batch_size: int = 4096,
+    batch_size: int | None = None,
     out: "str | Path | None" = None,
     *,
     device: "str | torch.device | None" = None,
@@ -111,14 +143,15 @@ def train_many(
 ) -> dict[str, Run]:
     """Train dictionaries of any kinds from one stream of activations, each as it would be alone.
 
-    The arguments are those of :func:`train`; ``each`` gives the options of single dictionaries that
+    The arguments are those of :func:`train` (where one reads whole sequences all do); ``each`` gives the options of single dictionaries that
     differ from the rest's (not steps, batch_size or seed, which decide the stream). ``out`` gets a
     folder of that name for each run, which is a run like any other. A run that fails is reported in its
     ``error`` and the others go on. ``on_step(name, step, record)`` is called where a log line is written.
     """
     if not dictionaries:
         raise SaekitError("dictionaries is empty; give at least one as {name: dictionary}")
-    source, jobs, each = as_source(source), [], each or {}
+    source = as_source(source, any(map(_takes_whole, dictionaries.values())))
+    batch_size, jobs, each = _batch_size(batch_size, source), [], each or {}
     for name in sorted(set(each) - set(dictionaries)):
         raise SaekitError(
             f"each names {name!r}, which is not a dictionary{nearest(name, list(dictionaries))}"

@@ -1,6 +1,7 @@
 """One dictionary in training: a step is loss, backward, update, constraints, counts."""
 
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -53,7 +54,7 @@ class Trainer:
 
     def step(
         self,
-        x: "Float[Tensor, 'batch columns'] | ActivationBatch",
+        x: "Float[Tensor, 'batch *seq columns'] | ActivationBatch",
         *,
         peers: tuple[Tensor, ...] = (),
     ) -> dict[str, Tensor]:
@@ -66,33 +67,33 @@ class Trainer:
         d = self.dictionary
         if isinstance(x, ContinuedBatch):
             downstream = x.downstream
-        x = d.rows_of(x).to(self.silent.device, d.dtype)
+        batch = d.gather([x])
         if self.step_number == 0 and not d.prepared:
-            d.prepare(x)
+            d.prepare(batch)
         rate = self.lr * optim.rate_factor(self.step_number, self.steps, self.warmup, self.decay)
         state = TrainState(self.step_number, self.steps, self.seed, self.dead, peers, downstream)
         # torch's threads would spin beside the kernels' own
-        with serial() if x.device.type == "cpu" and downstream is None else nullcontext():
-            return self._step(x, rate, state)
+        with serial() if d.device.type == "cpu" and downstream is None else nullcontext():
+            return self._step(batch, rate, state)
 
     @property
     def dead(self) -> Bool[Tensor, " feature"]:
         """Which features count as dead."""
         return dead.dead(self.silent, self.dead_after)
 
-    def _step(self, x: Tensor, rate: float, state: TrainState) -> dict[str, Tensor]:
+    def _step(self, batch: Any, rate: float, state: TrainState) -> dict[str, Tensor]:
         d = self.dictionary
         with self.optimizer.collect() as factors:
-            loss = d.loss(x, state)
+            loss = d.loss(batch, state)
             loss.total.backward()
         self.optimizer.step(factors, rate, self.step_number + 1, self.clip)
         if not d.atoms.unit or d.mask is not None:  # those the optimizer has kept on the sphere
             d.after_step()
         d.observe(loss.codes, state)
-        dead.update(self.silent, loss.codes.firing_counts(), len(x))
+        dead.update(self.silent, loss.codes.firing_counts(), loss.codes.rows)
         self.step_number += 1
         if self.resample_every is not None and self.step_number % self.resample_every == 0:
-            dead.resample(d, self.dead, x, state, self.optimizer)
+            dead.resample(d, self.dead, batch, state, self.optimizer)
             d.after_step()
             self.silent.masked_fill_(self.dead, 0)
         active = (loss.codes.values != 0).sum() / loss.codes.rows

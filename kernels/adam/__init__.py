@@ -50,6 +50,8 @@ def adam_step(
         for _, _, values, matrix in gradient.terms:
             checks.finite(values, values=values)
             checks.finite(matrix, matrix=matrix)
+    if weight.ndim > 2:  # contiguous, so these are views
+        weight, gradient, m, v = (t.reshape(len(t), -1) for t in (weight, gradient, m, v))
     run(
         "adam",
         "adam_step",

@@ -159,11 +159,11 @@ class CrossLayer(Dictionary):
             part.observe(codes.part(*self._features(layer)), self._state(state, layer))
 
     @torch.no_grad()
-    def prepare(self, rows: Float[Tensor, "batch columns"]) -> None:
+    def prepare(self, batch: Float[Tensor, "batch columns"]) -> None:
         """What depends on data before the first step, for every part."""
         if not self.normalised:
-            self.set_normalisation(rows)
-        read, target = self.wiring.split(rows.to(self.device))
+            self.set_normalisation(batch)
+        read, target = self.wiring.split(batch)
         y = self.norm_out(target.to(self.dtype))
         for layer, (part, x) in enumerate(zip(self.parts, self._layers(read), strict=True)):
             part.prepare(torch.cat([x, y[:, self._columns(layer)]], 1))

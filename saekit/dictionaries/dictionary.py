@@ -1,6 +1,6 @@
 """The contract of a trained object, whatever it is made of, and what all kinds of it share."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from saekit.dictionaries.config import Config
 from saekit.dictionaries.normalisation import Moments, Normalisation
 from saekit.dictionaries.wiring import WIRINGS
-from saekit.types import ActivationBatch, SaekitError
+from saekit.types import ActivationBatch, Codes, SaekitError
 
 
 class Dictionary(nn.Module):
@@ -21,7 +21,7 @@ class Dictionary(nn.Module):
     name its hook points; ``card`` carries what is known about its training (model, data, metrics).
 
     A kind (a row of :mod:`saekit.dictionaries.kinds`) has ``encode(x)``, ``decode(codes, x=None)``,
-    ``loss(batch, state)``, ``prepare(rows)``, ``observe(codes, state)``, ``after_step()``, ``unit_weights()``
+    ``loss(batch, state)``, ``prepare(batch)``, ``observe(codes, state)``, ``after_step()``, ``unit_weights()``
     and ``to_inference()``, and, for whoever looks, ``W_enc``, ``W_dec``, ``b_dec``, ``selection``, ``atoms``
     and ``terms``.
     """
@@ -40,6 +40,7 @@ class Dictionary(nn.Module):
     W_dec: Any
     encode: Any
     decode: Any
+    pairs: Any
     loss: Any
     prepare: Any
     observe: Any
@@ -112,8 +113,23 @@ class Dictionary(nn.Module):
             raise SaekitError(f"batch has shape {tuple(batch.shape)}; expected [rows, {self.wiring.stated}]")
         return batch
 
+    def gather(self, batches: "Sequence[Float[Tensor, 'batch columns'] | ActivationBatch]") -> Any:
+        """Batches as one that ``loss`` takes, on the dictionary's device."""
+        return torch.cat([self.rows_of(batch) for batch in batches]).to(self.device, self.dtype)
+
+    def codes_of(self, batch: ActivationBatch) -> Codes:
+        """Codes of the unmasked positions."""
+        return self.encode(torch.cat([batch.rows(point) for point in self.reads], -1).to(self.device))
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether :meth:`prepare` has more to do than to fit the normalisation."""
+        return hasattr(self.atoms, "prepare") or hasattr(self.selection, "prepare")
+
     @torch.no_grad()
-    def set_normalisation(self, rows: "Float[Tensor, 'batch columns'] | Iterable[Tensor]") -> None:
+    def set_normalisation(
+        self, rows: "Float[Tensor, 'batch *seq columns'] | Iterable[Tensor | ActivationBatch]"
+    ) -> None:
         """Estimate mean and scale (or whitening) of what is read and written.
 
         ``rows`` is a tensor, or an iterable of batches, of which one at a time is held.

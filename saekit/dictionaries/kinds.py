@@ -10,6 +10,7 @@ KINDS = Registry(
     {
         "rows": "saekit.dictionaries.rows:Rows",
         "cross_layer": "saekit.dictionaries.cross_layer:CrossLayer",
+        "sequences": "saekit.dictionaries.sequences:Sequences",
     },
 )
 

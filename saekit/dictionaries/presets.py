@@ -1,7 +1,9 @@
 """The names that people know, as settings of the four choices."""
 
+import dataclasses
 from typing import Any
 
+from saekit.attention import Attention
 from saekit.dictionaries.config import CHOICES, Config, configure
 from saekit.dictionaries.dictionary import Dictionary
 from saekit.dictionaries.kinds import build
@@ -27,6 +29,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "matching_pursuit": {"selection": "pursuit", "atoms": "tied", "objective": ("reconstruction",)},
     "omp": {"selection": "omp", "atoms": "tied", "objective": ("reconstruction",)},
     "switch": {"selection": "switch", "atoms": "unit_norm", "objective": ("reconstruction", "load_balance", "auxk")},
+    "lorsa": {"wiring": "lorsa", "selection": "topk", "atoms": "unit_norm", "objective": TOPK},
     "clt": {"wiring": "cross_layer", "selection": "topk", "atoms": "unit_norm", "objective": TOPK},
     "crosscoder": {"wiring": "crosscoder", "selection": "batchtopk", "atoms": "unit_norm", "objective": TOPK},
     "transcoder": {"wiring": "transcoder", "selection": "topk", "atoms": "unit_norm", "objective": TOPK},
@@ -46,10 +49,16 @@ def create(name: str, *, n_features: int, seed: int = 0, **options: Any) -> Dict
     ``k_aux``, ...), and ``wiring``, ``selection``, ``atoms`` or ``objective`` replace a choice of
     the preset. An option goes to the first of wiring, selection, atoms and the terms of the objective
     that has it; ``**{"auxk.coefficient": 0.1}`` names one. An option that no choice has is refused.
+
+    ``create("lorsa", attention=layer, ...)`` begins from an attention layer (:func:`saekit.layers.attention`): with
+    its heads, or a multiple ``n_qk`` of them.
     """
     if name not in PRESETS:
         raise SaekitError(f"architecture {name!r} is unknown{nearest(name, PRESETS)}")
     chosen = {"wiring": "autoencoder", **PRESETS[name]}
+    attention = options.pop("attention", None)
+    if attention is not None:
+        options = {**_shape_of(attention, options.get("wiring", chosen["wiring"]), options), **options}
     own = {key: chosen.pop(key) for key in list(chosen) if key not in CHOICES}
     chosen |= {key: options.pop(key) for key in list(options) if key in CHOICES}
     unused, default = set(options), set(own) - set(options)
@@ -79,4 +88,26 @@ def create(name: str, *, n_features: int, seed: int = 0, **options: Any) -> Dict
         raise SaekitError(
             f"option {field!r} is not one of {name!r}{nearest(field.rpartition('.')[2], known)}"
         )
-    return build(Config(n_features=n_features, **parts), seed=seed)
+    dictionary = build(Config(n_features=n_features, **parts), seed=seed)
+    if attention is not None:
+        dictionary.begin_from(attention)
+    return dictionary
+
+
+def _shape_of(attention: Attention, wiring: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a Lorsa whose heads are those of an attention layer, or a multiple of them."""
+    if wiring != "lorsa":
+        raise SaekitError(
+            f"attention is given, and wiring {wiring!r} has no heads; choose 'lorsa', or leave it out"
+        )
+    shape = {**dataclasses.asdict(attention.patterns.config), "d_out": len(attention.b_O)}
+    if options.get("n_qk", shape["n_qk"]) % shape["n_qk"]:
+        raise SaekitError(
+            f"n_qk = {options['n_qk']} is no multiple of the layer's {shape['n_qk']} heads; choose one, or leave it out"
+        )
+    for name in sorted(set(shape) & set(options) - {"n_qk"}):
+        if options[name] != shape[name]:
+            raise SaekitError(
+                f"{name} = {options[name]!r} is not the layer's {shape[name]!r}; leave it out, or leave out attention"
+            )
+    return shape

@@ -84,13 +84,17 @@ class Rows(Dictionary):
             y = y + self.read(x) @ self.wiring.skip.T
         return self.norm_out.invert(y).view(*codes.shape, self.d_out)
 
+    def pairs(self, batch: "Float[Tensor, 'batch columns'] | ActivationBatch") -> tuple[Tensor, Tensor]:
+        """What is encoded and what is written, in normalised space."""
+        read, target = self.wiring.split(self.rows_of(batch))
+        x = self.read(read)
+        return x, (x if target is read else self.norm_out(target.to(x.dtype)))
+
     def loss(
-        self, batch: "Float[Tensor, 'batch d_in'] | ActivationBatch", state: TrainState | None = None
+        self, batch: "Float[Tensor, 'batch *seq columns'] | ActivationBatch", state: TrainState | None = None
     ) -> Loss:
         """The training loss of a batch of rows (or of the unmasked rows of an ActivationBatch)."""
-        read, target = self.wiring.split(self.rows_of(batch))
-        x, state = self.read(read), state or TrainState()
-        y = x if target is read else self.norm_out(target.to(x.dtype))
+        (x, y), state = self.pairs(batch), state or TrainState()
         passed = None if self.wiring.skip is None else x @ self.wiring.skip.T
         selected = self.select(x, state)
         terms, forward = self.judge(x, y if passed is None else y - passed, selected, state, passed)
@@ -98,7 +102,7 @@ class Rows(Dictionary):
         fvu = forward.squared.sum() / (y - y.mean(0)).square().sum()
         return Loss(torch.stack(list(terms.values())).sum(), terms, selected.codes.detach(), fvu.detach())
 
-    def select(self, x: Float[Tensor, "batch d_in"], state: TrainState) -> Selected:
+    def select(self, x: Float[Tensor, "batch *blocks d_in"], state: TrainState) -> Selected:
         """Codes of a training batch in normalised space, with what the terms need beside them."""
         picks = (term.picks(self.d_out) for term in self.terms.values() if hasattr(term, "picks"))
         k_aux = max(picks, default=0)
@@ -106,7 +110,7 @@ class Rows(Dictionary):
         return self.selection.train_codes(x, self._encoder_rows(), self.b_enc, state, min(k_aux, n_dead))
 
     def judge(
-        self, x: Float[Tensor, "batch d_in"], y: Float[Tensor, "batch d_out"], selected: Selected,
+        self, x: Float[Tensor, "batch *blocks d_in"], y: Float[Tensor, "batch d_out"], selected: Selected,
         state: TrainState, passed: Tensor | None = None,
     ) -> tuple[dict[str, Tensor], Forward]:  # fmt: skip
         """The terms of the objective for a selection; ``y`` is what the features have to write."""
@@ -137,17 +141,20 @@ class Rows(Dictionary):
                 part.observe(codes, state)
 
     @torch.no_grad()
-    def prepare(self, rows: Float[Tensor, "batch d_in"]) -> None:
-        """What depends on data before the first step: normalisation, atoms among data, first thresholds."""
+    def prepare(self, batch: Any) -> None:
+        """What depends on data before the first step: normalisation, atoms among data, first thresholds.
+
+        ``batch`` is what :meth:`gather` gives.
+        """
         if not self.normalised:
-            self.set_normalisation(rows)
-        x, y = self.wiring.split(rows.to(self.device))
+            self.set_normalisation(batch)
+        x, y = self.pairs(batch)
         if hasattr(self.atoms, "prepare"):
-            self.atoms.prepare(self.norm_out(y.to(self.dtype)))
+            self.atoms.prepare(y)
             if self.encoder is not None and self.wiring.same_space:
                 self.encoder.copy_(nn.functional.normalize(self.atoms.rows(), dim=-1))
         if hasattr(self.selection, "prepare"):
-            self.selection.prepare(self.read(x), self._encoder_rows(), self.b_enc)
+            self.selection.prepare(x, self._encoder_rows(), self.b_enc)
         self.prepared.fill_(True)
 
     @torch.no_grad()
@@ -176,7 +183,7 @@ class Rows(Dictionary):
         wiring = (self.config.wiring[0], dataclasses.replace(self.config.wiring[1], normalise="none"))
         fit = ("reconstruction", OBJECTIVES["reconstruction"].Config())
         free = ("free", ATOMS["free"].Config())
-        folded = Rows(Config(self.n_features, wiring, selection, free, (fit,))).to(self.device)
+        folded = type(self)(Config(self.n_features, wiring, selection, free, (fit,))).to(self.device)
         assert folded.encoder is not None  # free atoms are not tied
         encoder, shift = self.norm_in.fold(weight)
         folded.encoder.copy_(encoder)

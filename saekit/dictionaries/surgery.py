@@ -13,6 +13,7 @@ from saekit.dictionaries.dictionary import Dictionary
 from saekit.dictionaries.kinds import build
 from saekit.dictionaries.rows import as_rows
 from saekit.dictionaries.selection import SELECTIONS
+from saekit.dictionaries.selection.relu import preactivations
 from saekit.registry import nearest
 from saekit.types import SaekitError
 
@@ -48,8 +49,8 @@ def _described(new: Dictionary, old: Dictionary) -> Dictionary:
 
 
 @torch.no_grad()
-def calibrate(dictionary: Dictionary, rows: Float[Tensor, "batch d_in"], k: float) -> Dictionary:
-    """A JumpReLU dictionary of raw activations whose mean L0 on ``rows`` is exactly k.
+def calibrate(dictionary: Dictionary, rows: Float[Tensor, "batch *seq d_in"], k: float) -> Dictionary:
+    """A JumpReLU dictionary of raw activations whose mean L0 on ``rows`` (whole sequences for a Lorsa) is exactly k.
 
     Rows should be held out from training. One shift moves the thresholds that the selection's rule at
     inference comes down to (0 for rules by rank), so their differences stay. Encoder and decoder are the
@@ -59,25 +60,30 @@ def calibrate(dictionary: Dictionary, rows: Float[Tensor, "batch d_in"], k: floa
     name = dictionary.config.selection[0]
     if name in NOT_THRESHOLDS:
         raise SaekitError(f"selection {name!r} can't be calibrated: {NOT_THRESHOLDS[name]}")
-    if rows.ndim != 2 or rows.shape[1] != dictionary.d_in:
-        raise SaekitError(f"rows have shape {tuple(rows.shape)}; expected [rows, d_in = {dictionary.d_in}]")
+    whole = dictionary.wiring.kind == "sequences"
+    if rows.ndim != 2 + whole or rows.shape[-1] != dictionary.d_in:
+        expected = "batch, seq" if whole else "rows"
+        raise SaekitError(
+            f"rows have shape {tuple(rows.shape)}; expected [{expected}, d_in = {dictionary.d_in}]"
+        )
     weight, bias = dictionary.W_enc.T, dictionary.b_enc.detach()
     base = torch.zeros_like(bias)
     if hasattr(dictionary.selection, "thresholds"):
         weight, bias, base = dictionary.selection.thresholds(weight, bias)
-    wanted = round(k * len(rows))
+    n = rows.shape[:-1].numel()
+    wanted = round(k * n)
     if not 0 < k <= dictionary.n_features or wanted < 1:
         raise SaekitError(
-            f"k = {k} must lie in 0..n_features = {dictionary.n_features}, and give a code on {len(rows)} rows"
+            f"k = {k} must lie in 0..n_features = {dictionary.n_features}, and give a code on {n} rows"
         )
     best = torch.empty(0, device=bias.device)
-    for block in rows.split(2048):
-        u = torch.addmm(bias, dictionary.norm_in(block.to(bias)), weight.T)
+    for block in rows.split(max(1, 2048 * len(rows) // n)):
+        u = preactivations(dictionary.read(block.to(bias)), weight, bias)
         best = torch.cat([best, (u - base)[u > 0]])  # what lies below 0 can't become a code
         best = best.topk(min(len(best), wanted + 1)).values
     if len(best) < wanted:
         raise SaekitError(
-            f"k = {k} is more than the {len(best) / len(rows):.1f} positive pre-activations of a row; ask for fewer"
+            f"k = {k} is more than the {len(best) / n:.1f} positive pre-activations of a row; ask for fewer"
         )
     # between the last that passes and the first that doesn't; below all where all that are positive pass
     cut = (best[wanted - 1] + best[wanted]) / 2 if len(best) > wanted else -base.max()

@@ -67,7 +67,7 @@ class Forward:
     ``error``, output less target, both cut from the graph.
     """
 
-    x: Float[Tensor, "batch d_in"]
+    x: Float[Tensor, "batch *blocks d_in"]
     y: Float[Tensor, "batch d_out"]
     selected: Selected
     atoms: Float[Tensor, "feature d_out"]

@@ -1,4 +1,4 @@
-"""Whole sequences with the model behind them: what end-to-end training needs beside the rows."""
+"""Training batches of whole sequences: computed, stored, or with the model behind them for end-to-end training."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from saekit import metrics
-from saekit.activations import shuffled_rows
-from saekit.harvest.stream import HarvestConfig, Stream
+from saekit.activations import Store, shuffled_rows
+from saekit.harvest.stream import Stream
 from saekit.hooks import Site, capture, intervene, spliced
 from saekit.models import Model
 from saekit.types import ActivationBatch, SaekitError
@@ -33,58 +34,54 @@ class ContinuedBatch(ActivationBatch):
 
 
 class SequenceSource:
-    """Training batches of whole sequences from a language model; ``batch_size`` counts them.
+    """Training batches of whole sequences of a stream; ``batch_size`` counts them.
 
-    The first ``tokens`` of the text are tokenised at once, and their sequences come in a seeded order.
+    The stream's text is tokenised at once, and its sequences come in a seeded order. Held are tokens, documents
+    and mask, 17 bytes per position; activations are computed for each batch.
     """
 
-    def __init__(
-        self, model: Model, text: Any, hook_point: str,
-        *, tokens: int = 2_000_000, context: int | None = None, split: str = "train",
-    ):  # fmt: skip
-        if not model.predicts_tokens:
-            raise SaekitError(
-                f"model {model.name!r} predicts no tokens, so there is no KL to train on; choose a language model"
-            )
-        self.model, self.text = model, text
-        self.config = HarvestConfig((hook_point,), tokens=tokens, context=context, split=split)
-        self.stream = Stream(model, text, self.config)
-        self.hook_points = self.stream.hook_points
-        if len(self.hook_points) > 1:
-            raise SaekitError(f"hook_point {hook_point!r} means {len(self.hook_points)} of them; name one")
-        first = next(iter(self.stream), None)
+    def __init__(self, stream: Stream):
+        first = next(iter(stream), None)
         if first is None:
             raise SaekitError("the text is too short for one row; give more text")
-        self.rows_per_item: int = self.stream.context
-        self._width = first.activations[self.hook_points[0]].shape[-1]
-        read = [batch for _, batch in self.stream.inputs()]
+        if first.tokens is None:
+            raise SaekitError(
+                f"model {stream.model.name!r} reads no tokens, and whole sequences come from tokens; train on rows"
+            )
+        self.stream, self.model, self.hook_points = stream, stream.model, stream.hook_points
+        self._widths = {name: a.shape[-1] for name, a in first.activations.items()}
+        read = [batch for _, batch in stream.inputs()]
+        lengths = {batch.mask.shape[1] for batch in read}
+        if len(lengths) > 1:
+            raise SaekitError(f"the token rows have {sorted(lengths)} positions; give rows of one length")
+        self.rows_per_item: int = lengths.pop()
         self._tokens, self._documents, self._keep = (
             torch.cat([getattr(batch, name) for batch in read]) for name in ("tokens", "documents", "mask")
         )
         self.n_rows = len(self._tokens)
-        # of the residual stream behind each block after the hook point, by the names that the model has
-        names = [n for n in model.hook_points() if n.startswith("blocks.") and n.endswith(".hook_resid_post")]
-        at = self.hook_points[0].split(".")
-        block = int(at[1]) if at[0] == "blocks" else len(names)
-        self.later = {name: model.site(name) for name in names if int(name.split(".")[1]) > block}
 
     def width(self, hook_point: str | None) -> int:
-        """Width of the rows."""
-        return self._width
+        """Width of the rows of a hook point."""
+        return self._widths[hook_point or self.hook_points[0]]
 
     def batches(
         self, hook_points: Sequence[str], batch_size: int, seed: int, start: int = 0
-    ) -> Iterator[ContinuedBatch]:
+    ) -> Iterator[ActivationBatch]:
         """Endless batches of sequences in a seeded order, every one once an epoch."""
         for rows in shuffled_rows(self.n_rows, batch_size, seed, start):
             at = torch.from_numpy(rows)
             tokens, documents = self._tokens[at], self._documents[at]
             given = self.model.inputs(tokens, documents >= 0)
-            output: list[Tensor] = []
-            run = partial(self._logits, given, output)
-            found = capture(run, self.stream.sites, stop=False)
-            bare = ActivationBatch({}, self._keep[at], tokens, documents)
-            yield self._continued(self.stream.masked(bare, found), output[0], given)
+            batch = self._batch(given, ActivationBatch({}, self._keep[at], tokens, documents))
+            for name, activations in batch.activations.items():
+                if not torch.isfinite(activations[batch.mask]).all():
+                    raise SaekitError(
+                        f"activations at {name!r} hold NaN or Inf; find what makes the model overflow"
+                    )
+            yield batch
+
+    def _batch(self, given: Any, bare: ActivationBatch) -> ActivationBatch:
+        return self.stream.masked(bare, capture(partial(self.model, given), self.stream.sites))
 
     def identity(self) -> dict[str, Any]:
         """Model, text and settings."""
@@ -94,6 +91,71 @@ class SequenceSource:
             "text": self.stream.text_identity(),
             "settings": self.stream.settings(),
         }
+
+
+class StoredSequences:
+    """Training batches of a store's whole sequences; ``batch_size`` counts them."""
+
+    def __init__(self, store: Store):
+        self.store, self.hook_points = store, store.hook_points
+        self.rows_per_item: int = store.manifest["seq"]
+        self._starts = np.cumsum([0, *(len(s.array("mask")) // self.rows_per_item for s in store.shards)])
+        self.n_rows = int(self._starts[-1])
+
+    def check(self, hook_point: str) -> None:
+        """Raise unless the hook point is here and all its values are finite."""
+        self.store.check(hook_point)
+
+    def width(self, hook_point: str | None) -> int:
+        """Width of a hook point (of the only one, when none is named)."""
+        return self.store.width(hook_point)
+
+    def batches(
+        self, hook_points: Sequence[str], batch_size: int, seed: int, start: int = 0
+    ) -> Iterator[ActivationBatch]:
+        """Endless batches of sequences in a seeded order, every one once an epoch."""
+        for rows in shuffled_rows(self.n_rows, batch_size, seed, start):
+            found = [self._sequence(row, hook_points) for row in rows.tolist()]
+            activations = {name: torch.stack([s[0][name] for s in found]) for name in hook_points}
+            yield ActivationBatch(activations, torch.stack([s[1] for s in found]))
+
+    def _sequence(self, row: int, hook_points: Sequence[str]) -> tuple[dict[str, Tensor], Tensor]:
+        at = int(np.searchsorted(self._starts, row, side="right")) - 1
+        first = (row - int(self._starts[at])) * self.rows_per_item
+        own, shard = slice(first, first + self.rows_per_item), self.store.shards[at]
+        mask = torch.from_numpy(np.array(shard.array("mask")[own])).bool()
+        return {name: shard.rows(name, own) for name in hook_points}, mask
+
+    def identity(self) -> dict[str, Any]:
+        """That of the store."""
+        return {**self.store.identity(), "kind": "stored sequences", "rows": self.n_rows}
+
+
+class ContinuedSource(SequenceSource):
+    """Whole sequences at one hook point of a language model, with the model behind it: :class:`ContinuedBatch`."""
+
+    def __init__(self, stream: Stream):
+        if not stream.model.predicts_tokens:
+            raise SaekitError(
+                f"model {stream.model.name!r} predicts no tokens, so there is no KL to train on; choose a language model"
+            )
+        if len(stream.hook_points) > 1:
+            raise SaekitError(
+                f"hook_points name {len(stream.hook_points)} of them, and the model goes on from one; name one"
+            )
+        super().__init__(stream)
+        # of the residual stream behind each block after the hook point, by the names that the model has
+        model = self.model
+        names = [n for n in model.hook_points() if n.startswith("blocks.") and n.endswith(".hook_resid_post")]
+        at = self.hook_points[0].split(".")
+        block = int(at[1]) if at[0] == "blocks" else len(names)
+        self.later = {name: model.site(name) for name in names if int(name.split(".")[1]) > block}
+
+    def _batch(self, given: Any, bare: ActivationBatch) -> ContinuedBatch:
+        output: list[Tensor] = []
+        run = partial(self._logits, given, output)
+        found = capture(run, self.stream.sites, stop=False)
+        return self._continued(self.stream.masked(bare, found), output[0], given)
 
     def _logits(self, given: Any, into: list[Tensor]) -> None:
         into.append(self.model.logits(given))

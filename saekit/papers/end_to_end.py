@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from saekit.dictionaries import create
 from saekit.dictionaries.surgery import with_objective
 from saekit.evaluate import evaluate
-from saekit.harvest import SequenceSource, harvest
+from saekit.harvest import ContinuedSource, harvest
 from saekit.models import load_model
 from saekit.papers.claims import Claim, Reproduction, Tell, bars
 from saekit.papers.controls import FROZEN, RANDOM, untrained
@@ -22,7 +22,7 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
     """A TopK dictionary of code-lm's residual stream, then the same tokens more with and without KL."""
     model = load_model("code-lm")
     found: dict[str, dict[str, list[float]]] = {name: {} for name in ("before", *KINDS, FROZEN, RANDOM)}
-    sequences = SequenceSource(model, "stdlib", POINT)
+    sequences = ContinuedSource(harvest(model, "stdlib", [POINT], tokens=2_000_000))
     with tempfile.TemporaryDirectory() as folder:
         store = harvest(model, "stdlib", [POINT], out=f"{folder}/acts", tokens=TOKENS, dtype="bf16")
         for i, seed in enumerate(seeds):

@@ -43,7 +43,7 @@ class EndToEnd(nn.Module):
         """The weighted term."""
         if forward.state.downstream is None:
             raise SaekitError(
-                "objective 'end_to_end' needs the model behind the activations; train on SequenceSource(model, text, hook_point)"
+                "objective 'end_to_end' needs the model behind the activations; train on ContinuedSource(harvest(model, text, [hook_point]))"
             )
         effects = forward.state.downstream(forward.to_model(forward.output()), self.config.later > 0)
         total = self.config.kl * effects["kl"]

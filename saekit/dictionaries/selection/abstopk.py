@@ -35,7 +35,7 @@ class AbsTopK(nn.Module):
 
     def forward(
         self,
-        x: Float[Tensor, "rows d_in"],
+        x: Float[Tensor, "rows *blocks d_in"],
         W_enc: Float[Tensor, "feature d_in"],
         b_enc: Float[Tensor, " feature"],
     ) -> Codes:
@@ -45,7 +45,7 @@ class AbsTopK(nn.Module):
 
     def train_codes(
         self,
-        x: Float[Tensor, "rows d_in"],
+        x: Float[Tensor, "rows *blocks d_in"],
         W_enc: Float[Tensor, "feature d_in"],
         b_enc: Float[Tensor, " feature"],
         state: TrainState,

@@ -61,7 +61,7 @@ class BatchTopK(nn.Module):
 
     def forward(
         self,
-        x: Float[Tensor, "rows d_in"],
+        x: Float[Tensor, "rows *blocks d_in"],
         W_enc: Float[Tensor, "feature d_in"],
         b_enc: Float[Tensor, " feature"],
     ) -> Codes:
@@ -70,7 +70,7 @@ class BatchTopK(nn.Module):
 
     def train_codes(
         self,
-        x: Float[Tensor, "rows d_in"],
+        x: Float[Tensor, "rows *blocks d_in"],
         W_enc: Float[Tensor, "feature d_in"],
         b_enc: Float[Tensor, " feature"],
         state: TrainState,

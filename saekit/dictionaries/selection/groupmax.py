@@ -42,7 +42,7 @@ class GroupMax(nn.Module):
 
     def forward(
         self,
-        x: Float[Tensor, "rows d_in"],
+        x: Float[Tensor, "rows *blocks d_in"],
         W_enc: Float[Tensor, "feature d_in"],
         b_enc: Float[Tensor, " feature"],
     ) -> Codes:
@@ -52,7 +52,7 @@ class GroupMax(nn.Module):
 
     def train_codes(
         self,
-        x: Float[Tensor, "rows d_in"],
+        x: Float[Tensor, "rows *blocks d_in"],
         W_enc: Float[Tensor, "feature d_in"],
         b_enc: Float[Tensor, " feature"],
         state: TrainState,

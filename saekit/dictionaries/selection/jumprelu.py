@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from saekit.dictionaries.selection.relu import above
+from saekit.dictionaries.selection.relu import above, preactivations
 from saekit.dictionaries.selection.topk import dead_codes
 from saekit.dictionaries.training import Selected, TrainState
 from saekit.kernels import KERNELS, jumprelu, threshold_encode
@@ -62,7 +62,7 @@ class JumpReLU(nn.Module):
     def prepare(self, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> None:
         """Choose the first threshold by the data, unless the config names one."""
         if self.config.start is None:
-            u = torch.addmm(b_enc, x[:4096], W_enc.T)
+            u = preactivations(x[:4096], W_enc, b_enc)
             count = max(1, round(self.config.density * u.numel()))
             self.threshold.fill_(u.flatten().topk(count).values[-1].clamp(min=0))
 
@@ -80,7 +80,7 @@ class JumpReLU(nn.Module):
 
     def forward(
         self,
-        x: Float[Tensor, "rows d_in"],
+        x: Float[Tensor, "rows *blocks d_in"],
         W_enc: Float[Tensor, "feature d_in"],
         b_enc: Float[Tensor, " feature"],
     ) -> Codes:
@@ -89,7 +89,7 @@ class JumpReLU(nn.Module):
 
     def train_codes(
         self,
-        x: Float[Tensor, "rows d_in"],
+        x: Float[Tensor, "rows *blocks d_in"],
         W_enc: Float[Tensor, "feature d_in"],
         b_enc: Float[Tensor, " feature"],
         state: TrainState,

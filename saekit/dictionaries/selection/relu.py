@@ -18,6 +18,17 @@ def above(x: Tensor, W_enc: Tensor, b_enc: Tensor, lower: Tensor) -> Codes:
     return Codes(offsets, indices, values, len(W_enc), (len(x),))
 
 
+def preactivations(
+    x: Float[Tensor, "rows *blocks d_in"],
+    W_enc: Float[Tensor, "feature d_in"],
+    b_enc: Float[Tensor, " feature"],
+) -> Float[Tensor, "rows feature"]:
+    """All of them, dense: for a few rows."""
+    if x.ndim == 2:
+        return torch.addmm(b_enc, x, W_enc.T)
+    return torch.einsum("rbi,bfi->rbf", x, W_enc.unflatten(0, (x.shape[1], -1))).flatten(1) + b_enc
+
+
 @dataclass(frozen=True)
 class ReLUConfig:
     """Nothing to choose."""
@@ -40,7 +51,7 @@ class ReLU(nn.Module):
 
     def forward(
         self,
-        x: Float[Tensor, "rows d_in"],
+        x: Float[Tensor, "rows *blocks d_in"],
         W_enc: Float[Tensor, "feature d_in"],
         b_enc: Float[Tensor, " feature"],
     ) -> Codes:
@@ -49,7 +60,7 @@ class ReLU(nn.Module):
 
     def train_codes(
         self,
-        x: Float[Tensor, "rows d_in"],
+        x: Float[Tensor, "rows *blocks d_in"],
         W_enc: Float[Tensor, "feature d_in"],
         b_enc: Float[Tensor, " feature"],
         state: TrainState,

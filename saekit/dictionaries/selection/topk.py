@@ -14,6 +14,8 @@ from saekit.dictionaries.training import Selected, TrainState
 from saekit.kernels import topk_encode, topk_encode_aux
 from saekit.types import Codes, SaekitError
 
+NEVER = -1e15  # a bias that no pre-activation outweighs
+
 
 def check_k(k: int, n_features: int, name: str = "k") -> None:
     """Raise unless so many features can be active."""
@@ -79,7 +81,7 @@ class TopK(nn.Module):
 
     def forward(
         self,
-        x: Float[Tensor, "rows d_in"],
+        x: Float[Tensor, "rows *blocks d_in"],
         W_enc: Float[Tensor, "feature d_in"],
         b_enc: Float[Tensor, " feature"],
     ) -> Codes:
@@ -89,7 +91,7 @@ class TopK(nn.Module):
 
     def train_codes(
         self,
-        x: Float[Tensor, "rows d_in"],
+        x: Float[Tensor, "rows *blocks d_in"],
         W_enc: Float[Tensor, "feature d_in"],
         b_enc: Float[Tensor, " feature"],
         state: TrainState,
@@ -109,6 +111,9 @@ def dead_codes(x: Tensor, W_enc: Tensor, b_enc: Tensor, state: TrainState, k_aux
     """Codes of the k_aux largest dead features of each row, for selections that don't find them by the way."""
     if state.dead is None or not k_aux:
         return None
+    if x.ndim == 3:  # the dead are not shared out evenly among the blocks: all are ranked, and no other wins
+        values, at = topk_encode(x, W_enc, b_enc.masked_fill(~state.dead, NEVER), k_aux)
+        return ranked(at, values, len(W_enc))
     which = state.dead.nonzero()[:, 0]
     values, at = topk_encode(x, W_enc[which], b_enc[which], k_aux)
     return ranked(which.to(torch.int32)[at.long()], values, len(W_enc))

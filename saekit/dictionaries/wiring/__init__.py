@@ -19,6 +19,7 @@ WIRINGS = Registry(
         "autoencoder": "saekit.dictionaries.wiring.autoencoder:Autoencoder",
         "cross_layer": "saekit.dictionaries.wiring.cross_layer:CrossLayerWiring",
         "crosscoder": "saekit.dictionaries.wiring.crosscoder:Crosscoder",
+        "lorsa": "saekit.dictionaries.wiring.lorsa:Lorsa",
         "transcoder": "saekit.dictionaries.wiring.transcoder:Transcoder",
     },
 )

@@ -1,0 +1,171 @@
+"""Laws of low-rank sparse attention: what it computes, what it begins from, where its features look."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import saekit
+from saekit.contract import examine
+from saekit.dictionaries import Dictionary
+from saekit.dictionaries.presets import PRESETS
+from saekit.layers import attention
+from saekit.models import load_model
+from saekit.types import ActivationBatch, SaekitError
+
+SMALL = {"d_in": 16, "d_out": 12, "n_qk": 2, "d_qk": 4}
+KINDS = {
+    "learned positions": {},
+    "rotary": {"rotary": 4, "rotary_pairs": "neighbours"},
+    "grouped keys and norms": {"n_qk": 4, "n_kv": 2, "qk_norm": True, "rotary": 2},
+    "window": {"window": 3},
+}  # fmt: skip
+
+
+def make(name: str = "lorsa", **options) -> Dictionary:
+    return saekit.create(name, wiring="lorsa", **{"n_features": 64, "k": 4, **SMALL, **options})
+
+
+def sequences(n: int = 80, seq: int = 8, seed: int = 0) -> Tensor:
+    """Inputs with offset, and outputs that depend on earlier positions."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, seq, 16, generator=g) + 3 * torch.randn(16, generator=g)
+    past = x.cumsum(1) / torch.arange(1, seq + 1)[:, None]
+    return torch.cat([x, past[..., :12].abs() + 5], -1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_contract(kind: str, tmp_path: Path, one_thread: None) -> None:
+    examine(lambda: make(**KINDS[kind]), sequences(), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["batchtopk", "jumprelu", "matryoshka", "gated", "groupmax"])
+def test_other_selections_and_objectives(name: str, tmp_path: Path, one_thread: None) -> None:
+    assert "wiring" not in PRESETS[name]  # of autoencoders, crossed with this wiring
+    examine(lambda: make(name), sequences(), tmp_path)
+
+
+def test_codes_are_those_of_the_paper() -> None:
+    """``z = A (x w + b)`` of each feature's own head (2504.20938), before the selection."""
+    d = make("relu", normalise="none")
+    d.b_enc.data.normal_()
+    x = sequences()[:5, :, :16]
+    patterns = d.wiring.patterns(x)
+    values = torch.einsum("bsi,if->bsf", x, d.W_enc) + d.b_enc
+    mine = torch.stack([patterns[:, f // 32] @ values[..., f, None] for f in range(64)], -1)[..., 0, :]
+    torch.testing.assert_close(d.encode(x).to_dense(), mine.relu(), rtol=1e-4, atol=1e-5)
+
+
+def test_sources_add_up_to_the_pre_activation() -> None:
+    d = make("relu")
+    d.prepare(d.gather([sequences()]))
+    d.b_enc.data.normal_()
+    x, chosen = sequences()[:5, :, :16], torch.tensor([3, 40, 63])
+    sources = d.sources(x, chosen)
+    assert sources.shape == (5, 3, 8, 8) and sources.triu(1).abs().max() == 0
+    codes = d.encode(x).select(chosen).movedim(-1, 1)
+    torch.testing.assert_close(sources.sum(-1).relu(), codes, rtol=1e-4, atol=1e-5)
+
+
+def test_masked_positions_are_looked_at_and_not_learned_from() -> None:
+    d, rows = make("topk"), sequences()[:6]
+    d.prepare(d.gather([rows]))
+    d.reads, d.writes = ("x",), ("y",)
+    mask = torch.ones(6, 8, dtype=torch.bool)
+    mask[:, 0] = False
+    batch = ActivationBatch({"x": rows[..., :16], "y": rows[..., 16:]}, mask)
+    codes = d.codes_of(batch)
+    assert codes.rows == 6 * 7
+    torch.testing.assert_close(codes.to_dense(), d.encode(rows[..., :16]).to_dense()[:, 1:].flatten(0, 1))
+    other = rows.clone()
+    other[:, 0, :16] *= 3
+    looked = d.codes_of(ActivationBatch({"x": other[..., :16], "y": rows[..., 16:]}, mask))
+    assert not torch.equal(looked.to_dense(), codes.to_dense())
+    other = rows.clone()
+    other[:, 0, 16:] = 1e6  # the target of a masked position
+    base = d.loss(batch).total
+    torch.testing.assert_close(
+        d.loss(ActivationBatch({"x": rows[..., :16], "y": other[..., 16:]}, mask)).total, base
+    )
+
+
+@pytest.fixture(scope="module")
+def layer():
+    return attention(load_model("code-lm"), "blocks.1.attn")
+
+
+def test_an_attention_layer_is_a_lorsa_of_signed_pairs(layer) -> None:
+    """With a feature for each sign of each dimension of each head, and all of them on, the layer itself."""
+    heads, d_head = len(layer.W_O), layer.W_V.shape[1]
+    n = 2 * heads * d_head
+    d = saekit.create(
+        "lorsa",
+        attention=layer,
+        n_features=n,
+        k=n,
+        normalise="none",
+        atoms="free",
+        objective=("reconstruction",),
+    )
+    with torch.no_grad():
+        read = torch.cat([layer.W_V, -layer.W_V], 1)
+        write = torch.cat([layer.W_O, -layer.W_O], 2).movedim(2, 1)
+        d.encoder.copy_(read.flatten(0, 1))
+        d.b_enc.copy_(torch.cat([layer.b_V, -layer.b_V], 1).flatten())
+        d.atoms.weight.copy_(write.flatten(0, 1))
+        d.b_dec.copy_(layer.b_O)
+    x = torch.randn(3, 50, 256, generator=torch.Generator().manual_seed(0)) + 1
+    error = (d(x) - layer(x)).norm() / layer(x).norm()
+    assert error < 1e-4, error
+
+
+def test_it_begins_where_the_layer_looks_and_writes(layer) -> None:
+    """Copied heads look alike whatever the normalisation, and random value directions already explain much."""
+    x = torch.randn(12, 50, 256, generator=torch.Generator().manual_seed(0)) + 1
+    rows = torch.cat([x, layer(x)], -1)
+    d = saekit.create("lorsa", attention=layer, n_features=1024, k=256, n_qk=16)
+    assert torch.equal(d.wiring.patterns(x)[:, ::2], layer.patterns(x))
+    d.prepare(d.gather([rows]))
+    looked = d.wiring.patterns(d.norm_in(x.flatten(0, 1)).view(x.shape))
+    torch.testing.assert_close(looked[:, 1::2], layer.patterns(x), rtol=1e-3, atol=1e-5)
+    fresh = saekit.create("lorsa", d_in=256, n_features=1024, k=256, n_qk=16, d_qk=32)
+    fresh.prepare(fresh.gather([rows]))
+    begun, random = (one.loss(rows).fvu.item() for one in (d, fresh))
+    assert begun < 0.5 < random, (begun, random)
+
+
+def test_what_it_cannot_be_is_refused(layer, small_store) -> None:
+    for options, word in (
+        ({"n_qk": 3, "n_features": 66, "n_kv": 2}, "n_kv = 2 does not divide n_qk = 3"),
+        ({"n_features": 63}, "n_features = 63 can't be shared out among n_qk = 2"),
+        ({"rotary": 3}, "rotary = 3 must be an even number"),
+        ({"selection": "pursuit", "objective": ("reconstruction",)}, "attention stands between"),
+    ):
+        with pytest.raises(SaekitError, match=word):
+            make("topk", **options)
+    with pytest.raises(SaekitError, match="has no heads"):
+        saekit.create("topk", attention=layer, n_features=64, k=4)
+    with pytest.raises(SaekitError, match="n_qk = 12 is no multiple of the layer's 8 heads"):
+        saekit.create("lorsa", attention=layer, n_features=96, k=4, n_qk=12)
+    with pytest.raises(SaekitError, match="whole sequences"):
+        saekit.train(make(), sequences().flatten(0, 1), 2, 4)
+    with pytest.raises(SaekitError, match="resample_every"):
+        saekit.train(make(), sequences(), 2, 4, resample_every=1)
+
+
+def test_stored_computed_and_given_sequences_train(tiny_gpt2, tmp_path: Path) -> None:
+    """A store's sequences and a model's are the same, and train the same dictionary."""
+    points = ["transformer.h.1.attn:in", "transformer.h.1.attn:out"]
+    options = {"tokens": 4096, "context": 32}
+    store = saekit.harvest(tiny_gpt2, "stdlib", points, out=tmp_path / "acts", **options)
+    stream = saekit.harvest(tiny_gpt2, "stdlib", points, **options)
+    layer = attention(tiny_gpt2, "transformer.h.1.attn")
+    found = []
+    for source in (store, stream):
+        d = saekit.create("lorsa", attention=layer, n_features=128, k=8)
+        run = saekit.train(d, source, 30, 16, lr=1e-3)
+        assert run.finished and d.reads == (points[0],) and run.metrics["fvu"] < 0.5
+        found.append(d)
+    for mine, theirs in zip(found[0].parameters(), found[1].parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
