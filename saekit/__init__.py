@@ -1,7 +1,6 @@
 """saekit: sparse dictionaries for mechanistic interpretability.
 
-Names load what they need when they are first used: ``import saekit`` loads torch and nothing else
-that is heavy.
+Names load what they need when they are first used: ``import saekit`` loads nothing heavy, not even torch.
 """
 
 import importlib
@@ -16,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 # beside another took 2.5 times as long, with short waits it takes 1.0. It must be set before torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-import torch as torch
 
 if TYPE_CHECKING:
     from saekit import metrics as metrics

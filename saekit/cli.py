@@ -6,7 +6,7 @@ import sys
 import typer
 from typer.exceptions import Abort, TyperException
 
-from saekit.types import SaekitError
+from saekit.errors import SaekitError
 from saekit.verbs.memory import steady_malloc
 
 VERBS = {

@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from saekit.types import SaekitError
+from saekit.errors import SaekitError
 
 Shape = Any  # a type, a union of types, [Shape] for a list, {"field": Shape, "optional?": Shape, "*": Shape}
 

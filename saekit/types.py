@@ -13,9 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-
-class SaekitError(ValueError):
-    """A user's mistake, told in one sentence: the field, the value, and what to do instead."""
+from saekit.errors import SaekitError as SaekitError
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ ROOMS = {"saekit": "saekit", "trainers": "saekit.trainers", "kernels": "saekit.k
 # design §2: a module imports strictly lower ranks or its own folder; the longest prefix counts
 RANKS = {
     "saekit.kernels": 0,
-    "saekit.types": 1, "saekit.registry": 1, "saekit.stdlib": 1,
+    "saekit.errors": 0, "saekit.types": 1, "saekit.registry": 1, "saekit.stdlib": 1,
     "saekit.records": 2,
     "saekit.metrics": 3, "saekit.hooks": 3, "saekit.tokens": 3, "saekit.activations": 3, "saekit.attention": 3,
     "saekit.dictionaries": 4, "saekit.models": 4, "saekit.code_lm": 4,

@@ -8,16 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from commandline import saekit
 
 from saekit.cli import VERBS
 from saekit.kernels import bench, bench_gpu
 
 ROOT = Path(__file__).parent.parent
-
-
-def saekit(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-P", "-m", "saekit.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from commandline import saekit as command
 
 import saekit
 from saekit.dictionaries import TrainState, calibrate, prune
 from saekit.types import Codes, SaekitError
-from tests.test_cli import saekit as command
 
 LAYERS, D, D_OUT = 3, 10, 8
 

@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commandline import saekit as command
 
 import saekit
 from saekit.activations import Store
 from saekit.evaluate.diffing import latent_scaling, norm_difference, specific
 from saekit.harvest import SideBySide, harvest
 from saekit.types import SaekitError
-from tests.test_cli import saekit as command
 
 
 def make(**options) -> saekit.Dictionary:

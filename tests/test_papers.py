@@ -5,12 +5,13 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from commandline import Done
+from commandline import saekit as command
 
 import saekit
 from saekit import metrics
@@ -90,10 +91,8 @@ def test_every_table_names_both_controls(name: str) -> None:
     assert all(word in source for word in ("FROZEN", "RANDOM", "controls="))
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-P", "-m", "saekit.cli", "reproduce", *arguments], capture_output=True, text=True
-    )
+def run(*arguments: str) -> Done:
+    return command("reproduce", *arguments)
 
 
 def test_the_command_lists_and_refuses(tmp_path: Path) -> None:

@@ -1,12 +1,11 @@
 """Dictionaries that stand in for a module: exact on a ReLU MLP, trained on pairs, evaluated in the model."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from commandline import saekit as run
 
 import saekit
 from saekit.dictionaries import from_weights, warm_start
@@ -106,21 +105,16 @@ def test_mismatched_pairs_are_named(mlp) -> None:
 
 
 def test_one_stream_trains_a_transcoder_for_every_mlp(tmp_path: Path) -> None:
-    def saekit_(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-P", "-m", "saekit.cli", *arguments], capture_output=True, text=True
-        )
-
     acts, out = tmp_path / "acts", tmp_path / "set"
     points = ("--hook-point", "blocks.*.mlp:in", "--hook-point", "blocks.*.mlp:out")
-    done = saekit_("harvest", "code-lm", "stdlib", *points, "--tokens", "4096", "--out", str(acts))
+    done = run("harvest", "code-lm", "stdlib", *points, "--tokens", "4096", "--out", str(acts))
     assert done.returncode == 0, done.stderr
     command = ("train", "transcoder", "--acts", str(acts), "--n-features", "64", "--k", "4", "--steps", "3", "--batch-size", "512")  # fmt: skip
-    done = saekit_(*command, "--hook-points", "blocks.*.mlp", "--out", str(out), "--json")
+    done = run(*command, "--hook-points", "blocks.*.mlp", "--out", str(out), "--json")
     assert done.returncode == 0, done.stderr
     names = [f"blocks.{layer}.mlp" for layer in range(4)]
     assert [row["name"] for row in json.loads(done.stdout)["runs"]] == names
-    alone = saekit_(*command, "--hook-point", "blocks.2.mlp", "--out", str(tmp_path / "alone"))
+    alone = run(*command, "--hook-point", "blocks.2.mlp", "--out", str(tmp_path / "alone"))
     assert alone.returncode == 0, alone.stderr
     files = [p / "dictionary.safetensors" for p in (out / "blocks.2.mlp", tmp_path / "alone")]
     assert files[0].read_bytes() == files[1].read_bytes()
@@ -133,5 +127,5 @@ def test_one_stream_trains_a_transcoder_for_every_mlp(tmp_path: Path) -> None:
         (("--hook-point", "blocks.9.mlp"), "is not in store"),
         ((), "holds several hook points"),
     ):
-        bad = saekit_(*command, *arguments, "--out", str(tmp_path / "bad"))
+        bad = run(*command, *arguments, "--out", str(tmp_path / "bad"))
         assert bad.returncode == 2 and words in bad.stderr and not (tmp_path / "bad").exists()

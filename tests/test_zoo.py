@@ -3,10 +3,10 @@
 import importlib.util
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import commandline
 import pytest
 import torch
 from torch.nn.functional import normalize
@@ -220,11 +220,11 @@ def test_end_to_end_training_lowers_kl_and_leaves_the_model_alone(tiny_gpt2) -> 
 
 
 def test_a_sweep_is_many_runs_and_a_front(small_store, tmp_path: Path) -> None:
-    command = [sys.executable, "-P", "-m", "saekit.cli", "train", "--acts", str(small_store.path), "--n-features", "64", "--steps", "6", "--batch-size", "256"]  # fmt: skip
+    command = ("train", "--acts", str(small_store.path), "--n-features", "64", "--steps", "6", "--batch-size", "256")  # fmt: skip
     out = tmp_path / "sweep"
-    done = subprocess.run(
-        [*command, "--sweep", "k=2,8", "--sweep", "architecture=topk,relu", "--out", str(out), "--json"], capture_output=True, text=True
-    )  # fmt: skip
+    done = commandline.saekit(
+        *command, "--sweep", "k=2,8", "--sweep", "architecture=topk,relu", "--out", str(out), "--json"
+    )
     assert done.returncode == 0, done.stderr
     rows = {row["name"]: row for row in json.loads(done.stdout)["runs"]}
     kinds = {f"k-{k}_architecture-{a}" for k in (2, 8) for a in ("topk", "relu")}
@@ -241,9 +241,7 @@ def test_a_sweep_is_many_runs_and_a_front(small_store, tmp_path: Path) -> None:
         ("k", "has no values"),
         ("k=2,999", "k = 999"),
     ):
-        bad = subprocess.run(
-            [*command, "--sweep", given, "--out", str(tmp_path / "bad")], capture_output=True, text=True
-        )
+        bad = commandline.saekit(*command, "--sweep", given, "--out", str(tmp_path / "bad"))
         assert bad.returncode == 2 and words in bad.stderr and not (tmp_path / "bad").exists()
 
 

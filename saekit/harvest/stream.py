@@ -23,6 +23,7 @@ from saekit.tokens import GIVEN, Given, Special, check_text, documents, fingerpr
 from saekit.types import ActivationBatch, SaekitError
 
 DEFAULT_CONTEXT = 512
+BUFFERED = 32  # batches that are mixed
 
 
 @dataclass(frozen=True)
@@ -293,8 +294,8 @@ def _positions(name: str, a: Tensor, grid: torch.Size) -> Tensor:
 class StreamSource:
     """A live stream as a source of training rows, mixed through a shuffling buffer.
 
-    The buffer holds ``buffer_rows`` rows; half of it is used up, then refilled. The order is fixed
-    by the seed, so a resumed run replays the stream to where it was: a store on disk resumes at once.
+    The buffer holds 32 batches, at most ``buffer_rows`` rows; half of it is used up, then refilled. The order is
+    fixed by the seed, so a resumed run replays the stream to where it was: a store on disk resumes at once.
     """
 
     def __init__(self, stream: Stream, buffer_rows: int = 1 << 17):
@@ -330,7 +331,7 @@ class StreamSource:
         """Endless batches; the text is read again when it ends."""
         generator = torch.Generator().manual_seed(seed)
         rows, buffer, step = self._rows(hook_points, batch_size), torch.empty(0), 0
-        size = max(self.buffer_rows, 2 * batch_size)
+        size = max(min(self.buffer_rows, BUFFERED * batch_size), 2 * batch_size)
         while True:
             parts, have = [buffer] if len(buffer) else [], len(buffer)
             while have < size:

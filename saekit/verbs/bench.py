@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from saekit.errors import SaekitError
 from saekit.registry import nearest
-from saekit.types import SaekitError
 from saekit.verbs.console import Json, Seed, result, say
 
 OWN = {"hierarchical": {"k": 128}, "pursuit": {"d_in": 256, "n_features": 4096, "k": 16, "batch": 512}}

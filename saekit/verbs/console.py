@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from saekit.types import SaekitError
+from saekit.errors import SaekitError
 
 
 def _usable(device: str | None) -> str | None:

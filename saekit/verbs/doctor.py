@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from saekit.types import SaekitError
+from saekit.errors import SaekitError
 from saekit.verbs.console import Json, result
 
 PACKAGES = ("torch", "numpy", "numba", "triton", "transformers", "transformer-lens", "datasets", "safetensors", "huggingface_hub", "wandb", "plotly")  # fmt: skip

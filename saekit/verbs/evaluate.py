@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from saekit.types import SaekitError
+from saekit.errors import SaekitError
 from saekit.verbs.console import Device, Json, Seed, progress, result
 
 

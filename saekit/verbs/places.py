@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from saekit.errors import SaekitError
 from saekit.registry import nearest
-from saekit.types import SaekitError
 
 TAKES = {"each": 1, "module": 2, "all": math.inf, "modules": math.inf}  # hook points of one dictionary
 Place = tuple[tuple[str, ...], tuple[str, ...]]  # what is read, and what is written

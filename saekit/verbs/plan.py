@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from saekit.types import SaekitError
+from saekit.errors import SaekitError
 from saekit.verbs.console import Device, Json, Seed, duration, result
 
 COUNT_SECONDS = 10  # for counting the tokens of a text; a longer one is taken to be long enough

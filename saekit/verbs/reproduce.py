@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from saekit.errors import SaekitError
 from saekit.registry import nearest
-from saekit.types import SaekitError
 from saekit.verbs.console import Json, Seed, duration, finite, progress, result, say
 
 

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from saekit.errors import SaekitError
 from saekit.registry import nearest
-from saekit.types import SaekitError
 from saekit.verbs.console import Device, Json, Seed, duration, progress, result, say
 from saekit.verbs.many import run_many
 from saekit.verbs.places import open_source, widths
