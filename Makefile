@@ -23,7 +23,7 @@ lint: .venv/installed
 	$(BIN)/mypy
 
 test: lint  ## lint, types, and every test that needs no network and no GPU
-	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(BIN)/pytest
+	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(BIN)/pytest -n 2 --dist loadfile
 
 bench: .venv/installed  ## parity, then times against one dense product; PEERS=python of an environment with other toolkits
 	$(BIN)/saekit bench --scaling $(if $(PEERS),--peers $(PEERS))

@@ -56,8 +56,8 @@ class Source(Protocol):
 
     def batches(
         self, hook_points: Sequence[str], batch_size: int, seed: int, start: int = 0
-    ) -> Iterator[Tensor]:
-        """Endless batches [batch_size, width], from step ``start`` on."""
+    ) -> Iterator[Tensor | ActivationBatch]:
+        """Endless batches [batch_size, width], or of so many whole sequences, from step ``start`` on."""
         ...
 
     def identity(self) -> dict[str, Any]:

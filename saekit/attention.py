@@ -87,7 +87,7 @@ class Patterns(nn.Module):
             torch.einsum("bsi,hdi->bhsd", x, w) + b[:, None]
             for w, b in ((self.W_Q, self.b_Q), (self.W_K, self.b_K))
         )
-        if self.norm_q is not None:
+        if self.norm_q is not None and self.norm_k is not None:
             q, k = self._norm(q, self.norm_q), self._norm(k, self.norm_k)
         if c.rotary:
             q, k = self._turn(q), self._turn(k)

@@ -1,6 +1,6 @@
 """Layers of models taken apart into records of tensors: what a dictionary that stands in for one begins from."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,17 +14,16 @@ from saekit.types import SaekitError
 PROBE = 24  # positions of random tokens on which a record is compared with its layer
 MOST = 512  # and at most, to see past a window
 TOLERANCE = 1e-3  # of the output's norm
+Linear = tuple[Tensor, Tensor | None]  # weight [out, in] and bias
 
 
 def _record(
-    q: tuple[Tensor, Tensor | None], k: tuple[Tensor, Tensor | None], v: tuple[Tensor, Tensor | None],
-    o: tuple[Tensor, Tensor | None], d_head: int, frequencies: Tensor | None = None, norms: Any = (), **options: Any,
+    qkv: Sequence[Linear], o: Linear, d_head: int, frequencies: Tensor | None = None, norms: Any = (), **options: Any,
 ) -> Attention:  # fmt: skip
     """A record of projections ``(weight [out, in], bias)``."""
-    (w_q, w_k, w_v), d_in = (w.detach().unflatten(0, (-1, d_head)) for w, _ in (q, k, v)), q[0].shape[1]
+    (w_q, w_k, w_v), d_in = (w.detach().unflatten(0, (-1, d_head)) for w, _ in qkv), qkv[0][0].shape[1]
     b_q, b_k, b_v = (
-        torch.zeros(w.shape[:2]) if b is None else b.detach().view(w.shape[:2])
-        for w, b in ((w_q, q[1]), (w_k, k[1]), (w_v, v[1]))
+        torch.zeros(len(w) // d_head, d_head) if b is None else b.detach().view(-1, d_head) for w, b in qkv
     )
     rotary = 0 if frequencies is None else 2 * len(frequencies)
     patterns = Patterns(
@@ -39,8 +38,8 @@ def _record(
     return Attention(patterns.requires_grad_(False), *(t.float().cpu() for t in (w_v, b_v, w_o, b_o)))
 
 
-def _pair(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
-    return linear.weight, linear.bias  # type: ignore[return-value]
+def _pair(linear: Any) -> Linear:
+    return linear.weight, linear.bias
 
 
 def _gpt2(layer: Any, model: Model) -> Attention:
@@ -51,7 +50,7 @@ def _gpt2(layer: Any, model: Model) -> Attention:
     if layer.scale_attn_by_inverse_layer_idx:
         scale /= layer.layer_idx + 1
     o = (layer.c_proj.weight.T, layer.c_proj.bias)
-    return _record(*parts, o, layer.head_dim, attn_scale=scale)
+    return _record(parts, o, layer.head_dim, attn_scale=scale)
 
 
 def _llama(layer: Any, model: Model) -> Attention:
@@ -60,7 +59,7 @@ def _llama(layer: Any, model: Model) -> Attention:
         raise AttributeError("attn_logit_softcapping")
     norms = [getattr(layer, name).weight for name in ("q_norm", "k_norm") if hasattr(layer, name)]
     return _record(
-        *(_pair(getattr(layer, f"{name}_proj")) for name in "qkvo"), layer.head_dim, rotary.inv_freq, norms,
+        [_pair(getattr(layer, f"{name}_proj")) for name in "qkv"], _pair(layer.o_proj), layer.head_dim, rotary.inv_freq, norms,
         attn_scale=layer.scaling, rotary_scale=float(rotary.attention_scaling),
         window=getattr(layer, "sliding_window", getattr(layer.config, "sliding_window", None)),
         eps=getattr(getattr(layer, "q_norm", None), "variance_epsilon", 1e-6),
@@ -74,7 +73,7 @@ def _neox(layer: Any, model: Model) -> Attention:
     b = None if b is None else b.unflatten(0, (-1, 3, d_head))
     parts = [(w[:, i].flatten(0, 1), None if b is None else b[:, i].flatten()) for i in range(3)]
     return _record(
-        *parts, _pair(layer.dense), d_head, rotary.inv_freq,
+        parts, _pair(layer.dense), d_head, rotary.inv_freq,
         attn_scale=layer.scaling, rotary_scale=float(rotary.attention_scaling),
     )  # fmt: skip
 

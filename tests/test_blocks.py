@@ -22,10 +22,11 @@ def sparse(offsets: Tensor, indices: Tensor, values: Tensor) -> Tensor:
     return Codes(offsets, indices, values, N, (ROWS,)).to_dense()
 
 
-def with_dead(k_aux: int) -> Callable[..., list[Tensor]]:
+def with_dead(k_aux: int, absolute: bool = False) -> Callable[..., list[Tensor]]:
     def way(x: Tensor, w: Tensor, b: Tensor) -> list[Tensor]:
-        values, indices, aux_values, aux = kernels.topk_encode_aux(x, w, b, 5, DEAD, k_aux)
-        return [ranked(values, indices), ranked(aux_values.relu(), aux)]  # -inf stands for no entry
+        values, indices, aux_values, aux = kernels.topk_encode_aux(x, w, b, 5, DEAD, k_aux, absolute=absolute)
+        aux_values = aux_values.where(aux_values.isfinite(), 0.0)  # -inf stands for no entry
+        return [ranked(values, indices), ranked(aux_values, aux)]
 
     return way
 
@@ -37,6 +38,7 @@ WAYS: dict[str, Callable[..., list[Tensor]]] = {
     "groups": lambda *a: [ranked(*kernels.topk_encode(*a, 2, groups=6))],
     "topk and dead": with_dead(7),
     "more than are dead": with_dead(12),
+    "topk of magnitude and dead": with_dead(9, absolute=True),
     "batchtopk": lambda *a: [sparse(*kernels.batchtopk_encode(*a, 4))],
     "batchtopk, more than a block has": lambda *a: [sparse(*kernels.batchtopk_encode(*a, 18))],
     "threshold": lambda *a: [sparse(*kernels.threshold_encode(*a, torch.full((N,), 0.7, dtype=a[0].dtype)))],

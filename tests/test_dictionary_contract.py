@@ -21,14 +21,16 @@ def make(name: str) -> Dictionary:
     experts = {"experts": 4} if name == "switch" else {}
     d_in = (6, 10) if name == "crosscoder" else 16
     layers = {"n_layers": 2} if name == "clt" else {}
-    return saekit.create(name, d_in=d_in, n_features=64, k=4, seed=0, **experts, **layers)
+    heads = {"n_qk": 2, "d_qk": 4} if name == "lorsa" else {}
+    return saekit.create(name, d_in=d_in, n_features=64, k=4, seed=0, **experts, **layers, **heads)
 
 
 def columns(d: Dictionary, rows: torch.Tensor) -> torch.Tensor:
     """Rows of training data: for a transcoder the target is a map of what is read."""
     if d.config.wiring[0] == "cross_layer":
         rows = torch.cat([rows, rows.roll(3, 1)], 1)
-    return rows if d.wiring.columns == rows.shape[1] else torch.cat([rows, rows.flip(1).abs()], 1)
+    rows = rows if d.wiring.columns == rows.shape[1] else torch.cat([rows, rows.flip(1).abs()], 1)
+    return rows.unflatten(0, (-1, 8)) if d.wiring.kind == "sequences" else rows
 
 
 @pytest.mark.parametrize("law", CONTRACT)

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from commandline import saekit as command
 from torch import Tensor
 
 import saekit
-from saekit.contract import examine
+from saekit.contract import CONTRACT
 from saekit.dictionaries import Dictionary
-from saekit.dictionaries.presets import PRESETS
 from saekit.layers import attention
 from saekit.models import load_model
 from saekit.types import ActivationBatch, SaekitError
@@ -36,14 +36,22 @@ def sequences(n: int = 80, seq: int = 8, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_contract(kind: str, tmp_path: Path, one_thread: None) -> None:
-    examine(lambda: make(**KINDS[kind]), sequences(), tmp_path)
+def test_every_kind_of_heads_keeps_the_contract(kind: str, tmp_path: Path, one_thread: None) -> None:
+    """What needs a long training is shown for the preset, and other selections by pairs (test_combinations)."""
+    for law in set(CONTRACT) - {"training_helps", "recovers_planted_features"}:
+        (tmp_path / law).mkdir()
+        CONTRACT[law](lambda: make(**KINDS[kind]), sequences(), tmp_path / law)
 
 
-@pytest.mark.parametrize("name", ["batchtopk", "jumprelu", "matryoshka", "gated", "groupmax"])
-def test_other_selections_and_objectives(name: str, tmp_path: Path, one_thread: None) -> None:
-    assert "wiring" not in PRESETS[name]  # of autoencoders, crossed with this wiring
-    examine(lambda: make(name), sequences(), tmp_path)
+def test_calibration_gives_the_wanted_l0_exactly() -> None:
+    d, rows = make("gated"), sequences()
+    d.prepare(d.gather([rows]))
+    x = rows[..., :16]
+    got = saekit.calibrate(d, x, 7.5)
+    codes = got.encode(x)
+    assert got.config.selection[0] == "jumprelu" and len(codes.values) == round(7.5 * 80 * 8)
+    with pytest.raises(SaekitError, match=r"expected .batch, seq, d_in = 16"):
+        saekit.calibrate(d, x.flatten(0, 1), 4)
 
 
 def test_codes_are_those_of_the_paper() -> None:
@@ -169,3 +177,44 @@ def test_stored_computed_and_given_sequences_train(tiny_gpt2, tmp_path: Path) ->
         found.append(d)
     for mine, theirs in zip(found[0].parameters(), found[1].parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_the_command_trains_one_for_every_attention_layer(tmp_path: Path) -> None:
+    acts, out = tmp_path / "acts", tmp_path / "set"
+    points = ("--hook-point", "blocks.[01].attn:in", "--hook-point", "blocks.[01].attn:out")
+    done = command("harvest", "code-lm", *points, "--tokens", "4096", "--context", "64", "--out", str(acts))
+    assert done.returncode == 0, done.stderr
+    train = (
+        "train",
+        "lorsa",
+        "--acts",
+        str(acts),
+        "--n-features",
+        "64",
+        "--k",
+        "4",
+        "--steps",
+        "3",
+        "--lr",
+        "1e-4",
+    )
+    done = command(
+        *train, "--hook-points", "blocks.*.attn", "--batch-size", "4", "--out", str(out), "--control"
+    )
+    assert done.returncode == 0, done.stderr
+    d = saekit.load(out / "blocks.1.attn")
+    assert d.reads == ("blocks.1.attn:in",) and d.n_qk == 8 and not d.wiring.natural
+    report = saekit.evaluate(d, "code-lm", "stdlib", tokens=1024, context=64)
+    assert float(report["l0"]) <= 4 and float(report["fvu"]) < float(report["fvu"].control["random"])
+    again = command(
+        "train", "--config", str(out / "blocks.1.attn" / "config.json"), "--out", str(tmp_path / "again")
+    )
+    assert again.returncode == 0, again.stderr
+    files = [p / "dictionary.safetensors" for p in (out / "blocks.1.attn", tmp_path / "again")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    for bad, words in (
+        (("--hook-point", "blocks.1.attn", "--batch-size", "65"), "holds 64 sequences"),
+        (("--hook-point", "blocks.1.mlp"), "is not in store"),
+    ):
+        done = command(*train, *bad, "--out", str(tmp_path / "bad"))
+        assert done.returncode == 2 and words in done.stderr and not (tmp_path / "bad").exists()

@@ -113,7 +113,7 @@ def test_controls_share_the_normalisation_and_the_l0() -> None:
     for name in ("topk", "relu"):
         d = saekit.create(name, d_in=32, n_features=128, k=4)
         d.set_normalisation(rows)
-        controls = controls_for(d, rows)
+        controls = controls_for(d, d.encode(rows))
         assert set(controls) == {"random", "random_omp"}
         l0 = 4 if name == "topk" else metrics.l0(d.encode(rows))
         for control in controls.values():

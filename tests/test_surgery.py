@@ -25,7 +25,8 @@ def trained(name: str, rows: torch.Tensor, **options) -> saekit.Dictionary:
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in PRESETS if n not in ("abstopk", "omp", "switch", "clt", "random", "random_omp")]
+    "name",
+    [n for n in PRESETS if n not in ("abstopk", "omp", "switch", "clt", "lorsa", "random", "random_omp")],
 )
 def test_calibration_gives_the_wanted_l0_exactly(name: str, rows: torch.Tensor) -> None:
     d = make(name)

@@ -62,13 +62,9 @@ def _takes_whole(dictionary: Dictionary) -> bool:
     return dictionary.wiring.kind == "sequences"
 
 
-def _batch_size(given: int | None, source: Source) -> int:
-    """About 4096 rows, where nothing is given; of whole sequences as many as come nearest."""
-    return (
-        max(1, round(TrainConfig.batch_size / getattr(source, "rows_per_item", 1)))
-        if given is None
-        else given
-    )
+def default_batch(source: Source) -> int:
+    """4096 rows, or as many whole sequences as come nearest to them."""
+    return max(1, round(TrainConfig.batch_size / getattr(source, "rows_per_item", 1)))
 
 
 @contextmanager
@@ -114,7 +110,7 @@ def train(
     """
     source = as_source(source, _takes_whole(dictionary))
     path = Path(out) if out is not None else None
-    options |= {"steps": steps, "batch_size": _batch_size(batch_size, source)}
+    options |= {"steps": steps, "batch_size": default_batch(source) if batch_size is None else batch_size}
     job = Job.of("", dictionary, source, path, device, options)
     job.on_step = on_step
     jobs = [job]
@@ -151,7 +147,8 @@ def train_many(
     if not dictionaries:
         raise SaekitError("dictionaries is empty; give at least one as {name: dictionary}")
     source = as_source(source, any(map(_takes_whole, dictionaries.values())))
-    batch_size, jobs, each = _batch_size(batch_size, source), [], each or {}
+    batch_size = default_batch(source) if batch_size is None else batch_size
+    jobs, each = [], each or {}
     for name in sorted(set(each) - set(dictionaries)):
         raise SaekitError(
             f"each names {name!r}, which is not a dictionary{nearest(name, list(dictionaries))}"

@@ -198,7 +198,7 @@ def _topk_blocks(x, weight, bias, k, groups, absolute, dead, k_aux, shortlist):
         values, indices = (
             (torch.cat(side, 1) for side in zip(*parts, strict=True))
             if groups > 1 and parts is found
-            else blocks.ranked(parts, most, absolute)
+            else blocks.ranked(parts, most, absolute and parts is found)  # the dead are ranked by value
         )
         out += [blocks.attached(x, weight, bias, indices, values), indices]
     return tuple(out)

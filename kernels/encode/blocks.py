@@ -31,8 +31,10 @@ def ranked(found, k, absolute):
 
 def in_rows(found):
     """``(rows, indices, values)`` of the entries of all blocks, row by row, from ``[(offsets, indices, values), ...]``."""
-    rows = [torch.repeat_interleave(torch.arange(len(o) - 1, device=o.device), o.diff()) for o, _, _ in found]
-    rows, indices, values = (torch.cat(side) for side in (rows, [f[1] for f in found], [f[2] for f in found]))
+    owners = [
+        torch.repeat_interleave(torch.arange(len(o) - 1, device=o.device), o.diff()) for o, _, _ in found
+    ]
+    rows, indices, values = (torch.cat(s) for s in (owners, [f[1] for f in found], [f[2] for f in found]))
     order = rows.argsort(stable=True)
     return rows[order], indices[order], values[order]
 

@@ -41,6 +41,7 @@ class Dictionary(nn.Module):
     encode: Any
     decode: Any
     pairs: Any
+    begin_from: Any  # of a kind that stands in for an attention layer
     loss: Any
     prepare: Any
     observe: Any
@@ -117,9 +118,10 @@ class Dictionary(nn.Module):
         """Batches as one that ``loss`` takes, on the dictionary's device."""
         return torch.cat([self.rows_of(batch) for batch in batches]).to(self.device, self.dtype)
 
-    def codes_of(self, batch: ActivationBatch) -> Codes:
-        """Codes of the unmasked positions."""
-        return self.encode(torch.cat([batch.rows(point) for point in self.reads], -1).to(self.device))
+    def codes_of(self, batch: ActivationBatch, points: Sequence[str] | None = None) -> Codes:
+        """Codes of the unmasked positions, read at ``points`` (None: those of ``reads``)."""
+        rows = [batch.rows(point) for point in points or self.reads]
+        return self.encode(torch.cat(rows, -1).to(self.device))
 
     @property
     def needs_data(self) -> bool:

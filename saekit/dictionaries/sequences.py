@@ -53,7 +53,8 @@ class Sequences(Rows):
             if getattr(own, name) is not None:
                 getattr(own, name).copy_(getattr(theirs, name))
         self.wiring.natural.fill_(True)
-        self.attention = attention
+        if isinstance(getattr(self.atoms, "weight", None), nn.Parameter):  # a control's atoms stay random
+            self.attention = attention
 
     def read(self, x: Float[Tensor, "*shape d_in"]) -> Float[Tensor, "rows head d_in"]:
         """What every QK head has gathered at each position, in normalised space."""
@@ -89,10 +90,10 @@ class Sequences(Rows):
 
     def pairs(self, batch: "Float[Tensor, 'batch *seq columns'] | ActivationBatch") -> tuple[Tensor, Tensor]:
         """What is encoded and what is written, at the unmasked positions in normalised space."""
-        if not (isinstance(batch, ActivationBatch) and GATHERED in batch.activations):
-            batch = self.gather([batch])
-        read, target = self.wiring.split(batch.activations[GATHERED])
-        return self.read(read)[batch.mask.flatten()], self.norm_out(target[batch.mask])
+        gathered = isinstance(batch, ActivationBatch) and GATHERED in batch.activations
+        whole: Any = batch if gathered else self.gather([batch])
+        read, target = self.wiring.split(whole.activations[GATHERED])
+        return self.read(read)[whole.mask.flatten()], self.norm_out(target[whole.mask])
 
     def set_normalisation(self, rows: Any) -> None:
         """Estimate mean and scale of what is read and written; heads that were copied go on looking as they did."""
@@ -157,9 +158,9 @@ class Sequences(Rows):
         self.wiring.fold_into(out.wiring, self.norm_in)
         return out
 
-    def codes_of(self, batch: ActivationBatch) -> Codes:
-        """Codes of the unmasked positions; every position is looked at."""
-        x = torch.cat([batch.activations[point] for point in self.reads], -1).to(self.device)
+    def codes_of(self, batch: ActivationBatch, points: Sequence[str] | None = None) -> Codes:
+        """Codes of the unmasked positions, read at ``points``; every position is looked at."""
+        x = torch.cat([batch.activations[point] for point in points or self.reads], -1).to(self.device)
         chosen = self.read(x)[batch.mask.flatten().to(self.device)]
         return self.selection(chosen, self._encoder_rows(), self.b_enc)
 

@@ -4,6 +4,7 @@ Everything is measured on held-out documents, in one pass over them; per-documen
 that every ratio is a ratio of sums and every interval is over documents.
 """
 
+import dataclasses
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from saekit import metrics, records
@@ -21,7 +21,7 @@ from saekit.evaluate.measure import Measure, Resampler
 from saekit.harvest import HarvestConfig, Stream
 from saekit.hooks import Site, intervene, spliced
 from saekit.models import load_model
-from saekit.types import ActivationBatch, SaekitError
+from saekit.types import ActivationBatch, Codes, SaekitError
 
 Sum = np.ndarray | np.floating  # a total over documents, or one per resample
 MAX_DOCUMENTS = 4096  # later documents share the sums of earlier ones: bounds memory
@@ -103,9 +103,8 @@ class _Evaluation:
         self.dictionary, self.sums = dictionary, _Sums()
         self.counts = torch.zeros(dictionary.n_features, dtype=torch.int64)
 
-    def observe(self, x: Tensor, y: Tensor, documents: np.ndarray, shift: Tensor) -> Tensor:
+    def observe(self, codes: Codes, x: Tensor, y: Tensor, documents: np.ndarray, shift: Tensor) -> Tensor:
         """Add a batch of unmasked rows; returns what is made of them. ``shift`` steadies the variance."""
-        codes = self.dictionary.encode(x)
         y_hat = self.dictionary.decode(codes, x)
         target, hat = y.double(), y_hat.double()
         error, centred = target - hat, target - shift
@@ -157,23 +156,21 @@ def _measure(key: str, n: int, resampler: Resampler, statistic: Callable, *sums:
     return Measure(value, n, UNITS[key], interval)
 
 
-def controls_for(
-    dictionary: Dictionary, rows: Float[Tensor, "rows d_in"], seed: int = 0
-) -> dict[str, Dictionary]:
+def controls_for(dictionary: Dictionary, codes: Codes, seed: int = 0) -> dict[str, Dictionary]:
     """Random dictionaries of the same width and L0, with the same normalisation: what to beat.
 
-    L0 is the selection's k, or where it has none that of the dictionary on ``rows``, rounded.
+    L0 is the selection's k, or where it has none that of ``codes`` of the dictionary, rounded.
     """
     k = getattr(dictionary.config.selection[1], "k", None)
     if k is None:
-        k = min(dictionary.n_features, max(1, round(metrics.l0(dictionary.encode(rows)))))
-    wiring = dictionary.wiring
+        k = min(dictionary.n_features, max(1, round(metrics.l0(codes))))
+    wiring, settings = dictionary.config.wiring
     shape = {
-        "wiring": dictionary.config.wiring[0], "n_features": dictionary.n_features, "k": k, "seed": seed,
-        **wiring.shape(wiring.parts_in, wiring.parts_out),
+        "wiring": wiring, "n_features": dictionary.n_features, "k": k, "seed": seed, **dataclasses.asdict(settings)
     }  # fmt: skip
     # where two spaces are mapped there are no atoms to read by: a fresh dictionary is as random
-    presets = {"random": "random", "random_omp": "random_omp"} if wiring.same_space else {"random": "topk"}
+    same = dictionary.wiring.same_space
+    presets = {"random": "random", "random_omp": "random_omp"} if same else {"random": "topk"}
     out = {name: create(preset, **shape) for name, preset in presets.items()}
     for control in out.values():
         control.to(dictionary.device)
@@ -230,13 +227,17 @@ def evaluate(
             raise SaekitError(
                 f"activations at {', '.join(writes)!r} of model {view.name!r} hold NaN or Inf; find what makes the model overflow"
             )
+        codes = dictionary.codes_of(batch, reads)
         if shift is None:
             shift = y.double().mean(0)
             given_controls = controls if isinstance(controls, Mapping) else {}
-            beside = {**(controls_for(dictionary, x, seed) if controls else {}), **given_controls}
+            beside = {**(controls_for(dictionary, codes, seed) if controls else {}), **given_controls}
             runs |= {name: _Evaluation(c.to(view.device)) for name, c in beside.items()}
         owners = _owners(batch, index)
-        hats = {name: run.observe(x, y, owners, shift) for name, run in runs.items()}
+        hats = {
+            name: run.observe(run.dictionary.codes_of(batch, reads) if name else codes, x, y, owners, shift)
+            for name, run in runs.items()
+        }
         if logits is not None:
             baseline = (
                 torch.zeros_like(y)

@@ -148,9 +148,9 @@ def _density_and_source(
         return torch.tensor(measured["value"], dtype=torch.float64), source
     counts, n = torch.zeros(dictionary.n_features, dtype=torch.float64), 0
     for batch in islice(source(), 16):
-        rows = torch.cat([batch.rows(point) for point in dictionary.reads], -1)
-        n += len(rows)
-        counts += dictionary.encode(rows.to(dictionary.device)).firing_counts().cpu()
+        codes = dictionary.codes_of(batch)
+        n += codes.rows
+        counts += codes.firing_counts().cpu()
     return counts / max(n, 1), source
 
 

@@ -15,12 +15,13 @@ Place = tuple[tuple[str, ...], tuple[str, ...]]  # what is read, and what is wri
 
 def open_source(
     acts: Sequence[str], model: str, text: str, wiring: Any, one: str | None, many: str | None,
-    batch_size: int, device: str | None,
+    device: str | None,
 ) -> tuple[Any, dict[str, Place]]:  # fmt: skip
-    """The source of rows, and the places by name ("" for the single one of ``--hook-point``)."""
+    """The source of rows or sequences, and the places by name ("" for the single one of ``--hook-point``)."""
     from saekit.activations import Store
-    from saekit.harvest import SideBySide, StreamSource, harvest
+    from saekit.harvest import SideBySide, harvest
     from saekit.models import load_model
+    from saekit.trainers.loop import as_source
 
     if one and many:
         raise SaekitError(f"--hook-point {one!r} and --hook-points {many!r} are both given; leave one out")
@@ -31,10 +32,6 @@ def open_source(
                 f"--acts {shown}: stores are named by their folders, and two have the same; rename one"
             )
         store = Store(acts[0]) if len(acts) == 1 else SideBySide({Path(f).name: Store(f) for f in acts})
-        if store.n_rows < batch_size:
-            raise SaekitError(
-                f"store {shown!r} holds {store.n_rows} rows and one batch takes batch_size = {batch_size}; harvest more tokens or choose a smaller --batch-size"
-            )
         if not one and not many and len(store.hook_points) > TAKES[wiring.takes]:
             raise SaekitError(
                 f"store {shown!r} holds several hook points; choose with --hook-point or --hook-points: {', '.join(store.hook_points)}"
@@ -43,7 +40,7 @@ def open_source(
         for reads, writes in found.values():
             for point in wiring.points(reads, writes):
                 store.check(point)
-        return store, found
+        return as_source(store, wiring.kind == "sequences"), found
     if not one and not many:
         raise SaekitError(
             "neither --acts nor --hook-point is given; name a store, or where in the model to read"
@@ -51,7 +48,8 @@ def open_source(
     view = load_model(model, device=device)
     found = _places(wiring, one or "", many, view.hook_points())
     points = list(dict.fromkeys(p for reads, writes in found.values() for p in wiring.points(reads, writes)))
-    return StreamSource(harvest(view, text, points, tokens=None)), found
+    stream = harvest(view, text, points, tokens=None)
+    return as_source(stream, wiring.kind == "sequences"), found
 
 
 def _places(wiring: Any, one: str, many: str | None, known: Sequence[str]) -> dict[str, Place]:
@@ -71,3 +69,36 @@ def _places(wiring: Any, one: str, many: str | None, known: Sequence[str]) -> di
 def widths(source: Any, place: Place, wiring: Any) -> dict[str, Any]:
     """The fields of the wiring that are widths of hook points."""
     return wiring.shape(*([source.width(point) for point in side] for side in place))
+
+
+def batch_size_of(source: Any, given: int | None) -> int:
+    """What is given, or the default for rows or sequences; raises where the source holds no whole batch."""
+    from saekit.trainers.loop import default_batch
+
+    size = default_batch(source) if given is None else given
+    if source.n_rows is not None and source.n_rows < size:
+        what = "sequences" if hasattr(source, "rows_per_item") else "rows"
+        raise SaekitError(
+            f"the data holds {source.n_rows} {what} and one batch takes batch_size = {size}; harvest more tokens or choose a smaller --batch-size"
+        )
+    return size
+
+
+def layer_of(model: Any, point: str) -> Any:
+    """The attention layer that a Lorsa stands in for, by the hook point it reads."""
+    from saekit.layers import attention
+
+    return attention(model, point.partition(":")[0])
+
+
+def begun(
+    source: Any, place: Place, wiring: Any, fields: dict[str, Any], device: str | None
+) -> dict[str, Any]:
+    """What a dictionary begins from: a Lorsa from the attention layer at its place, unless its heads are given."""
+    from saekit.models import load_model
+
+    if wiring.kind != "sequences" or "d_qk" in fields:
+        return {}
+    stream = getattr(source, "stream", None)
+    model = load_model(source.store.manifest["model"]["name"]) if stream is None else stream.model
+    return {"attention": layer_of(model, place[0][0])}

@@ -14,7 +14,7 @@ from saekit.errors import SaekitError
 from saekit.registry import nearest
 from saekit.verbs.console import Device, Json, Seed, duration, progress, result, say
 from saekit.verbs.many import run_many
-from saekit.verbs.places import open_source, widths
+from saekit.verbs.places import batch_size_of, begun, layer_of, open_source, widths
 
 
 def train(
@@ -69,7 +69,12 @@ def train(
     steps: Annotated[
         int | None, typer.Option(help="Steps; default: one pass over the store, or 1000.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows of a step.")] = 4096,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Rows of a step, default 4096; of a Lorsa whole sequences, by default as many as hold so many."
+        ),
+    ] = None,
     lr: Annotated[
         float | None, typer.Option(help="Peak rate of Adam; default: from the width and the steps.")
     ] = None,
@@ -105,12 +110,11 @@ def train(
         trains = {f.name for f in dataclasses.fields(TrainConfig)}
         extra = dict(_option(item) for item in option or [])
         wiring = _wiring(architecture, extra)
-        source, found = open_source(
-            acts or (), model, text, wiring, hook_point, hook_points, batch_size, device
-        )
+        source, found = open_source(acts or (), model, text, wiring, hook_point, hook_points, device)
+        batch_size = batch_size_of(source, batch_size)
         other = {key: extra.pop(key) for key in list(extra) if key in trains}
         fields = {"architecture": architecture, "n_features": n_features, "k": k, **extra}
-        whole = max(1, source.n_rows // max(1, batch_size)) if source.n_rows else 1000
+        whole = max(1, source.n_rows // max(1, batch_size)) if source.n_rows and acts else 1000
         options = {
             "steps": whole if steps is None else steps, "batch_size": batch_size, "lr": lr,
             "dead_after": dead_after, "checkpoint_every": checkpoint_every, "log_every": log_every, "wandb": wandb, "seed": seed, **other,
@@ -118,7 +122,7 @@ def train(
         made: dict[str, dict[str, Any]] = {}  # by place, and there by name
         each: dict[str, dict[str, Any]] = {}
         for name, place in found.items():
-            here = {**widths(source, place, wiring), **fields}
+            here = {**widths(source, place, wiring), **begun(source, place, wiring, fields, device), **fields}
             if sweep:
                 made[name], own = _sweep(here, sweep, seed, wiring, control is not False)
                 each |= {f"{name}_{run}" if name else run: chosen for run, chosen in own.items()}
@@ -197,7 +201,8 @@ def _frozen(fields: dict[str, Any], seed: int, wiring: Any) -> Any:
     from saekit.dictionaries.wiring import WIRINGS
 
     name = next(name for name in WIRINGS if WIRINGS[name] is wiring)
-    shape = {key: fields[key] for key in ("n_features", "k", "d_in", "d_out", "normalise") if key in fields}
+    keys = ("n_features", "k", "d_in", "d_out", "normalise", "attention", "n_qk", "d_qk")
+    shape = {key: fields[key] for key in keys if key in fields}
     return create("frozen", seed=seed, wiring=name, **shape)
 
 
@@ -266,6 +271,12 @@ def _option(item: str) -> tuple[str, Any]:
         return name, value
 
 
+def _model_of(source: dict[str, Any]) -> str:
+    from saekit.activations import read_manifest
+
+    return source["model"] if "model" in source else read_manifest(Path(source["acts"]))["model"]["name"]
+
+
 def _repeat(path: Path) -> tuple[Any, Any, dict[str, Any]]:
     """Dictionary, source and options of a run, from the config.json in its folder."""
     from saekit.activations import Store
@@ -280,11 +291,14 @@ def _repeat(path: Path) -> tuple[Any, Any, dict[str, Any]]:
     TrainConfig(**data["train"])
     dictionary = build(Config.from_json(data["dictionary"]), seed=data["init_seed"])
     dictionary.reads, dictionary.writes = dictionary.wiring.sites(data["hook_points"])
-    if data.get("init", weights_digest(dictionary)) != weights_digest(dictionary):
+    source = data["source"]
+    wanted = data.get("init", weights_digest(dictionary))
+    if dictionary.wiring.kind == "sequences" and weights_digest(dictionary) != wanted:
+        dictionary.begin_from(layer_of(_model_of(source), dictionary.reads[0]))
+    if weights_digest(dictionary) != wanted:
         raise SaekitError(
             f"config {str(path)!r} is of a run that went on from trained weights, which it doesn't hold; repeat it from Python"
         )
-    source = data["source"]
     if "stores" in source:
         stores = {name: Store(folder) for name, folder in source["stores"].items()}
         return dictionary, SideBySide(stores), data["train"]
