@@ -180,7 +180,7 @@ def controls_for(dictionary: Dictionary, codes: Codes, seed: int = 0) -> dict[st
 
 @torch.no_grad()
 def evaluate(
-    dictionary: Dictionary,
+    dictionary: "Dictionary | Sequence[Dictionary]",
     model: Any = "code-lm",
     text: Any = "stdlib",
     *,
@@ -201,7 +201,21 @@ def evaluate(
     language model also ce_original / spliced / ablated / recovered and kl. Masked positions
     (special tokens, padding, outliers in norm) are neither measured nor replaced. ``controls`` are
     random dictionaries; others by name are measured beside them, as that of a run's folder ``control``.
+
+    Several dictionaries stand in for their modules all at once: see :func:`saekit.evaluate.replacement.evaluate_together`,
+    which knows neither ``hook_point`` nor ``ablation``.
     """
+    if not isinstance(dictionary, Dictionary):
+        from saekit.evaluate.replacement import evaluate_together
+
+        if hook_point is not None or ablation != "zero" or not isinstance(controls, bool):
+            raise SaekitError(
+                "hook_point, ablation and controls by name belong to one dictionary, and several are given; leave them out"
+            )
+        return evaluate_together(
+            dictionary, model, text, tokens=tokens, split=split, controls=controls, batch_rows=batch_rows,
+            context=context, device=device, seed=seed, on_batch=on_batch,
+        )  # fmt: skip
     if ablation not in ("zero", "mean"):
         raise SaekitError(f"ablation {ablation!r} is not one of 'zero', 'mean'")
     view = load_model(model, device=device)

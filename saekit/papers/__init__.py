@@ -25,8 +25,11 @@ PAPERS = Registry(
         "planted-peers": "saekit.papers.planted_peers:reproduce",
         "sparse-but-wrong": "saekit.papers.sparse_but_wrong:reproduce",
         "end-to-end": "saekit.papers.end_to_end:reproduce",
+        "transcoders": "saekit.papers.transcoders:reproduce",
+        "lorsa": "saekit.papers.lorsa:reproduce",
         "crosscoder": "saekit.papers.crosscoder:reproduce",
         "cross-layer-transcoder": "saekit.papers.cross_layer_transcoder:reproduce",
+        "complete-replacement": "saekit.papers.complete_replacement:reproduce",
         "mutual-regularisation": "saekit.papers.mutual_regularisation:reproduce",
     },
 )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from saekit.models import Model, load_model
 
 VOCABULARY, WIDTH, HEADS, LAYERS = 64, 64, 4, 2
-LENGTH, PERIODS = 40, (6, 20)  # tokens behind the separator; how soon they may repeat
+LENGTH, PERIODS = 24, (12, 20)  # tokens behind the separator; how soon they repeat, each at most once
 ROWS, RATE = 64, 2e-3
 
 

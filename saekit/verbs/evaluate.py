@@ -1,6 +1,7 @@
 """``saekit eval``: the metric table of a dictionary."""
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,8 +59,26 @@ def _trained_control(path: Path, dictionary: Any) -> Any:
     return None
 
 
+def _runs(paths: list[str]) -> tuple[list[str], Path]:
+    """The dictionaries that are named, those inside where a folder of runs is, and the folder of all of them."""
+    first = Path(paths[0])
+    if len(paths) == 1 and first.is_dir() and not (first / "dictionary.safetensors").exists():
+        inside = sorted(file.parent for file in first.glob("*/dictionary.safetensors"))
+        controls = [run for run in inside if run.name == "frozen" or run.name.endswith("_frozen")]
+        runs = [str(run) for run in inside if run not in controls]
+        if runs:
+            return runs, first
+    return paths, first if len(paths) == 1 else Path(os.path.commonpath([os.path.abspath(p) for p in paths]))
+
+
 def evaluate(
-    path: Annotated[str, typer.Argument(help="Dictionary or finished run.", metavar="DICTIONARY")],
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            help="Dictionary or finished run. Several, or a folder of runs (as train --hook-points writes): all spliced in at once, each in the place of its module.",
+            metavar="DICTIONARY...",
+        ),
+    ],
     model: Annotated[str | None, typer.Option(help="Model; default: the one it was harvested from.")] = None,
     text: Annotated[str | None, typer.Option(help="Text; default: the one it was harvested from.")] = None,
     hook_point: Annotated[str | None, typer.Option(help="Hook point; default: the dictionary's own.")] = None,
@@ -77,6 +96,8 @@ def evaluate(
 ) -> None:
     """Evaluate a dictionary on held-out text, beside random controls; writes eval.json into its folder.
 
+    Several together, as a replacement of the model: eval.json goes into the folder that holds them all.
+
     Example: `saekit eval run --tokens 65536`
     """
     from saekit.activations import write_atomic
@@ -86,19 +107,21 @@ def evaluate(
     from saekit.hub.native import origin
     from saekit.verbs.console import finite
 
-    dictionary = load(path, device=device)
-    trained = _trained_control(Path(path), dictionary) if controls else None
-    beside = controls if trained is None else {"frozen": trained.to(dictionary.device)}
-    check_writable(Path(path))
-    own_model, own_text = origin(dictionary.card)
+    runs, folder = _runs(paths)
+    found = [load(run, device=device) for run in runs]
+    dictionary: Any = found[0] if len(paths) == 1 and runs == paths else found
+    trained = _trained_control(Path(paths[0]), dictionary) if controls and dictionary is found[0] else None
+    beside = controls if trained is None else {"frozen": trained.to(found[0].device)}
+    check_writable(folder)
+    own_model, own_text = origin(found[0].card)
     model, text = model or own_model, text or own_text
     if text is None:
-        raise SaekitError(f"dictionary {path!r} was trained on text given in Python; name one with --text")
+        raise SaekitError(f"dictionary {runs[0]!r} was trained on text given in Python; name one with --text")
     with progress("evaluate", "tokens") as draw:
         report = run(
             dictionary, model, text, tokens=tokens, hook_point=hook_point, split=split, controls=beside,
             ablation=ablation, device=device, seed=seed, on_batch=lambda done, total: draw(done, total, ""),
         )  # fmt: skip
     data = report.to_json()
-    write_atomic(Path(path) / "eval.json", json.dumps(finite(data), indent=1).encode())
+    write_atomic(folder / "eval.json", json.dumps(finite(data), indent=1).encode())
     result(data, as_json, table(report))

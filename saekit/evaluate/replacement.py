@@ -1,0 +1,237 @@
+"""Dictionaries that stand in for modules, spliced into a model all at once (Ameisen et al. 2025; Ge et al. 2026).
+
+Each reads what the replaced model gives it, not what the original would have. Error terms, what each leaves of the
+original on its own input, make the sum the model's own output again: an exact model in terms of features.
+"""
+
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from saekit import metrics
+from saekit.dictionaries import Dictionary
+from saekit.evaluate.core import MAX_DOCUMENTS, Report, controls_for
+from saekit.evaluate.measure import Measure, Resampler
+from saekit.harvest import HarvestConfig, Stream
+from saekit.hooks import Site, intervene
+from saekit.models import Model, load_model
+from saekit.types import ActivationBatch, SaekitError
+
+UNITS = {
+    "l0": "features per token", "ce_original": "nats per token", "ce_replaced": "nats per token",
+    "ce_ablated": "nats per token", "ce_recovered": "1", "kl": "nats per token",
+    "ce_with_errors": "nats per token", "kl_with_errors": "nats per token",
+}  # fmt: skip
+Values = Mapping[str, Tensor]  # by hook point
+
+
+class Replacement:
+    """A model with dictionaries in the places of what they read and write."""
+
+    def __init__(self, model: "Model | str | torch.nn.Module", dictionaries: Sequence[Dictionary]):
+        self.model, self.dictionaries = load_model(model), list(dictionaries)
+        if not self.dictionaries:
+            raise SaekitError("dictionaries is empty; give at least one")
+        writes = [point for d in self.dictionaries for point in d.writes]
+        for d in self.dictionaries:
+            if not d.writes:
+                raise SaekitError(
+                    "a dictionary doesn't name its hook points; set reads and writes, or train it on a store"
+                )
+        paths = [(self.model.site(p).path, self.model.site(p).side) for p in writes]
+        twice = next((p for p, path in zip(writes, paths, strict=True) if paths.count(path) > 1), None)
+        if twice is not None:
+            raise SaekitError(f"hook point {twice!r} is written by two dictionaries; leave one of them out")
+        self.points = list(dict.fromkeys(p for d in self.dictionaries for p in (*d.reads, *d.writes)))
+        self.writes = tuple(writes)
+
+    @contextmanager
+    def spliced(
+        self, mask: Bool[Tensor, "batch seq"] | None = None, errors: Values | None = None
+    ) -> Iterator[None]:
+        """Within it, the model's forward passes go through the dictionaries.
+
+        ``mask``: the positions that are replaced (None: all); ``errors`` are added to what is written there (see
+        :meth:`errors`).
+        """
+        hooks: list[tuple[Site, Callable[[Tensor], Tensor | None]]] = []
+        for d in self.dictionaries:
+            seen: dict[str, Tensor] = {}
+            hooks += [(self.model.site(point), _keep(point, seen)) for point in d.reads]
+            hooks += [
+                (self.model.site(point), self._write(d, i, seen, mask, errors))
+                for i, point in enumerate(d.writes)
+            ]
+        with intervene(hooks):
+            yield
+
+    def _write(
+        self, d: Dictionary, at: int, seen: dict[str, Tensor], mask: Tensor | None, errors: Values | None
+    ) -> Callable[[Tensor], Tensor]:
+        point = d.writes[at]
+
+        def write(y: Tensor) -> Tensor:
+            missing = [p for p in d.reads if p not in seen]
+            if missing and d.config.wiring[0] != "cross_layer":
+                raise SaekitError(
+                    f"a dictionary writes {point!r} before {missing[0]!r}, which it reads, has run; it can't stand in for it"
+                )
+            # what a layer of a cross-layer transcoder writes depends on none of the later ones
+            widths = zip(d.reads, d.wiring.parts_in, strict=True)
+            read = [seen[p] if p in seen else y.new_zeros(*y.shape[:-1], w) for p, w in widths]
+            new = d(torch.cat(read, -1)).split(d.wiring.parts_out, -1)[at].to(y.dtype)
+            if at == len(d.writes) - 1:
+                seen.clear()  # for the next pass
+            if errors is not None:
+                new = new + errors[point].to(new)
+            return new if mask is None else torch.where(mask.to(y.device)[..., None], new, y)
+
+        return write
+
+    @torch.no_grad()
+    def errors(self, activations: Values) -> dict[str, Tensor]:
+        """What each dictionary leaves of the original, from the original's activations at :attr:`points`."""
+        out = {}
+        for d in self.dictionaries:
+            hat = d(torch.cat([activations[p] for p in d.reads], -1)).split(d.wiring.parts_out, -1)
+            out |= {p: activations[p] - part for p, part in zip(d.writes, hat, strict=True)}
+        return out
+
+
+def _keep(point: str, into: dict[str, Tensor]) -> Callable[[Tensor], None]:
+    def keep(x: Tensor) -> None:
+        into[point] = x
+
+    return keep
+
+
+@torch.no_grad()
+def evaluate_together(
+    dictionaries: Sequence[Dictionary],
+    model: Any = "code-lm",
+    text: Any = "stdlib",
+    *,
+    tokens: int = 65536,
+    split: str = "held_out",
+    controls: bool = True,
+    batch_rows: int = 8,
+    context: int | None = None,
+    device: "str | torch.device | None" = None,
+    seed: int = 0,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> Report:
+    """What a language model loses when all the dictionaries stand in at once, on held-out documents.
+
+    ``ce_recovered`` is against zeros in all their places; ``kl`` of the original to the replaced model; ``_with_errors``
+    are those with error terms, where nothing should be lost. The control ``random`` has random dictionaries in the
+    same places. ``l0`` is the sum of all, on the original's activations. Masked positions are not replaced.
+    """
+    view = load_model(model, device=device)
+    if not view.predicts_tokens:
+        raise SaekitError(
+            f"model {view.name!r} predicts no tokens, and CE and KL are all that dictionaries are measured by together; evaluate them one by one"
+        )
+    whole = Replacement(view, [d.to(view.device) for d in dictionaries])
+    options = {"tokens": tokens, "split": split, "batch_rows": batch_rows, "context": context}
+    stream = Stream(view, text, HarvestConfig(tuple(whole.points), **options))
+    random: Replacement | None = None
+    sums: dict[str, list[np.ndarray]] = defaultdict(list)
+    owners: list[np.ndarray] = []
+    index: dict[int, int] = defaultdict(lambda: len(index) % MAX_DOCUMENTS)
+    done = 0
+    for batch, logits, given in stream.with_logits():
+        assert logits is not None and batch.documents is not None and batch.tokens is not None
+        counted = batch.mask[:, :-1] & (batch.documents[:, 1:] >= 0)
+        codes = [d.codes_of(batch) for d in whole.dictionaries]
+        if controls and random is None:
+            random = Replacement(
+                view, [_random(d, c, seed) for d, c in zip(whole.dictionaries, codes, strict=True)]
+            )
+        own, targets = logits[:, :-1][counted], batch.tokens[:, 1:][counted].to(logits.device)
+        l0 = torch.zeros(batch.mask.shape, dtype=torch.float64)
+        for c in codes:
+            l0[batch.mask] += c.l0().double().cpu()
+        sums["l0"].append(l0[:, :-1][counted].numpy())
+        sums["ce_original"].append(metrics.cross_entropy(own, targets).cpu().numpy())
+        passes = {
+            "replaced": whole.spliced(batch.mask),
+            "with_errors": whole.spliced(batch.mask, whole.errors(batch.activations)),
+            "ablated": _ablated(whole, batch),
+            **({"random": random.spliced(batch.mask)} if random is not None else {}),
+        }
+        for name, inside in passes.items():
+            with inside:
+                changed = view.logits(given)[:, :-1][counted]
+            sums[f"ce_{name}"].append(metrics.cross_entropy(changed, targets).cpu().numpy())
+            sums[f"kl_{name}"].append(metrics.kl(own, changed).cpu().numpy())
+        owners.append(np.array([index[int(d)] for d in batch.documents[:, :-1][counted]], dtype=np.int64))
+        done += batch.mask.numel()
+        if on_batch:
+            on_batch(done, tokens)
+    if not owners:
+        raise SaekitError(
+            f"the text gives no unmasked token on the {split!r} side of its split; give more text, or split='all' (--split all)"
+        )
+    about = {
+        "model": view.identity(), "text": stream.text_identity(), "hook_point": ", ".join(whole.writes), "documents": len(index),
+        "tokens": done, "ablation": "zero", "context": stream.context, "seed": seed, "split": split if stream.named else "all",
+    }  # fmt: skip
+    return Report(_measures(sums, np.concatenate(owners), min(len(index), MAX_DOCUMENTS), seed), about)
+
+
+def _ablated(whole: Replacement, batch: ActivationBatch) -> Any:
+    here = batch.mask[..., None]
+
+    def zero(y: Tensor) -> Tensor:
+        return y.masked_fill(here.to(y.device), 0)
+
+    return intervene([(whole.model.site(point), zero) for point in whole.writes])
+
+
+def _random(d: Dictionary, codes: Any, seed: int) -> Dictionary:
+    out = controls_for(d, codes, seed)["random"]
+    out.reads, out.writes = d.reads, d.writes
+    return out
+
+
+def _measures(
+    sums: Mapping[str, Sequence[np.ndarray]], owners: np.ndarray, documents: int, seed: int
+) -> dict[str, Measure]:
+    """Means over tokens, with intervals over documents."""
+    n = np.bincount(owners, minlength=documents).astype(np.float64)
+    c = {key: np.bincount(owners, np.concatenate(parts), minlength=documents) for key, parts in sums.items()}
+    resampler = Resampler(documents, seed)
+
+    def recovered(original: Any, replaced: Any, ablated: Any) -> Any:
+        return (ablated - replaced) / (ablated - original)
+
+    def measured(statistic: Callable[..., Any], *names: str) -> tuple[float, tuple[float, float] | None]:
+        columns = [n if name == "n" else c[name] for name in names]
+        with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
+            return float(statistic(*(column.sum() for column in columns))), resampler.interval(
+                statistic, *columns
+            )
+
+    def names_of(key: str, run: str) -> tuple[str, ...]:
+        return (
+            ("ce_original", f"ce_{run}", "ce_ablated")
+            if key == "ce_recovered"
+            else (key.replace("replaced", run), "n")
+        )
+
+    out = {}
+    for key, unit in UNITS.items():
+        statistic = recovered if key == "ce_recovered" else np.divide
+        name = f"{key}_replaced" if key == "kl" else key
+        value, interval = measured(statistic, *names_of(name, "replaced"))
+        compared = key in ("ce_replaced", "ce_recovered", "kl") and "ce_random" in c
+        control = {"random": measured(statistic, *names_of(name, "random"))[0]} if compared else {}
+        out[key] = Measure(value, int(n.sum()), unit, interval, control)
+    return out
