@@ -79,7 +79,8 @@ def sparse_equals_dense(make: Make, rows: Float[Tensor, "batch *seq columns"], f
     d = _prepared(make, rows)
     x = _read(d, rows[:50])
     codes = d.encode(x)
-    dense = codes.to_dense().flatten(0, -2) @ d.W_dec + d.b_dec
+    dense = codes.to_dense() if d.wiring.kind == "cross_layer" else d.expanded(codes, d.read(x)).to_dense()
+    dense = dense.flatten(0, -2) @ d.W_dec + d.b_dec
     if d.wiring.skip is not None:
         dense = dense + d.norm_in(x) @ d.wiring.skip.T
     torch.testing.assert_close(

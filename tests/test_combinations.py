@@ -29,6 +29,7 @@ WIDTHS: dict[str, dict[str, Any]] = {
     "cross_layer": {"d_in": 8, "n_layers": 2, "d_out": 6},
     "crosscoder": {"d_in": (6, 10), "dedicated": (4, 8)},
     "lorsa": {"d_in": 16, "d_out": 12, "n_qk": 2, "d_qk": 4, "rotary": 2},
+    "molt": {"d_in": 16, "d_out": 12, "ranks": (2, 3)},
     "transcoder": {"d_in": 16, "d_out": 12, "skip": True},
 }
 Combination = tuple[str, str, str, str, str, str]
@@ -57,7 +58,9 @@ def meaningful(selection: str, atoms: str, fit: str, penalty: str, normalise: st
         return False  # whitening mixes layers; each layer has a decoder of its own
     if wiring == "lorsa" and selection in ("pursuit", "omp", "switch"):
         return False  # attention stands between what is read and the residual; a router reads one input
-    if wiring in ("transcoder", "cross_layer", "lorsa") and (
+    if wiring == "molt" and (selection in ("gated", "pursuit", "omp") or fit != "reconstruction"):
+        return False  # codes switch maps on; prefixes would cut maps apart
+    if wiring in ("transcoder", "cross_layer", "lorsa", "molt") and (
         atoms == "tied" or selection == "omp"
     ):  # one space for both ways
         return False
@@ -82,7 +85,7 @@ def columns(combination: Combination, rows: torch.Tensor) -> torch.Tensor:
     """Rows of training data: for a transcoder the target is a map of what is read, of another width."""
     if combination[3] == "tanh":
         rows = rows / 20  # of codes as large as these, unnormalised, it has levelled off
-    two = combination[5] in ("transcoder", "cross_layer", "lorsa")
+    two = combination[5] in ("transcoder", "cross_layer", "lorsa", "molt")
     rows = torch.cat([rows, rows[:, 4:].abs()], 1) if two else rows
     return rows.unflatten(0, (-1, 8)) if combination[5] == "lorsa" else rows
 
@@ -138,6 +141,6 @@ def test_a_meaningless_combination_is_refused_with_its_reason() -> None:
         else:
             with pytest.raises(
                 SaekitError,
-                match=f"objective '.*' with selection '{c[0]}'|selection 'omp' sends|atoms 'tied' read by|moves atoms|would cut them|has one for each layer|with wiring .lorsa.",
+                match=f"objective '.*' with selection '{c[0]}'|selection 'omp' sends|atoms 'tied' read by|moves atoms|would cut them|has one for each layer|with wiring .lorsa.|with wiring .molt.|cuts features off",
             ):
                 make(*c)

@@ -40,7 +40,7 @@ def initialise(dictionary: Dictionary, name: str, batch: Any) -> None:
         raise SaekitError(
             f"init = {name!r} needs atoms that are trained one by one, and those of {dictionary.config.atoms[0]!r} aren't; leave it out"
         )
-    INITS[name](dictionary, as_rows(dictionary, f"init = {name!r}").pairs(batch)[1])
+    INITS[name](dictionary, as_rows(dictionary, f"init = {name!r}", alike=False).pairs(batch)[1])
     if dictionary.encoder is not None and dictionary.wiring.same_space:
         dictionary.encoder.copy_(weight)
 

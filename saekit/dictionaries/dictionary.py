@@ -41,6 +41,7 @@ class Dictionary(nn.Module):
     encode: Any
     decode: Any
     pairs: Any
+    expanded: Any
     begin_from: Any  # of a kind that stands in for an attention layer
     loss: Any
     prepare: Any

@@ -10,6 +10,7 @@ KINDS = Registry(
     {
         "rows": "saekit.dictionaries.rows:Rows",
         "cross_layer": "saekit.dictionaries.cross_layer:CrossLayer",
+        "transforms": "saekit.dictionaries.transforms:Transforms",
         "sequences": "saekit.dictionaries.sequences:Sequences",
     },
 )

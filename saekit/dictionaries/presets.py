@@ -30,6 +30,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "omp": {"selection": "omp", "atoms": "tied", "objective": ("reconstruction",)},
     "switch": {"selection": "switch", "atoms": "unit_norm", "objective": ("reconstruction", "load_balance", "auxk")},
     "lorsa": {"wiring": "lorsa", "selection": "topk", "atoms": "unit_norm", "objective": TOPK},
+    "molt": {"wiring": "molt", "selection": "topk", "atoms": "unit_norm", "objective": TOPK},
     "clt": {"wiring": "cross_layer", "selection": "topk", "atoms": "unit_norm", "objective": TOPK},
     "crosscoder": {"wiring": "crosscoder", "selection": "batchtopk", "atoms": "unit_norm", "objective": TOPK},
     "transcoder": {"wiring": "transcoder", "selection": "topk", "atoms": "unit_norm", "objective": TOPK},

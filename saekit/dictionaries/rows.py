@@ -17,6 +17,11 @@ from saekit.dictionaries.training import Forward, Selected, TrainState
 from saekit.kernels import sparse_decode
 from saekit.types import ActivationBatch, Codes, Loss, SaekitError
 
+BOUND = {
+    "sequences": "are shared out evenly among attention heads",
+    "transforms": "are maps with atoms of their own",
+}
+
 
 class Rows(Dictionary):
     """A dictionary whose codes are rows of features: one encoder, one decoder, one selection.
@@ -33,22 +38,31 @@ class Rows(Dictionary):
         self.terms = nn.ModuleDict({name: OBJECTIVES[name](c, n) for name, c in config.objective})
         generator = torch.Generator().manual_seed(seed)
         self.register_buffer("mask", self.wiring.mask(n), persistent=False)
-        directions = torch.randn(n, d_out, generator=generator)
+        directions = torch.randn(self.n_atoms, d_out, generator=generator)
         if self.mask is not None:
             directions = directions * self.mask
         directions = nn.functional.normalize(directions, dim=-1)
         self.atoms = ATOMS[config.atoms[0]](config.atoms[1], directions, generator)
         tied, trained = self.atoms.tied, self.atoms.trained
-        self.encoder = None if tied else nn.Parameter(self._encoder_start(directions, generator))
+        self.encoder = None if tied else nn.Parameter(self._encoder_start(directions, n, generator))
         biased = trained and not self.encoder_unit
         self.b_enc = nn.Parameter(torch.zeros(n), requires_grad=biased)
         self.b_dec = nn.Parameter(torch.zeros(d_out), requires_grad=biased)
 
-    def _encoder_start(self, directions: Tensor, generator: torch.Generator) -> Tensor:
+    def _encoder_start(self, directions: Tensor, n: int, generator: torch.Generator) -> Tensor:
         # an encoder that starts as the decoder's transpose avoids most early deaths (Gao et al. 2024)
         if self.wiring.same_space:
             return directions.clone()
-        return nn.functional.normalize(torch.randn(len(directions), self.d_in, generator=generator), dim=-1)
+        return nn.functional.normalize(torch.randn(n, self.d_in, generator=generator), dim=-1)
+
+    @property
+    def n_atoms(self) -> int:
+        """Rows of the decoder: one for each feature, unless features have several."""
+        return self.n_features
+
+    def expanded(self, codes: Codes, x: Float[Tensor, "rows *blocks d_in"] | None) -> Codes:
+        """Codes of the atoms, from those of the features and the input in normalised space: the same, unless features have several."""
+        return codes
 
     @property
     def encoder_unit(self) -> bool:
@@ -77,11 +91,14 @@ class Rows(Dictionary):
         self, codes: Codes, x: Float[Tensor, "*shape d_in"] | None = None
     ) -> Float[Tensor, "*shape d_out"]:
         """What the codes write, in the units of the model; ``x`` is for wirings that pass input through."""
-        y = sparse_decode(codes.offsets, codes.indices, codes.values, self.atoms.rows()) + self.b_dec
-        if self.wiring.skip is not None:
-            if x is None:
-                raise SaekitError("x is not given, and this dictionary passes its input on; decode(codes, x)")
-            y = y + self.read(x) @ self.wiring.skip.T
+        passes = self.wiring.skip is not None or self.wiring.kind == "transforms"
+        if passes and x is None:
+            raise SaekitError("x is not given, and this dictionary passes its input on; decode(codes, x)")
+        read = self.read(x) if passes and x is not None else None
+        c = self.expanded(codes, read)
+        y = sparse_decode(c.offsets, c.indices, c.values, self.atoms.rows()) + self.b_dec
+        if self.wiring.skip is not None and read is not None:
+            y = y + read @ self.wiring.skip.T
         return self.norm_out.invert(y).view(*codes.shape, self.d_out)
 
     def pairs(self, batch: "Float[Tensor, 'batch columns'] | ActivationBatch") -> tuple[Tensor, Tensor]:
@@ -202,10 +219,18 @@ class Rows(Dictionary):
         return folded.eval()
 
 
-def as_rows(dictionary: Dictionary, doing: str) -> Rows:
-    """The dictionary, if it is one encoder and one decoder, as ``doing`` something to its features needs."""
+def as_rows(dictionary: Dictionary, doing: str, alike: bool = True) -> Rows:
+    """The dictionary, if it is one encoder and one decoder, as ``doing`` something to its features needs.
+
+    ``alike``: and a feature is one row of each, which nothing binds to others.
+    """
+    name = dictionary.config.wiring[0]
     if not isinstance(dictionary, Rows):
         raise SaekitError(
-            f"a dictionary of wiring {dictionary.config.wiring[0]!r} is made of parts, and {doing} takes one at a time; give one of its parts"
+            f"a dictionary of wiring {name!r} is made of parts, and {doing} takes one at a time; give one of its parts"
+        )
+    if alike and dictionary.wiring.kind in BOUND:
+        raise SaekitError(
+            f"features of wiring {name!r} {BOUND[dictionary.wiring.kind]}, which {doing} doesn't know of"
         )
     return dictionary

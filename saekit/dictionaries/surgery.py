@@ -13,7 +13,7 @@ from saekit.dictionaries.dictionary import Dictionary
 from saekit.dictionaries.kinds import build
 from saekit.dictionaries.rows import as_rows
 from saekit.dictionaries.selection import SELECTIONS
-from saekit.dictionaries.selection.relu import preactivations
+from saekit.kernels import threshold_encode
 from saekit.registry import nearest
 from saekit.types import SaekitError
 
@@ -56,7 +56,7 @@ def calibrate(dictionary: Dictionary, rows: Float[Tensor, "batch *seq d_in"], k:
     inference comes down to (0 for rules by rank), so their differences stay. Encoder and decoder are the
     dictionary's; for a pursuit that means codes by one look instead of step by step, so measure the FVU.
     """
-    dictionary = as_rows(dictionary, "calibrate()")
+    dictionary = as_rows(dictionary, "calibrate()", alike=False)
     name = dictionary.config.selection[0]
     if name in NOT_THRESHOLDS:
         raise SaekitError(f"selection {name!r} can't be calibrated: {NOT_THRESHOLDS[name]}")
@@ -76,10 +76,15 @@ def calibrate(dictionary: Dictionary, rows: Float[Tensor, "batch *seq d_in"], k:
         raise SaekitError(
             f"k = {k} must lie in 0..n_features = {dictionary.n_features}, and give a code on {n} rows"
         )
+    # counted by what will be run: folded, by the kernel whose every bit is the same for every batch
+    selection = ("jumprelu", SELECTIONS["jumprelu"].Config())
+    out = dictionary.folded(selection, weight, bias, {"threshold": base.clamp(min=0)})
+    assert out.encoder is not None  # of its own
     best = torch.empty(0, device=bias.device)
     for block in rows.split(max(1, 2048 * len(rows) // n)):
-        u = preactivations(dictionary.read(block.to(bias)), weight, bias)
-        best = torch.cat([best, (u - base)[u > 0]])  # what lies below 0 can't become a code
+        read = out.read(block.to(bias))
+        _, indices, u = threshold_encode(read, out.encoder, out.b_enc, torch.zeros_like(base))
+        best = torch.cat([best, u - base[indices.long()]])  # what lies below 0 can't become a code
         best = best.topk(min(len(best), wanted + 1)).values
     if len(best) < wanted:
         raise SaekitError(
@@ -87,9 +92,8 @@ def calibrate(dictionary: Dictionary, rows: Float[Tensor, "batch *seq d_in"], k:
         )
     # between the last that passes and the first that doesn't; below all where all that are positive pass
     cut = (best[wanted - 1] + best[wanted]) / 2 if len(best) > wanted else -base.max()
-    threshold = (base + cut).clamp(min=0)
-    selection = ("jumprelu", SELECTIONS["jumprelu"].Config())
-    return dictionary.folded(selection, weight, bias, {"threshold": threshold})
+    out.selection.threshold.copy_((base + cut).clamp(min=0))
+    return out
 
 
 @torch.no_grad()

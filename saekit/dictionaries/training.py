@@ -47,7 +47,7 @@ class Selected:
 
     ``dead``: codes of the dead features with the largest pre-activations (AuxK). ``on``:
     ``1[u > threshold]`` of every entry of the codes, differentiable in the threshold (JumpReLU).
-    ``gate``: ReLU of the gate's pre-activations (gated). ``routes``: probability of each expert
+    ``gate``: what penalties fall on instead of the codes: ReLU of the gate's pre-activations (gated), sizes of maps. ``routes``: probability of each expert
     (switch).
     """
 
@@ -70,7 +70,7 @@ class Forward:
     x: Float[Tensor, "batch *blocks d_in"]
     y: Float[Tensor, "batch d_out"]
     selected: Selected
-    atoms: Float[Tensor, "feature d_out"]
+    atoms: Float[Tensor, "atom d_out"]
     encoder: Float[Tensor, "feature d_in"]
     b_dec: Float[Tensor, " d_out"]
     state: TrainState

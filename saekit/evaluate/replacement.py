@@ -98,7 +98,7 @@ class Replacement:
     @torch.no_grad()
     def errors(self, activations: Values) -> dict[str, Tensor]:
         """What each dictionary leaves of the original, from the original's activations at :attr:`points`."""
-        out = {}
+        out: dict[str, Tensor] = {}
         for d in self.dictionaries:
             hat = d(torch.cat([activations[p] for p in d.reads], -1)).split(d.wiring.parts_out, -1)
             out |= {p: activations[p] - part for p, part in zip(d.writes, hat, strict=True)}
@@ -139,8 +139,10 @@ def evaluate_together(
             f"model {view.name!r} predicts no tokens, and CE and KL are all that dictionaries are measured by together; evaluate them one by one"
         )
     whole = Replacement(view, [d.to(view.device) for d in dictionaries])
-    options = {"tokens": tokens, "split": split, "batch_rows": batch_rows, "context": context}
-    stream = Stream(view, text, HarvestConfig(tuple(whole.points), **options))
+    config = HarvestConfig(
+        tuple(whole.points), tokens=tokens, split=split, batch_rows=batch_rows, context=context
+    )
+    stream = Stream(view, text, config)
     random: Replacement | None = None
     sums: dict[str, list[np.ndarray]] = defaultdict(list)
     owners: list[np.ndarray] = []

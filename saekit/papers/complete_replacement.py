@@ -20,7 +20,7 @@ TOKENS, STEPS, SEQUENCES = 200_000, 60, 16
 
 
 def _dictionaries(layers: Sequence[Any], seed: int, frozen: bool) -> dict[str, Dictionary]:
-    atoms = {"atoms": "frozen"} if frozen else {}
+    atoms: dict[str, Any] = {"atoms": "frozen"} if frozen else {}
     out: dict[str, Any] = {}
     for layer in range(LAYERS):
         out[f"{layer}.attn"] = create("lorsa", attention=layers[layer], seed=seed, **HEADS, **atoms)

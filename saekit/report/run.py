@@ -214,7 +214,8 @@ def _promoted(dictionary: Dictionary, view: Model, features: list[int]) -> Tenso
     The final norm's gain is applied and its division left out: a direction has no norm to divide by.
     """
     head = getattr(view.module, "get_output_embeddings", lambda: None)()
-    if head is None or head.weight.shape[1] != dictionary.d_out:
+    maps = dictionary.wiring.kind == "transforms"  # which write no one direction
+    if head is None or head.weight.shape[1] != dictionary.d_out or maps:
         return None
     norms = [
         m

@@ -20,6 +20,7 @@ WIRINGS = Registry(
         "cross_layer": "saekit.dictionaries.wiring.cross_layer:CrossLayerWiring",
         "crosscoder": "saekit.dictionaries.wiring.crosscoder:Crosscoder",
         "lorsa": "saekit.dictionaries.wiring.lorsa:Lorsa",
+        "molt": "saekit.dictionaries.wiring.molt:Molt",
         "transcoder": "saekit.dictionaries.wiring.transcoder:Transcoder",
     },
 )
