@@ -208,12 +208,9 @@ def evaluate(
     if not isinstance(dictionary, Dictionary):
         from saekit.evaluate.replacement import evaluate_together
 
-        if hook_point is not None or ablation != "zero" or not isinstance(controls, bool):
-            raise SaekitError(
-                "hook_point, ablation and controls by name belong to one dictionary, and several are given; leave them out"
-            )
+        _check_together(hook_point, ablation, controls)
         return evaluate_together(
-            dictionary, model, text, tokens=tokens, split=split, controls=controls, batch_rows=batch_rows,
+            dictionary, model, text, tokens=tokens, split=split, controls=bool(controls), batch_rows=batch_rows,
             context=context, device=device, seed=seed, on_batch=on_batch,
         )  # fmt: skip
     if ablation not in ("zero", "mean"):
@@ -223,24 +220,15 @@ def evaluate(
         dictionary, view, text, hook_point, tokens=tokens, context=context, batch_rows=batch_rows, split=split
     )
     _warn_of_training_text(dictionary.card.get("data", {}).get("text", {}), stream)
-    # the mask is the one of the harvest: its limits on norms, where the dictionary came from a store
-    known = dictionary.card.get("data", {}).get("norm_limits", {})
-    stream.norm_limits = (
-        {p: known[p] for p in stream.hook_points} if set(stream.hook_points) <= set(known) else {}
-    )
     dictionary = dictionary.to(view.device)
     runs = {"": _Evaluation(dictionary)}
     shift: Tensor | None = None
     done = 0
     index: dict[int, int] = defaultdict(lambda: len(index) % MAX_DOCUMENTS)
     for batch, logits, given in stream.with_logits(view.predicts_tokens):
-        x, y = (torch.cat([batch.rows(point) for point in side], -1) for side in (reads, writes))
+        x, y = (_side(batch, points, view.name) for points in (reads, writes))
         if len(x) == 0:
             continue
-        if not (torch.isfinite(x).all() and torch.isfinite(y).all()):
-            raise SaekitError(
-                f"activations at {', '.join(writes)!r} of model {view.name!r} hold NaN or Inf; find what makes the model overflow"
-            )
         codes = dictionary.codes_of(batch, reads)
         if shift is None:
             shift = y.double().mean(0)
@@ -279,6 +267,23 @@ def evaluate(
     return Report(measures, about)
 
 
+def _side(batch: ActivationBatch, points: Sequence[str], model: str) -> Tensor:
+    """The unmasked rows of some hook points, side by side."""
+    rows = torch.cat([batch.rows(point) for point in points], -1)
+    if not torch.isfinite(rows).all():
+        raise SaekitError(
+            f"activations at {', '.join(points)!r} of model {model!r} hold NaN or Inf; find what makes the model overflow"
+        )
+    return rows
+
+
+def _check_together(hook_point: str | None, ablation: str, controls: Any) -> None:
+    if hook_point is not None or ablation != "zero" or not isinstance(controls, bool):
+        raise SaekitError(
+            "hook_point, ablation and controls by name belong to one dictionary, and several are given; leave them out"
+        )
+
+
 def _opened(
     dictionary: Dictionary, view: Any, text: Any, hook_point: str | None, **options: Any
 ) -> tuple[Stream, tuple[str, ...], tuple[str, ...]]:
@@ -294,6 +299,10 @@ def _opened(
         raise SaekitError(
             f"hook_point {points[0]!r} means {len(stream.hook_points)} of them; name one, for example {stream.hook_points[0]!r}"
         )
+    # the mask is the one of the harvest: its limits on norms, where the dictionary came from a store
+    known = dictionary.card.get("data", {}).get("norm_limits", {})
+    if set(stream.hook_points) <= set(known):
+        stream.norm_limits = {p: known[p] for p in stream.hook_points}
     found = tuple(stream.hook_points)
     return stream, found[: len(reads)], found[-len(writes) :]
 
