@@ -140,7 +140,7 @@ def _check(x, weight, bias, shortlist):
     checks.alike(x=x, weight=weight, bias=bias)
     if shortlist not in SHORTLISTS:
         raise ValueError(f"shortlist = {shortlist!r} is not one of 'auto', 'fp32', 'bf16'")
-    return x.contiguous(), weight.contiguous(), bias.contiguous()
+    return x if x.ndim == 3 else x.contiguous(), weight.contiguous(), bias.contiguous()
 
 
 def topk_encode(x, weight, bias, k, *, groups=1, absolute=False, shortlist="auto"):

@@ -1,7 +1,8 @@
 """Encoding where features are shared out evenly among blocks of the input, each reading its own alone.
 
 Each block selects by itself, and of what the blocks have found the selection keeps what it would have kept of
-all features together. Gradients are those of ordinary rows, one for each row and block, so they stay sparse.
+all features together. Gradients are those of ordinary rows, one for each block and row, so they stay sparse. Nothing
+is copied where each block of x [rows, blocks, d_in] is contiguous by itself: x is ``[blocks, rows, d_in].movedim(0, 1)``.
 """
 
 import torch
@@ -18,7 +19,12 @@ def parts(x, weight, *others):
     with torch.no_grad():
         for i in range(blocks):
             own = slice(i * n, (i + 1) * n)
-            yield i * n, x[:, i].contiguous(), weight[own], *(None if o is None else o[own] for o in others)
+            yield (
+                i * n,
+                x.detach()[:, i].contiguous(),
+                weight[own],
+                *(None if o is None else o[own] for o in others),
+            )
 
 
 def ranked(found, k, absolute):
@@ -50,7 +56,7 @@ class Entries(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, rows, indices, values):
         """The values themselves."""
-        ctx.save_for_backward(x, weight, rows, indices)
+        ctx.save_for_backward(x.movedim(1, 0).contiguous(), weight, rows, indices)
         ctx.into = collector(weight)
         return values.clone()
 
@@ -59,13 +65,14 @@ class Entries(torch.autograd.Function):
         """Those of x, weight and bias."""
         from saekit.kernels.encode import gradients
 
-        x, weight, rows, indices = ctx.saved_tensors
-        blocks = x.shape[1]
-        own = rows * blocks + indices.long() // (len(weight) // blocks)  # the row of a row's block
+        x, weight, rows, indices = ctx.saved_tensors  # x as [blocks, rows, d_in]
+        blocks, n = x.shape[:2]
+        own = indices.long() // (len(weight) // blocks) * n + rows  # the row of a block
         order = own.argsort(stable=True)
-        entries = [(offsets_of(own, x.shape[0] * blocks), indices[order], grad[order].contiguous())]
+        entries = [(offsets_of(own, blocks * n), indices[order], grad[order].contiguous())]
         grad_x, grad_weight, grad_bias = gradients(ctx, x.flatten(0, 1), weight, entries)
-        return None if grad_x is None else grad_x.view(x.shape), grad_weight, grad_bias, None, None, None
+        grad_x = None if grad_x is None else grad_x.view(x.shape).movedim(0, 1)
+        return grad_x, grad_weight, grad_bias, None, None, None
 
 
 def attached(x, weight, bias, indices, values):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from saekit.attention import Attention
@@ -62,7 +62,7 @@ class Sequences(Rows):
             raise SaekitError(
                 f"the input has shape {tuple(x.shape)}; give sequences, [..., seq, d_in = {self.d_in}]"
             )
-        return self.wiring.mix(super().read(x).view(-1, *x.shape[-2:]))
+        return self.wiring.mix(super().read(x).view(-1, *x.shape[-2:])).movedim(0, 1)
 
     def rows_of(self, batch: "Float[Tensor, '*shape columns'] | ActivationBatch") -> Tensor:
         """The unmasked positions as rows."""
@@ -93,7 +93,12 @@ class Sequences(Rows):
         gathered = isinstance(batch, ActivationBatch) and GATHERED in batch.activations
         whole: Any = batch if gathered else self.gather([batch])
         read, target = self.wiring.split(whole.activations[GATHERED])
-        return self.read(read)[whole.mask.flatten()], self.norm_out(target[whole.mask])
+        return self._some(self.read(read), whole.mask), self.norm_out(target[whole.mask])
+
+    @staticmethod
+    def _some(gathered: Float[Tensor, "rows head d_in"], mask: Bool[Tensor, "batch seq"]) -> Tensor:
+        """The unmasked positions, each head's rows contiguous by themselves, as encoding wants them."""
+        return gathered.movedim(1, 0)[:, mask.flatten()].movedim(0, 1)
 
     def set_normalisation(self, rows: Any) -> None:
         """Estimate mean and scale of what is read and written; heads that were copied go on looking as they did."""
@@ -161,7 +166,7 @@ class Sequences(Rows):
     def codes_of(self, batch: ActivationBatch, points: Sequence[str] | None = None) -> Codes:
         """Codes of the unmasked positions, read at ``points``; every position is looked at."""
         x = torch.cat([batch.activations[point] for point in points or self.reads], -1).to(self.device)
-        chosen = self.read(x)[batch.mask.flatten().to(self.device)]
+        chosen = self._some(self.read(x), batch.mask.to(self.device))
         return self.selection(chosen, self._encoder_rows(), self.b_enc)
 
     @torch.no_grad()

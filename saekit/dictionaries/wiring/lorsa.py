@@ -75,9 +75,9 @@ class Lorsa(nn.Module):
         """What is encoded, and what the output is compared with."""
         return rows[..., : self.d_in], rows[..., self.d_in :]
 
-    def mix(self, x: Float[Tensor, "batch seq d_in"]) -> Float[Tensor, "rows head d_in"]:
+    def mix(self, x: Float[Tensor, "batch seq d_in"]) -> Float[Tensor, "head rows d_in"]:
         """What each QK head has gathered at every position."""
-        return (self.patterns(x) @ x[:, None]).movedim(1, 2).flatten(0, 1)
+        return (self.patterns(x).transpose(0, 1) @ x).flatten(1, 2)
 
     @torch.no_grad()
     def normalised(self, norm: Normalisation) -> None:
