@@ -61,9 +61,13 @@ def meaningful(selection: str, atoms: str, fit: str, penalty: str, normalise: st
     if wiring == "molt" and (selection in ("gated", "pursuit", "omp") or fit != "reconstruction"):
         return False  # codes switch maps on; prefixes would cut maps apart
     if wiring in ("transcoder", "cross_layer", "lorsa", "molt") and (
-        atoms == "tied" or selection == "omp"
+        atoms == "tied" or selection in ("omp", "codebook")
     ):  # one space for both ways
         return False
+    if selection == "codebook" and (
+        atoms != "tied" or fit == "hierarchical" or penalty not in ("none", "orthogonality", "mutual")
+    ):
+        return False  # codes are constants, and of one importance
     if selection == "omp" and (atoms != "tied" or penalty in ("l1", "tanh", "p_annealed")):
         return False
     return (fit != "hierarchical" or selection in RANKED) and allowed.get(penalty, True)
@@ -141,6 +145,6 @@ def test_a_meaningless_combination_is_refused_with_its_reason() -> None:
         else:
             with pytest.raises(
                 SaekitError,
-                match=f"objective '.*' with selection '{c[0]}'|selection 'omp' sends|atoms 'tied' read by|moves atoms|would cut them|has one for each layer|with wiring .lorsa.|with wiring .molt.|cuts features off",
+                match=f"objective '.*' with selection '{c[0]}'|selection '(omp|codebook)' sends|atoms 'tied' read by|moves atoms|would cut them|has one for each layer|with wiring .lorsa.|with wiring .molt.|cuts features off",
             ):
                 make(*c)

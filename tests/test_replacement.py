@@ -7,10 +7,11 @@ import torch
 from commandline import saekit as command
 
 import saekit
-from saekit.evaluate.replacement import Replacement, evaluate_together
+from saekit.evaluate.together import evaluate_together
 from saekit.hooks import capture
 from saekit.layers import attention
 from saekit.models import Model, load_model
+from saekit.replacement import Replacement
 from saekit.types import SaekitError
 
 

@@ -28,6 +28,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "hierarchical_topk": {"selection": "topk", "atoms": "unit_norm", "objective": ("hierarchical", "auxk")},
     "matching_pursuit": {"selection": "pursuit", "atoms": "tied", "objective": ("reconstruction",)},
     "omp": {"selection": "omp", "atoms": "tied", "objective": ("reconstruction",)},
+    "codebook": {"selection": "codebook", "atoms": "tied", "objective": ("reconstruction",), "unit_norm": False},
     "switch": {"selection": "switch", "atoms": "unit_norm", "objective": ("reconstruction", "load_balance", "auxk")},
     "lorsa": {"wiring": "lorsa", "selection": "topk", "atoms": "unit_norm", "objective": TOPK},
     "molt": {"wiring": "molt", "selection": "topk", "atoms": "unit_norm", "objective": TOPK},

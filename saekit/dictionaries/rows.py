@@ -37,7 +37,8 @@ class Rows(Dictionary):
         self.selection = SELECTIONS[config.selection[0]](config.selection[1], n, self.d_in)
         self.terms = nn.ModuleDict({name: OBJECTIVES[name](c, n) for name, c in config.objective})
         generator = torch.Generator().manual_seed(seed)
-        self.register_buffer("mask", self.wiring.mask(n), persistent=False)
+        own = self.selection.mask(n, self.d_in) if hasattr(self.selection, "mask") else None
+        self.register_buffer("mask", self.wiring.mask(n) if own is None else own, persistent=False)
         directions = torch.randn(self.n_atoms, d_out, generator=generator)
         if self.mask is not None:
             directions = directions * self.mask
@@ -46,7 +47,8 @@ class Rows(Dictionary):
         tied, trained = self.atoms.tied, self.atoms.trained
         self.encoder = None if tied else nn.Parameter(self._encoder_start(directions, n, generator))
         biased = trained and not self.encoder_unit
-        self.b_enc = nn.Parameter(torch.zeros(n), requires_grad=biased)
+        reads_bias = biased and getattr(self.selection, "biased", True)
+        self.b_enc = nn.Parameter(torch.zeros(n), requires_grad=reads_bias)
         self.b_dec = nn.Parameter(torch.zeros(d_out), requires_grad=biased)
 
     def _encoder_start(self, directions: Tensor, n: int, generator: torch.Generator) -> Tensor:
@@ -172,6 +174,7 @@ class Rows(Dictionary):
                 self.encoder.copy_(nn.functional.normalize(self.atoms.rows(), dim=-1))
         if hasattr(self.selection, "prepare"):
             self.selection.prepare(x, self._encoder_rows(), self.b_enc)
+            self.after_step()
         self.prepared.fill_(True)
 
     @torch.no_grad()

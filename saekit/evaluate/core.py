@@ -202,11 +202,11 @@ def evaluate(
     (special tokens, padding, outliers in norm) are neither measured nor replaced. ``controls`` are
     random dictionaries; others by name are measured beside them, as that of a run's folder ``control``.
 
-    Several dictionaries stand in for their modules all at once: see :func:`saekit.evaluate.replacement.evaluate_together`,
+    Several dictionaries stand in for their modules all at once: see :func:`saekit.evaluate.together.evaluate_together`,
     which knows neither ``hook_point`` nor ``ablation``.
     """
     if not isinstance(dictionary, Dictionary):
-        from saekit.evaluate.replacement import evaluate_together
+        from saekit.evaluate.together import evaluate_together
 
         _check_together(hook_point, ablation, controls)
         return evaluate_together(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from saekit.dictionaries import Dictionary, create
-from saekit.evaluate.replacement import evaluate_together
+from saekit.evaluate.together import evaluate_together
 from saekit.harvest import harvest
 from saekit.layers import attention
 from saekit.models import load_model

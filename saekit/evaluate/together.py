@@ -1,27 +1,21 @@
-"""Dictionaries that stand in for modules, spliced into a model all at once (Ameisen et al. 2025; Ge et al. 2026).
-
-Each reads what the replaced model gives it, not what the original would have. Error terms, what each leaves of the
-original on its own input, make the sum the model's own output again: an exact model in terms of features.
-"""
+"""What a language model loses when dictionaries stand in for its modules all at once."""
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool
-from torch import Tensor
 
 from saekit import metrics
 from saekit.dictionaries import Dictionary
 from saekit.evaluate.core import MAX_DOCUMENTS, Report, controls_for
 from saekit.evaluate.measure import Measure, Resampler
 from saekit.harvest import HarvestConfig, Stream
-from saekit.hooks import Site, intervene
-from saekit.models import Model, load_model
+from saekit.hooks import intervene
+from saekit.models import load_model
+from saekit.replacement import Replacement
 from saekit.types import ActivationBatch, SaekitError
 
 UNITS = {
@@ -29,87 +23,6 @@ UNITS = {
     "ce_ablated": "nats per token", "ce_recovered": "1", "kl": "nats per token",
     "ce_with_errors": "nats per token", "kl_with_errors": "nats per token",
 }  # fmt: skip
-Values = Mapping[str, Tensor]  # by hook point
-
-
-class Replacement:
-    """A model with dictionaries in the places of what they read and write."""
-
-    def __init__(self, model: "Model | str | torch.nn.Module", dictionaries: Sequence[Dictionary]):
-        self.model, self.dictionaries = load_model(model), list(dictionaries)
-        if not self.dictionaries:
-            raise SaekitError("dictionaries is empty; give at least one")
-        writes = [point for d in self.dictionaries for point in d.writes]
-        for d in self.dictionaries:
-            if not d.writes:
-                raise SaekitError(
-                    "a dictionary doesn't name its hook points; set reads and writes, or train it on a store"
-                )
-        paths = [(self.model.site(p).path, self.model.site(p).side) for p in writes]
-        twice = next((p for p, path in zip(writes, paths, strict=True) if paths.count(path) > 1), None)
-        if twice is not None:
-            raise SaekitError(f"hook point {twice!r} is written by two dictionaries; leave one of them out")
-        self.points = list(dict.fromkeys(p for d in self.dictionaries for p in (*d.reads, *d.writes)))
-        self.writes = tuple(writes)
-
-    @contextmanager
-    def spliced(
-        self, mask: Bool[Tensor, "batch seq"] | None = None, errors: Values | None = None
-    ) -> Iterator[None]:
-        """Within it, the model's forward passes go through the dictionaries.
-
-        ``mask``: the positions that are replaced (None: all); ``errors`` are added to what is written there (see
-        :meth:`errors`).
-        """
-        hooks: list[tuple[Site, Callable[[Tensor], Tensor | None]]] = []
-        for d in self.dictionaries:
-            seen: dict[str, Tensor] = {}
-            hooks += [(self.model.site(point), _keep(point, seen)) for point in d.reads]
-            hooks += [
-                (self.model.site(point), self._write(d, i, seen, mask, errors))
-                for i, point in enumerate(d.writes)
-            ]
-        with intervene(hooks):
-            yield
-
-    def _write(
-        self, d: Dictionary, at: int, seen: dict[str, Tensor], mask: Tensor | None, errors: Values | None
-    ) -> Callable[[Tensor], Tensor]:
-        point = d.writes[at]
-
-        def write(y: Tensor) -> Tensor:
-            missing = [p for p in d.reads if p not in seen]
-            if missing and d.config.wiring[0] != "cross_layer":
-                raise SaekitError(
-                    f"a dictionary writes {point!r} before {missing[0]!r}, which it reads, has run; it can't stand in for it"
-                )
-            # what a layer of a cross-layer transcoder writes depends on none of the later ones
-            widths = zip(d.reads, d.wiring.parts_in, strict=True)
-            read = [seen[p] if p in seen else y.new_zeros(*y.shape[:-1], w) for p, w in widths]
-            new = d(torch.cat(read, -1)).split(d.wiring.parts_out, -1)[at].to(y.dtype)
-            if at == len(d.writes) - 1:
-                seen.clear()  # for the next pass
-            if errors is not None:
-                new = new + errors[point].to(new)
-            return new if mask is None else torch.where(mask.to(y.device)[..., None], new, y)
-
-        return write
-
-    @torch.no_grad()
-    def errors(self, activations: Values) -> dict[str, Tensor]:
-        """What each dictionary leaves of the original, from the original's activations at :attr:`points`."""
-        out: dict[str, Tensor] = {}
-        for d in self.dictionaries:
-            hat = d(torch.cat([activations[p] for p in d.reads], -1)).split(d.wiring.parts_out, -1)
-            out |= {p: activations[p] - part for p, part in zip(d.writes, hat, strict=True)}
-        return out
-
-
-def _keep(point: str, into: dict[str, Tensor]) -> Callable[[Tensor], None]:
-    def keep(x: Tensor) -> None:
-        into[point] = x
-
-    return keep
 
 
 @torch.no_grad()
@@ -191,7 +104,7 @@ def evaluate_together(
 def _ablated(whole: Replacement, batch: ActivationBatch) -> Any:
     here = batch.mask[..., None]
 
-    def zero(y: Tensor) -> Tensor:
+    def zero(y: torch.Tensor) -> torch.Tensor:
         return y.masked_fill(here.to(y.device), 0)
 
     return intervene([(whole.model.site(point), zero) for point in whole.writes])

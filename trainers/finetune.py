@@ -1,0 +1,70 @@
+"""A model trained on with dictionaries in place: both learn what the model loses through them (2310.17230)."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from saekit.dictionaries import Dictionary
+from saekit.harvest import SequenceSource, Stream
+from saekit.replacement import Replacement
+from saekit.types import ActivationBatch, SaekitError
+
+
+def finetune(
+    replacement: Replacement,
+    stream: Stream,
+    steps: int,
+    *,
+    batch_size: int = 16,
+    lr: float = 1e-3,
+    reconstruction: float = 1.0,
+    warmup: float = 0.1,
+    seed: int = 0,
+    on_step: Callable[[int, dict[str, float]], None] | None = None,
+) -> None:
+    """Train a language model and the dictionaries in it on next tokens, both in place.
+
+    ``batch_size`` counts sequences of the stream's text. The loss is the cross-entropy of the replaced model, in nats
+    per token, and ``reconstruction`` times the share of the variance that each dictionary leaves. AdamW, with the rate up over the first ``warmup`` share and down to 0 by a cosine. Codes
+    that carry no gradient let it through to the model as if nothing had been replaced (straight-through).
+    """
+    model, dictionaries = replacement.model, replacement.dictionaries
+    if not model.predicts_tokens:
+        raise SaekitError(f"model {model.name!r} predicts no tokens, so there is nothing to train it on")
+    if steps < 1:
+        raise SaekitError(f"steps = {steps} must be at least 1")
+    source = SequenceSource(stream)
+    batches = source.batches(stream.hook_points, batch_size, seed)
+    _prepare(dictionaries, next(source.batches(stream.hook_points, batch_size, seed)))
+    parameters = [
+        *model.module.parameters(),
+        *(p for d in dictionaries for p in d.parameters() if p.requires_grad),
+    ]
+    optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.01)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=warmup)
+    for step in range(1, steps + 1):
+        batch = next(batches)
+        assert batch.tokens is not None and batch.documents is not None
+        own: list[Tensor] = []
+        counted = batch.documents[:, 1:] >= 0
+        given = model.inputs(batch.tokens, batch.documents >= 0)
+        with replacement.spliced(batch.mask, straight_through=own):
+            logits = model.logits(given)[:, :-1][counted]
+        ce = nn.functional.cross_entropy(logits, batch.tokens[:, 1:][counted].to(logits.device))
+        fit = torch.stack(own).sum()
+        optimizer.zero_grad()
+        (ce + reconstruction * fit).backward()
+        optimizer.step()
+        rate.step()
+        for d in dictionaries:
+            d.after_step()
+        if on_step is not None:
+            on_step(step, {"ce": ce.item(), "reconstruction": fit.item()})
+
+
+def _prepare(dictionaries: Sequence[Dictionary], batch: ActivationBatch) -> None:
+    """What fresh dictionaries take from data."""
+    for d in dictionaries:
+        if not d.prepared:
+            d.prepare(d.gather([batch]))
