@@ -17,7 +17,8 @@ def finetune(
     steps: int,
     *,
     batch_size: int = 16,
-    lr: float = 1e-3,
+    lr: float = 3e-4,
+    dictionary_lr: float = 3e-2,
     reconstruction: float = 1.0,
     warmup: float = 0.1,
     seed: int = 0,
@@ -26,7 +27,8 @@ def finetune(
     """Train a language model and the dictionaries in it on next tokens, both in place.
 
     ``batch_size`` counts sequences of the stream's text. The loss is the cross-entropy of the replaced model, in nats
-    per token, and ``reconstruction`` times the share of the variance that each dictionary leaves. AdamW, with the rate up over the first ``warmup`` share and down to 0 by a cosine. Codes
+    per token, and ``reconstruction`` times the share of the variance that each dictionary leaves. AdamW, with the rates (``lr`` of the
+    model, ``dictionary_lr`` of normalised space) up over the first ``warmup`` share and down to 0 by a cosine. Codes
     that carry no gradient let it through to the model as if nothing had been replaced (straight-through).
     """
     model, dictionaries = replacement.model, replacement.dictionaries
@@ -37,12 +39,13 @@ def finetune(
     source = SequenceSource(stream)
     batches = source.batches(stream.hook_points, batch_size, seed)
     _prepare(dictionaries, next(source.batches(stream.hook_points, batch_size, seed)))
+    own_weights = [p for d in dictionaries for p in d.parameters() if p.requires_grad]
     parameters = [
-        *model.module.parameters(),
-        *(p for d in dictionaries for p in d.parameters() if p.requires_grad),
+        {"params": list(model.module.parameters()), "weight_decay": 0.01},
+        {"params": own_weights, "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.01)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=warmup)
+    optimizer = torch.optim.AdamW(parameters, lr)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, [lr, dictionary_lr], steps, pct_start=warmup)
     for step in range(1, steps + 1):
         batch = next(batches)
         assert batch.tokens is not None and batch.documents is not None

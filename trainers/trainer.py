@@ -73,7 +73,8 @@ class Trainer:
         rate = self.lr * optim.rate_factor(self.step_number, self.steps, self.warmup, self.decay)
         state = TrainState(self.step_number, self.steps, self.seed, self.dead, peers, downstream)
         # torch's threads would spin beside the kernels' own
-        with serial() if d.device.type == "cpu" and downstream is None else nullcontext():
+        alone = d.device.type == "cpu" and downstream is None and d.wiring.kind != "sequences"
+        with serial() if alone else nullcontext():
             return self._step(batch, rate, state)
 
     @property

@@ -29,6 +29,7 @@ PAPERS = Registry(
         "lorsa": "saekit.papers.lorsa:reproduce",
         "crosscoder": "saekit.papers.crosscoder:reproduce",
         "cross-layer-transcoder": "saekit.papers.cross_layer_transcoder:reproduce",
+        "codebook-features": "saekit.papers.codebook_features:reproduce",
         "complete-replacement": "saekit.papers.complete_replacement:reproduce",
         "mutual-regularisation": "saekit.papers.mutual_regularisation:reproduce",
     },

@@ -16,7 +16,7 @@ from saekit.papers.training import fit_all
 LAYERS, CONTEXT = 4, 128  # of code-lm
 MLPS: dict[str, Any] = {"d_in": 256, "n_features": 1024, "k": 32}
 HEADS: dict[str, Any] = {"n_features": 512, "k": 32}
-TOKENS, STEPS, SEQUENCES = 200_000, 60, 16
+TOKENS, STEPS, SEQUENCES = 200_000, 40, 16
 
 
 def _dictionaries(layers: Sequence[Any], seed: int, frozen: bool) -> dict[str, Dictionary]:
