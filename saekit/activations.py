@@ -28,7 +28,7 @@ from saekit.types import ActivationBatch, SaekitError
 Int64 = np.ndarray[Any, np.dtype[np.int64]]
 SCHEMA = 1
 ABOUT = {  # a source of rows
-    "kind?": str, "rows?": int, "norm_limits?": {"*": float},
+    "kind?": str, "rows?": int, "context?": int, "norm_limits?": {"*": float},
     "model?": {"name?": str}, "text?": {"name?": str, "split?": str},
 }  # fmt: skip
 MANIFEST = {

@@ -92,6 +92,11 @@ class Dictionary(nn.Module):
         return self.wiring.points(self.reads, self.writes)
 
     @property
+    def context(self) -> int | None:
+        """How long sequences have to be for it; None where rows stand by themselves."""
+        return None
+
+    @property
     def normalised(self) -> bool:
         """Whether the normalisation has been set."""
         return bool(self.norm_in.fitted)

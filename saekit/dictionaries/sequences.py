@@ -35,6 +35,11 @@ class Sequences(Rows):
         self.attention: Attention | None = None  # the layer it begins from, until the data is known
 
     @property
+    def context(self) -> int | None:
+        """How long the sequences were that it was trained on, where that is known."""
+        return self.card.get("data", {}).get("context")
+
+    @property
     def n_qk(self) -> int:
         """How many QK heads the features are shared out among."""
         return self.wiring.patterns.config.n_qk

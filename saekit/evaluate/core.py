@@ -201,6 +201,7 @@ def evaluate(
     language model also ce_original / spliced / ablated / recovered and kl. Masked positions
     (special tokens, padding, outliers in norm) are neither measured nor replaced. ``controls`` are
     random dictionaries; others by name are measured beside them, as that of a run's folder ``control``.
+    ``context`` is by default that of the training, for a dictionary of sequences, else the harvest's default.
 
     Several dictionaries stand in for their modules all at once: see :func:`saekit.evaluate.together.evaluate_together`,
     which knows neither ``hook_point`` nor ``ablation``.
@@ -217,8 +218,9 @@ def evaluate(
         raise SaekitError(f"ablation {ablation!r} is not one of 'zero', 'mean'")
     view = load_model(model, device=device)
     stream, reads, writes = _opened(
-        dictionary, view, text, hook_point, tokens=tokens, context=context, batch_rows=batch_rows, split=split
-    )
+        dictionary, view, text, hook_point, tokens=tokens, batch_rows=batch_rows, split=split,
+        context=dictionary.context if context is None else context,
+    )  # fmt: skip
     _warn_of_training_text(dictionary.card.get("data", {}).get("text", {}), stream)
     dictionary = dictionary.to(view.device)
     runs = {"": _Evaluation(dictionary)}

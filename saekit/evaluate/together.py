@@ -52,6 +52,8 @@ def evaluate_together(
             f"model {view.name!r} predicts no tokens, and CE and KL are all that dictionaries are measured by together; evaluate them one by one"
         )
     whole = Replacement(view, [d.to(view.device) for d in dictionaries])
+    lengths = [d.context for d in whole.dictionaries if d.context is not None]
+    context = min(lengths, default=None) if context is None else context
     config = HarvestConfig(
         tuple(whole.points), tokens=tokens, split=split, batch_rows=batch_rows, context=context
     )

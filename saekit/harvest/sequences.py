@@ -90,6 +90,7 @@ class SequenceSource:
             "model": self.model.identity(),
             "text": self.stream.text_identity(),
             "settings": self.stream.settings(),
+            "context": self.rows_per_item,
         }
 
 
@@ -128,7 +129,8 @@ class StoredSequences:
 
     def identity(self) -> dict[str, Any]:
         """That of the store."""
-        return {**self.store.identity(), "kind": "stored sequences", "rows": self.n_rows}
+        own = {"kind": "stored sequences", "rows": self.n_rows, "context": self.rows_per_item}
+        return {**self.store.identity(), **own}
 
 
 class ContinuedSource(SequenceSource):

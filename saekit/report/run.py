@@ -125,7 +125,9 @@ def _density_and_source(
                 raise SaekitError(
                     "this dictionary was trained on text given in Python, and its store is gone; name a text with text= (--text)"
                 )
-            yield from harvest(view, text, dictionary.reads, tokens=tokens, split=split)
+            yield from harvest(
+                view, text, dictionary.reads, tokens=tokens, split=split, context=dictionary.context
+            )
             return
         seen = 0
         for batch in Store(acts, verify_seconds=0).sequences():
