@@ -70,6 +70,6 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
             Claim("with error terms: distance from the model's own cross-entropy", "0 by construction", off, "<=", 1e-4),
             Claim("with error terms: KL(original || replaced)", "0 by construction", own["kl_with_errors"], "<=", 1e-4),
         ],
-        figure=bars("Cross-entropy of the replaced model", "nats per token", {"code-lm": {**{n: m["ce_replaced"] for n, m in found.items()}, "original": own["ce_original"]}}),
+        figure=bars("Cross-entropy of the replaced model", "nats per token", {"code-lm": {"original": own["ce_original"], **{n: m["ce_replaced"] for n, m in found.items()}}}),
         controls={key: {n: m[key] for n, m in found.items() if key in m} for key in ("ce_recovered", "ce_replaced", "kl", "l0")},
     )  # fmt: skip

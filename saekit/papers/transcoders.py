@@ -47,13 +47,16 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
             random.reads, random.writes, random.card = trained.reads, trained.writes, trained.card
             for (name, k), d in {**ds, (RANDOM, KS[-1]): random}.items():
                 report = evaluate(d, model, "stdlib", tokens=16_384, controls=False)
-                for key in ("ce_recovered", "ce_spliced", "kl", "fvu", "l0"):
+                for key in ("ce_recovered", "ce_spliced", "ce_original", "kl", "fvu", "l0"):
                     found.setdefault(name, {}).setdefault(key, {}).setdefault(k, []).append(
                         float(report[key])
                     )
             tell(i + 1, len(seeds), "seeds")
     ce = {name: found[name]["ce_spliced"] for name in (TRANSCODER, SKIP, SAE)}
     best = [max(values) for values in zip(*found[TRANSCODER]["ce_recovered"].values(), strict=True)]
+
+    def lost(name: str, k: int) -> list[float]:
+        return [a - b for a, b in zip(ce[name][k], found[name]["ce_original"][k], strict=True)]
 
     def above(name: str, other: str) -> list[float]:
         """By how much the curve of one lies above another's where it is highest."""
@@ -69,6 +72,6 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
             Claim("nats by which its CE lies above the SAE's, at the worse k", "at or below", above(TRANSCODER, SAE), "<=", 0.0),
             Claim("nats by which the skip transcoder's CE lies above the transcoder's, at the worse k", "a better Pareto curve (2501.18823)", above(SKIP, TRANSCODER), "<=", 0.0),
         ],
-        figure=bars("Cross-entropy with the MLP replaced", "nats per token", {name: {f"k = {k}": ce[name][k] for k in KS} for name in ce}, yaxis={"rangemode": "tozero"}),
+        figure=bars("Cross-entropy with the MLP replaced, above the model's own", "nats per token", {name: {f"k = {k}": lost(name, k) for k in KS} for name in ce}, yaxis={"rangemode": "tozero"}),
         controls={key: {f"{n} {k}": v for n, m in found.items() for k, v in m[key].items()} for key in ("ce_recovered", "fvu", "l0", "kl")},
     )  # fmt: skip
