@@ -74,21 +74,17 @@ def _owned(counts: Sequence[Tensor]) -> float:
     return precise.any(0).double().mean().item()
 
 
-def _swapped(replacement: Replacement, counts: Sequence[Tensor], walks: Tensor) -> float:
+def _swapped(replacement: Replacement, walks: Tensor) -> float:
     """Of the mass by which the next digit's distributions of two states differ, the share that swapping codes moves.
 
-    Where a walk is at state A all codebooks write the codes that are most common at state B, where another walk is:
+    Where a walk is at state A all codebooks write the codes that they write where another walk is at state B:
     1 - TV(swapped, B) / TV(A, B), in total over pairs of walks.
     """
     at = states.LENGTH // 2
     mine, other = walks[:SWAPS], walks[SWAPS : 2 * SWAPS]
-    target, position = other[:, at], 2 * at + 2
-    hooks = []
-    for d, count in zip(replacement.dictionaries, counts, strict=True):
-        groups = d.config.selection[1].groups
-        modal = count.unflatten(0, (groups, -1)).argmax(1)  # [group, state]
-        own = modal + torch.arange(groups)[:, None] * (d.n_features // groups)
-        indices = own.T[target].int()
+    position, hooks = 2 * at + 2, []
+    for d, codes in zip(replacement.dictionaries, _chosen(replacement, tokens_of(other)), strict=True):
+        indices = codes[:, at].int()
         written = d.decode(Codes.from_rectangular(indices, torch.ones(indices.shape), d.n_features)).detach()
         hooks.append((replacement.model.site(d.writes[0]), _putter(position, written)))
     a, b = (
@@ -117,7 +113,7 @@ def _scores(replacement: Replacement, language: StateLanguage, walks: Tensor) ->
     return {
         "accuracy": language.accuracy(_logits(replacement.model, tokens, replacement), walks),
         "states with a code": _owned(counts),
-        "mass moved": _swapped(replacement, counts, walks),
+        "mass moved": _swapped(replacement, walks),
     }
 
 
@@ -155,7 +151,7 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
         claims=[
             Claim("accuracy of transitions over the model's without codebooks", "about the same (table 1)", ratio, ">=", 0.98, [a / b for a, b in zip(random["accuracy"], base, strict=True)], "codes of the data, nothing trained on"),
             Claim("share of states with a code of precision 0.9", "97 % precision (section 4)", mine["states with a code"], ">=", 0.8, random["states with a code"], "codes of the data, nothing trained on"),
-            Claim("share of the mass of the next digit that moves from one state's to another's when its codes are put in", "redirects (figure)", mine["mass moved"], ">=", 0.8, random["mass moved"], "codes of the data, nothing trained on"),
+            Claim("share of the mass of the next digit that moves from one state's to another's when codes are swapped", "redirects (figure)", mine["mass moved"], ">=", 0.8, random["mass moved"], "codes of the data, nothing trained on"),
         ],
         figure=bars("Codebooks in a model of states", "share", {name: found[name] for name in found}),
         controls={key: {n: m[key] for n, m in found.items()} for key in mine},
