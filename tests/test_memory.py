@@ -33,7 +33,7 @@ def peak(*arguments: str) -> int:
 def test_peak_anonymous_memory_of_harvest_and_training_stays_from_1x_to_10x_the_tokens(
     tmp_path: Path,
 ) -> None:
-    small, large = "60000", "600000"
+    small, large = "40000", "400000"
     where = {n: str(tmp_path / n) for n in (small, large)}
     point = ("--hook-point", "blocks.1.hook_resid_post")
 
