@@ -122,7 +122,10 @@ class Dictionary(nn.Module):
 
     def gather(self, batches: "Sequence[Float[Tensor, 'batch columns'] | ActivationBatch]") -> Any:
         """Batches as one that ``loss`` takes, on the dictionary's device."""
-        return torch.cat([self.rows_of(batch) for batch in batches]).to(self.device, self.dtype)
+        rows = [self.rows_of(batch) for batch in batches]
+        return (rows[0] if len(rows) == 1 else torch.cat(rows)).to(
+            self.device, self.dtype
+        )  # one is not copied
 
     def codes_of(self, batch: ActivationBatch, points: Sequence[str] | None = None) -> Codes:
         """Codes of the unmasked positions, read at ``points`` (None: those of ``reads``)."""

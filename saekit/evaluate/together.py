@@ -1,6 +1,5 @@
 """What a language model loses when dictionaries stand in for its modules all at once."""
 
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -131,7 +130,7 @@ def _measures(
 
     def measured(statistic: Callable[..., Any], *names: str) -> tuple[float, tuple[float, float] | None]:
         columns = [n if name == "n" else c[name] for name in names]
-        with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
+        with np.errstate(divide="ignore", invalid="ignore"):
             return float(statistic(*(column.sum() for column in columns))), resampler.interval(
                 statistic, *columns
             )
