@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from saekit.attention import PatternConfig, Patterns
 from saekit.dictionaries.normalisation import Normalisation, check_kind
-from saekit.dictionaries.wiring.transcoder import Transcoder
+from saekit.dictionaries.wiring.pair import Pair
 from saekit.types import SaekitError
 
 
@@ -44,36 +44,18 @@ class LorsaConfig(PatternConfig):
             )
 
 
-class Lorsa(nn.Module):
-    """A row is the input's columns, then the output's; rows come as whole sequences."""
+class Lorsa(Pair):
+    """Rows come as whole sequences; ``patterns`` are where its QK heads look."""
 
     Config = LorsaConfig
-    same_space = False
     kind = "sequences"
-    takes = "module"
-    unnamed = ("x", "y")
-    skip = None
     natural: Tensor
 
     def __init__(self, config: LorsaConfig):
-        super().__init__()
-        self.d_in, self.d_out = config.d_in, config.d_out or config.d_in
-        self.columns = self.d_in + self.d_out
-        self.parts_in, self.parts_out = (self.d_in,), (self.d_out,)
-        self.stated = f"d_in + d_out = {self.columns}"
-        self.normalise = config.normalise
+        super().__init__(config)
         self.patterns = Patterns(config)
         # whether the heads read the units of the model still, as copies of a layer's do before normalisation
         self.register_buffer("natural", torch.tensor(False))
-
-    sites = staticmethod(Transcoder.sites)
-    shape = staticmethod(Transcoder.shape)
-    mask = staticmethod(Transcoder.mask)
-    points = staticmethod(Transcoder.points)
-
-    def split(self, rows: Float[Tensor, "*shape columns"]) -> tuple[Tensor, Tensor]:
-        """What is encoded, and what the output is compared with."""
-        return rows[..., : self.d_in], rows[..., self.d_in :]
 
     def mix(self, x: Float[Tensor, "batch seq d_in"]) -> Float[Tensor, "head rows d_in"]:
         """What each QK head has gathered at every position."""

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from saekit.dictionaries.normalisation import check_kind
-from saekit.dictionaries.wiring.transcoder import Transcoder
+from saekit.dictionaries.wiring.pair import Pair
 from saekit.types import SaekitError
 
 
@@ -61,29 +61,11 @@ class MoltConfig:
         return torch.tensor(self.ranks).repeat_interleave(torch.tensor(each))
 
 
-class Molt(nn.Module):
-    """A row is the input's columns, then the output's."""
+class Molt(Pair):
+    """The features' maps are the dictionary's, see :class:`saekit.dictionaries.transforms.Transforms`."""
 
     Config = MoltConfig
-    same_space = False
     kind = "transforms"
-    takes = "module"
-    unnamed = ("x", "y")
-    skip = None
-
-    def __init__(self, config: MoltConfig):
-        super().__init__()
-        self.d_in, self.d_out = config.d_in, config.d_out or config.d_in
-        self.columns = self.d_in + self.d_out
-        self.parts_in, self.parts_out = (self.d_in,), (self.d_out,)
-        self.stated = f"d_in + d_out = {self.columns}"
-        self.normalise = config.normalise
-
-    sites = staticmethod(Transcoder.sites)
-    shape = staticmethod(Transcoder.shape)
-    mask = staticmethod(Transcoder.mask)
-    points = staticmethod(Transcoder.points)
-    split = Transcoder.split
 
 
 def check_terms(names: Sequence[str]) -> None:
