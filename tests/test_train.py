@@ -220,7 +220,7 @@ def test_trainer_step_by_hand_equals_a_dense_loop(planted_rows: torch.Tensor) ->
     trainer = saekit.Trainer(d, lr=1e-2, warmup=1)
     w, a = d.encoder.detach().clone().requires_grad_(), d.atoms.weight.detach().clone().requires_grad_()
     b, c = torch.zeros(64, requires_grad=True), torch.zeros(16, requires_grad=True)
-    adam = torch.optim.Adam([w, b, c, a], lr=1e-2)
+    adam = torch.optim.Adam([w, b, c, a], lr=1e-2, betas=(0.9, 0.99))
     for i in range(5):
         batch = planted_rows[i * 200 : (i + 1) * 200]
         trainer.step(batch)

@@ -36,7 +36,7 @@ class TrainConfig:
     clip: float | None = None
     dead_after: int | None = None
     optimizer: str = "adam"
-    betas: tuple[float, ...] = (0.9, 0.999)
+    betas: tuple[float, ...] = optim.BETAS
     init: str | None = None
     resample_every: int | None = None
     seed: int = 0

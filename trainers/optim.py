@@ -14,6 +14,8 @@ from saekit.types import SaekitError
 
 # name -> whether entries without a gradient stay where they are (SparseAdam, Wang et al. 2025, 2508.16929)
 OPTIMIZERS = {"adam": False, "sparse_adam": True}
+# a feature that fires after a long rest moves by (1 - b1) / sqrt(1 - b2) rates at first: 1 with these, 3.2 with .999
+BETAS = (0.9, 0.99)
 # no gradient of a feature that fires is this small; larger values slow rare features down
 ADAM_EPS = 1e-8
 
@@ -76,7 +78,7 @@ class Adam:
         parameters: Iterable[nn.Parameter],
         unit: Iterable[Tensor] = (),
         *,
-        betas: tuple[float, ...] = (0.9, 0.999),
+        betas: tuple[float, ...] = BETAS,
         masked: bool = False,
     ):
         self.betas, self.masked = betas, masked

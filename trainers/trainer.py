@@ -32,7 +32,7 @@ class Trainer:
         clip: float | None = None,
         dead_after: int | None = None,
         optimizer: str = "adam",
-        betas: tuple[float, ...] = (0.9, 0.999),
+        betas: tuple[float, ...] = optim.BETAS,
         resample_every: int | None = None,
         seed: int = 0,
         device: "str | torch.device | None" = None,

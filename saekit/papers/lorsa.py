@@ -18,7 +18,7 @@ from saekit.papers.training import fit, fit_all
 from saekit.testbed import heads, induction
 
 PLANTED: dict[str, Any] = {"d_in": heads.D, "d_out": heads.D, "n_qk": 2, "d_qk": 16, "n_features": 8, "k": 2}
-PLANTED_STEPS, PLANTED_ROWS, PLANTED_LR, BETAS = 1500, 6000, 5e-3, (0.9, 0.99)
+PLANTED_STEPS, PLANTED_ROWS, PLANTED_LR = 1500, 6000, 5e-3
 INDUCTION_STEPS, MODULE = 1500, "blocks.1.attn"
 WIDTH, K, STEPS, BATCH, LR, SEQUENCES = 256, 8, 400, 128, 2e-3, 8192
 
@@ -53,7 +53,7 @@ def _planted(seed: int) -> dict[str, dict[str, float]]:
         create("lorsa", seed=seed, atoms=a, **PLANTED) for a in ("unit_norm", "frozen", "unit_norm")
     )
     for one in (d, frozen):
-        fit(one, rows, PLANTED_STEPS, 64, lr=PLANTED_LR, betas=BETAS, seed=seed)
+        fit(one, rows, PLANTED_STEPS, 64, lr=PLANTED_LR, seed=seed)
     random.norm_in, random.norm_out = d.norm_in, d.norm_out
     return {name: _units(world, one, x) for name, one in (("Lorsa", d), (FROZEN, frozen), (RANDOM, random))}
 
