@@ -12,6 +12,7 @@ from commandline import saekit
 
 from saekit.cli import VERBS
 from saekit.kernels import bench, bench_gpu
+from saekit.verbs.step_costs import WIRINGS
 
 ROOT = Path(__file__).parent.parent
 
@@ -138,6 +139,10 @@ def test_bench_proves_before_it_times(tmp_path: Path, monkeypatch: pytest.Monkey
         assert row["parity_holds"] and row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
         assert row["ratio"] == pytest.approx(row["p50_ms"] / row["floor_ms"])
         assert row["case"] == "encode" or row["extra"] > 0
+    done = saekit("bench", *(part for name in WIRINGS for part in ("--case", name)), *small, "--json")
+    rows = json.loads(done.stdout)
+    assert done.returncode == 0 and [row["case"] for row in rows] == list(WIRINGS), done.stderr
+    assert all(row["parity_holds"] and row["ratio"] > 0 and row["over_autoencoder"] > 0 for row in rows)
     monkeypatch.setattr(bench, "TOLERANCE", 0.0)  # nothing is exactly its dense definition
     row = bench.measure("topk", bench.Shape(32, 256, 4, 64), steps=2)
     assert not row["parity_holds"] and "p50_ms" not in row and "ratio" not in row

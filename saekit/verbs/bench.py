@@ -38,14 +38,15 @@ def bench(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Time operations and whole training steps; a case that isn't proven right gets no speed.
+    """Time operations, training steps of selections and of wirings; a case that isn't proven right gets no speed.
 
-    Example: `saekit bench --case topk --case batchtopk --peers .peers/bin/python`
+    Example: `saekit bench --case topk --case transcoder --peers .peers/bin/python`
     """
     from saekit.kernels import bench as kernels
     from saekit.kernels.backend import matrix_unit
+    from saekit.verbs import step_costs
 
-    known = [*kernels.OPERATIONS, *kernels.STEPS]
+    known = [*kernels.OPERATIONS, *kernels.STEPS, *step_costs.WIRINGS]
     for name in case or []:
         if name not in known:
             raise SaekitError(f"case {name!r} is unknown{nearest(name, known)}")
@@ -69,6 +70,10 @@ def bench(
     for name in case or known:
         # cases of another kind have their own shape, unless one is asked for by name alone
         shape = kernels.Shape(**{**given, **(OWN.get(name, {}) if not case else {})})
+        if name in step_costs.WIRINGS:
+            rows.append(step_costs.measure(name, shape, steps))
+            say(step_costs.line(rows[-1]))
+            continue
         for kind in lists:
             row = kernels.measure(name, shape, kind, steps, seed)
             if name in kernels.STEPS and row["parity_holds"]:
