@@ -321,14 +321,17 @@ class Store:
         parts = zip(self.shards, starts, strict=False)
         return np.concatenate([shard.array("kept").astype(np.int64) + start for shard, start in parts])
 
-    def first_tokens(self, n: int) -> Int64:
-        """The ids of the first n tokens, masked ones included; empty for a model of other inputs."""
-        out = np.empty(0, np.int64)
+    def tokens(self, n: int) -> Iterator[Int64]:
+        """The ids of all tokens, masked ones included, n at a time; none for a model of other inputs."""
+        held = np.empty(0, np.int64)
         for shard in self.shards:
-            if len(out) == n or "tokens" not in shard.header:
-                break
-            out = np.concatenate([out, shard.array("tokens")[: n - len(out)]])
-        return out
+            own = shard.array("tokens") if "tokens" in shard.header else held[:0]
+            for at in range(0, len(own), n):
+                held = np.concatenate([held, own[at : at + n]])
+                if len(held) >= n:
+                    yield held[:n]
+                    held = held[n:]
+        yield held
 
     def batches(
         self, hook_points: Sequence[str], batch_size: int, seed: int, start: int = 0

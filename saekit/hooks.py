@@ -126,6 +126,39 @@ def capture(run: Callable[[], Any], sites: Mapping[str, Site], stop: bool = True
     return {name: seen[name] for name in sites}
 
 
+@contextmanager
+def whole_sequences(module: nn.Module) -> Iterator[None]:
+    """Within it the module's passes see whole sequences: ``generate`` keeps no keys and values between them.
+
+    A pass that is given cached keys and values, or an attention mask with padding before text, is refused:
+    a function that looks back on its own would miss the ones, and look at the other.
+    """
+
+    def check(_module: nn.Module, _args: tuple, kwargs: dict) -> None:
+        # by what it does, since its name differs from release to release of transformers
+        if any(v.get_seq_length() > 0 for v in kwargs.values() if hasattr(v, "get_seq_length")):
+            raise SaekitError(
+                "the model runs on cached keys and values, and features that look back need the whole sequence; generate with use_cache=False"
+            )
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 2 and bool((mask.diff(dim=1) > 0).any()):
+            raise SaekitError(
+                "attention_mask has padding before text, which features that look back would look at; pad on the right"
+            )
+
+    settings = getattr(module, "generation_config", None)
+    before = getattr(settings, "use_cache", None)
+    handle = module.register_forward_pre_hook(check, with_kwargs=True)
+    try:
+        if settings is not None:
+            settings.use_cache = False
+        yield
+    finally:
+        handle.remove()
+        if settings is not None:
+            settings.use_cache = before
+
+
 def spliced(site_mask: Tensor, replacement: Tensor) -> Callable[[Tensor], Tensor]:
     """An intervention that replaces the unmasked positions and leaves the others as they are."""
 

@@ -11,9 +11,9 @@ from saekit.hooks import capture
 from saekit.models import Model, load_model
 from saekit.types import SaekitError
 
-PROBE = 24  # positions of random tokens on which a record is compared with its layer
-MOST = 512  # and at most, to see past a window
-TOLERANCE = 1e-3  # of the output's norm
+PROBE = 512  # positions of random tokens on which a record is compared with its layer, where the model takes so many
+# of the output's norm; half precision is the layer's own rounding
+TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 Linear = tuple[Tensor, Tensor | None]  # weight [out, in] and bias
 
 
@@ -82,6 +82,8 @@ def _rotary(model: Model) -> Any:
     found = [m for name, m in model.module.named_modules() if name.split(".")[-1] == "rotary_emb"]
     if not found:
         raise AttributeError("rotary_emb")
+    if getattr(found[0], "rope_type", "default") == "longrope":
+        raise AttributeError("longrope, whose frequencies change with the length of the text")
     return found[0]
 
 
@@ -113,9 +115,10 @@ def attention(model: "Model | str | nn.Module", hook_point: str) -> Attention:
             f"{hook_point!r} of model {model.name!r} is a {type(layer).__name__}, which is not built as those of GPT-2, GPT-NeoX or Llama ({error}); choose another layer"
         ) from error
     off = _difference(model, hook_point, record)
-    if not off < TOLERANCE:
+    dtype = next(layer.parameters()).dtype
+    if not off < TOLERANCES.get(dtype, 1e-3):
         raise SaekitError(
-            f"{hook_point!r} of model {model.name!r} ({type(layer).__name__}) differs by {off:.2g} of its norm from softmax attention with its weights: it computes something else (softcaps, ALiBi, sinks?); choose another layer"
+            f"{hook_point!r} of model {model.name!r} ({type(layer).__name__}) differs by {off:.2g} of its norm from softmax attention with its weights in fp32 ({TOLERANCES.get(dtype, 1e-3):g} is allowed in {str(dtype).removeprefix('torch.')}): it computes something else (softcaps, ALiBi, sinks?); choose another layer"
         )
     return record
 
@@ -123,7 +126,7 @@ def attention(model: "Model | str | nn.Module", hook_point: str) -> Attention:
 def _difference(model: Model, hook_point: str, record: Attention) -> float:
     """Relative error of the record on random tokens."""
     vocabulary = model.module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    length = min(MOST, model.context or MOST, max(PROBE, (record.patterns.config.window or 0) + 8))
+    length = min(PROBE, model.context or PROBE)
     tokens = torch.randint(vocabulary, (2, length), generator=torch.Generator().manual_seed(0))
     base = hook_point.partition(":")[0]
     sites = {side: model.site(f"{base}:{side}") for side in ("in", "out")}

@@ -5,17 +5,19 @@ original on its own input, make the sum the model's own output again: an exact m
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
 from saekit.dictionaries import Dictionary
-from saekit.hooks import Site, intervene
+from saekit.dictionaries.cross_layer import CrossLayer
+from saekit.hooks import Site, intervene, whole_sequences
 from saekit.models import Model, load_model
-from saekit.types import SaekitError
+from saekit.types import Codes, SaekitError
 
 Values = Mapping[str, Tensor]  # by hook point
 
@@ -57,12 +59,15 @@ class Replacement:
         """
         hooks: list[tuple[Site, Callable[[Tensor], Tensor | None]]] = []
         for d in self.dictionaries:
-            seen: dict[str, Tensor] = {}
-            hooks += [(self.model.site(point), _keep(point, seen)) for point in d.reads]
+            stand = _ByLayers(d) if isinstance(d, CrossLayer) else _AtOnce(d)
+            for at, point in enumerate(d.reads):
+                hooks.append((self.model.site(point), partial(_read, stand, at, straight_through is not None)))
             for at, point in enumerate(d.writes):
-                write = _Write(d, at, seen, mask, None if errors is None else errors[point], straight_through)
+                error = None if errors is None else errors[point]
+                write = _Write(partial(stand.write, at), mask, error, straight_through)
                 hooks.append((self.model.site(point), write))
-        with intervene(hooks):
+        looks_back = any(d.wiring.kind == "sequences" for d in self.dictionaries)
+        with intervene(hooks), whole_sequences(self.model.module) if looks_back else nullcontext():
             yield
 
     @torch.no_grad()
@@ -75,38 +80,74 @@ class Replacement:
         return out
 
 
-def _keep(point: str, into: dict[str, Tensor]) -> Callable[[Tensor], None]:
-    def keep(x: Tensor) -> None:
-        into[point] = x
+class _AtOnce:
+    """A dictionary that has read everything before it writes, in one forward pass."""
 
-    return keep
+    def __init__(self, dictionary: Dictionary):
+        self.dictionary = dictionary
+        self.seen: dict[int, Tensor] = {}
+
+    def read(self, at: int, x: Tensor) -> None:
+        """Take what the model has at one of the places that are read."""
+        self.seen[at] = x
+
+    def write(self, at: int) -> Tensor:
+        """What the dictionary writes in one of its places."""
+        d = self.dictionary
+        missing = next((p for i, p in enumerate(d.reads) if i not in self.seen), None)
+        if missing is not None:
+            raise _late(d.writes[at], missing)
+        read = torch.cat([self.seen[i] for i in range(len(d.reads))], -1)
+        if at == len(d.writes) - 1:
+            self.seen.clear()  # for the next pass
+        return d(read).split(d.wiring.parts_out, -1)[at]
+
+
+class _ByLayers:
+    """A cross-layer transcoder in one forward pass: each layer is encoded once, when it has run."""
+
+    def __init__(self, dictionary: CrossLayer):
+        self.dictionary = dictionary
+        self.codes: list[Codes] = []
+
+    def read(self, at: int, x: Tensor) -> None:
+        """Encode what the model has at a layer."""
+        del self.codes[at:]  # of the pass before
+        self.codes.append(self.dictionary.encode_layer(at, x))
+
+    def write(self, at: int) -> Tensor:
+        """What the layers up to this one write to it."""
+        d = self.dictionary
+        if len(self.codes) <= at:
+            raise _late(d.writes[at], d.reads[len(self.codes)])
+        return d.decode_layer(at, self.codes[: at + 1])
+
+
+def _read(stand: "_AtOnce | _ByLayers", at: int, detached: bool, x: Tensor) -> None:
+    stand.read(at, x.detach() if detached else x)
+
+
+def _late(written: str, read: str) -> SaekitError:
+    return SaekitError(
+        f"a dictionary writes {written!r} before {read!r}, which it reads, has run; it can't stand in for it"
+    )
 
 
 @dataclass(frozen=True)
 class _Write:
-    """What a dictionary writes in one of its places, from what it has read in the same pass."""
+    """Puts what a dictionary makes in one of its places there."""
 
-    dictionary: Dictionary
-    at: int
-    seen: dict[str, Tensor]
+    made: Callable[[], Tensor]
     mask: Tensor | None
     error: Tensor | None
     losses: list[Tensor] | None
 
     def __call__(self, y: Tensor) -> Tensor:
-        d, point = self.dictionary, self.dictionary.writes[self.at]
-        missing = [p for p in d.reads if p not in self.seen]
-        if missing and d.config.wiring[0] != "cross_layer":
+        new = self.made().to(y.dtype)
+        if new.shape != y.shape:
             raise SaekitError(
-                f"a dictionary writes {point!r} before {missing[0]!r}, which it reads, has run; it can't stand in for it"
+                f"a dictionary writes {new.shape[-1]} columns where the model has {y.shape[-1]}; give one of this model"
             )
-        # what a layer of a cross-layer transcoder writes depends on none of the later ones
-        widths = zip(d.reads, d.wiring.parts_in, strict=True)
-        read = torch.cat([self.seen.get(p, y.new_zeros(*y.shape[:-1], w)) for p, w in widths], -1)
-        if self.at == len(d.writes) - 1:
-            self.seen.clear()  # for the next pass
-        read = read if self.losses is None else read.detach()
-        new = d(read).split(d.wiring.parts_out, -1)[self.at].to(y.dtype)
         if self.losses is not None:
             self.losses.append(_left(y.detach(), new, self.mask))
             new = new + (y - y.detach())

@@ -17,6 +17,7 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 LLAMA = {**SMALL, "num_key_value_heads": 2, "rms_norm_eps": 1e-5}
 SCALED = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 5000.0}  # fmt: skip
+LONG = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [8.0] * 4, "original_max_position_embeddings": 40, "rope_theta": 1e4}  # fmt: skip
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2LMHeadModel", {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
     "gpt2, scaled by layer": ("GPT2LMHeadModel", {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "scale_attn_by_inverse_layer_idx": True}),
@@ -56,9 +57,17 @@ def test_the_record_is_the_layer(case: str) -> None:
     assert patterns.triu(1).abs().max() == 0
 
 
+def test_half_precision_is_the_layers_own_rounding() -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        m = load_model(model("LlamaForCausalLM", LLAMA).module.to(dtype))
+        assert attention(m, "model.layers.1.self_attn").W_V.dtype == torch.float32
+
+
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "softcap": ("Gemma2ForCausalLM", {**LLAMA, "head_dim": 16, "attn_logit_softcapping": 50.0, "sliding_window": 64}, "attn_logit_softcapping"),
     "norms that add 1": ("Gemma3ForCausalLM", {**LLAMA, "head_dim": 16, "sliding_window": 64}, "Gemma3Attention"),
+    "positions of the length": ("Phi3ForCausalLM", {**LLAMA, "pad_token_id": 0, "rope_parameters": LONG}, "Phi3Attention"),
+    "frequencies of the length": ("LlamaForCausalLM", {**LLAMA, "rope_parameters": LONG}, "longrope, whose frequencies change"),
     "positions turned otherwise": ("CohereForCausalLM", LLAMA, "computes something else"),
     "not causal": ("BertModel", SMALL, "BertAttention"),
 }  # fmt: skip

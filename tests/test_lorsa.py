@@ -134,6 +134,7 @@ def test_it_begins_where_the_layer_looks_and_writes(layer) -> None:
     rows = torch.cat([x, layer(x)], -1)
     d = saekit.create("lorsa", attention=layer, n_features=1024, k=256, n_qk=16)
     assert torch.equal(d.wiring.patterns(x)[:, ::2], layer.patterns(x))
+    assert len(d.wiring.patterns.W_K) == 16  # copies of a head may learn keys of their own
     d.prepare(d.gather([rows]))
     looked = d.wiring.patterns(d.norm_in(x.flatten(0, 1)).view(x.shape))
     torch.testing.assert_close(looked[:, 1::2], layer.patterns(x), rtol=1e-3, atol=1e-5)
@@ -141,6 +142,31 @@ def test_it_begins_where_the_layer_looks_and_writes(layer) -> None:
     fresh.prepare(fresh.gather([rows]))
     begun, random = (one.loss(rows).fvu.item() for one in (d, fresh))
     assert begun < 0.5 < random, (begun, random)
+
+
+@pytest.mark.parametrize("selection", ["topk", "batchtopk", "jumprelu", "gated", "relu", "groupmax"])
+def test_it_begins_at_the_scale_that_fits_best(layer, selection: str) -> None:
+    """Twice or half the encoder explains no more, by the rule of training."""
+    x = torch.randn(12, 50, 256, generator=torch.Generator().manual_seed(0)) + 1
+    rows, k = (
+        torch.cat([x, layer(x)], -1),
+        {"k": 256} if selection in ("topk", "batchtopk", "groupmax") else {},
+    )
+    d = saekit.create(
+        "lorsa",
+        attention=layer,
+        n_features=1024,
+        selection=selection,
+        objective=("reconstruction", *(["gate"] if selection == "gated" else [])),
+        **k,
+    )
+    d.prepare(d.gather([rows]))
+    found = {}
+    for scale in (1.0, 0.5, 2.0):
+        d.encoder.data.mul_(scale)
+        found[scale] = d.loss(rows).fvu.item()
+        d.encoder.data.div_(scale)
+    assert found[1.0] < min(found[0.5], found[2.0]), found
 
 
 def test_what_it_cannot_be_is_refused(layer, small_store) -> None:
@@ -156,6 +182,13 @@ def test_what_it_cannot_be_is_refused(layer, small_store) -> None:
         saekit.create("topk", attention=layer, n_features=64, k=4)
     with pytest.raises(SaekitError, match="n_qk = 12 is no multiple of the layer's 8 heads"):
         saekit.create("lorsa", attention=layer, n_features=96, k=4, n_qk=12)
+    with pytest.raises(SaekitError, match=r"saekit.layers.attention\(model, hook_point\)"):
+        saekit.create("lorsa", attention="blocks.1.attn", n_features=64, k=4)
+    d = make()
+    with pytest.raises(SaekitError, match="features name 99, which is not in 0..63"):
+        d.sources(sequences()[..., : d.d_in], torch.tensor([1, 99]))
+    with pytest.raises(SaekitError, match=f"expected .batch, seq, d_in = {d.d_in}"):
+        d.sources(sequences(), torch.tensor([1]))
     with pytest.raises(SaekitError, match="whole sequences"):
         saekit.train(make(), sequences().flatten(0, 1), 2, 4)
     with pytest.raises(SaekitError, match="resample_every"):

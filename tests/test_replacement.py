@@ -170,3 +170,55 @@ def test_the_command_splices_a_folder_of_runs(tmp_path: Path) -> None:
     two = [str(out / f"blocks.{i}.mlp") for i in (1, 2)]
     again = command("eval", *two, "--tokens", "1024")
     assert again.stdout == done.stdout  # the controls in the folder were left out
+
+
+def test_one_cross_layer_transcoder_is_measured_as_it_replaces(model: Model) -> None:
+    """Errors of early layers reach what later ones read, by itself as beside others."""
+    clt = saekit.create("clt", d_in=256, n_layers=4, n_features=256, selection="jumprelu", seed=1)
+    clt.reads = tuple(f"blocks.{i}.mlp:in" for i in range(4))
+    clt.writes = tuple(f"blocks.{i}.mlp:out" for i in range(4))
+    options = {"tokens": 1024, "context": 64, "batch_rows": 4}
+    alone, beside = saekit.evaluate(clt, model, **options), saekit.evaluate([clt], model, **options)
+    assert alone["kl"].value == pytest.approx(beside["kl"].value, rel=1e-4)
+    assert alone["ce_recovered"].value == pytest.approx(beside["ce_recovered"].value, rel=1e-3)
+    assert alone["l0"].control["random"] > 0  # k is shared out among the layers, whatever was measured
+
+
+def test_a_pass_of_a_cross_layer_transcoder_encodes_each_layer_once(
+    model: Model, tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clt = saekit.create("clt", d_in=256, n_layers=4, n_features=256, k=16)
+    clt.reads = tuple(f"blocks.{i}.mlp:in" for i in range(4))
+    clt.writes = tuple(f"blocks.{i}.mlp:out" for i in range(4))
+    x = torch.randn(5, 4 * 256)
+    codes = [clt.encode_layer(i, part) for i, part in enumerate(x.split(256, 1))]
+    written = torch.cat([clt.decode_layer(i, codes[: i + 1]) for i in range(4)], 1)
+    torch.testing.assert_close(written, clt(x))
+    calls: list[int] = []
+    own = type(clt.parts[0]).encode
+    monkeypatch.setattr(type(clt.parts[0]), "encode", lambda part, x: calls.append(len(x)) or own(part, x))
+    with Replacement(model, [clt]).spliced():
+        logits(model, tokens)
+    assert calls == [tokens.numel()] * 4
+
+
+def test_text_goes_on_within_a_replacement_that_looks_back(model: Model) -> None:
+    """No cached keys and values: what a Lorsa reads is the whole sequence, at every new token."""
+    prompt = "def add(a, b):\n    return"
+    own = model.generate(prompt, 8)
+    with Replacement(model, [exact(model, layer) for layer in range(4)]).spliced():
+        assert model.generate(prompt, 8) == own
+        with pytest.raises(SaekitError, match="cached keys and values.*use_cache=False"):
+            model.generate(prompt, 4, use_cache=True)
+        padded = torch.tensor([[0, 0, 5, 6]])
+        with pytest.raises(SaekitError, match="padding before text.*pad on the right"):
+            model({"input_ids": padded, "attention_mask": (padded > 0).long()})
+        model({"input_ids": padded.flip(1), "attention_mask": (padded.flip(1) > 0).long()})
+    assert model.generate(prompt, 8) == own
+
+
+def test_what_does_not_fit_the_model_is_refused(model: Model, tokens: torch.Tensor) -> None:
+    d = saekit.create("transcoder", d_in=256, d_out=128, n_features=64, k=4)
+    d.reads, d.writes = d.wiring.sites(["blocks.1.mlp"])
+    with Replacement(model, [d]).spliced(), pytest.raises(SaekitError, match="128 columns.*has 256"):
+        logits(model, tokens)

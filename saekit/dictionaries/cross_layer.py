@@ -8,6 +8,7 @@ ever dense in the features.
 
 import copy
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -85,7 +86,7 @@ class CrossLayer(Dictionary):
     def _columns(self, layer: int) -> slice:
         """The columns of the output that a layer's part writes to."""
         first, stop = self.wiring.written(layer)
-        return slice(sum(self.wiring.parts_out[:first]), sum(self.wiring.parts_out[:stop]))
+        return slice(self._columns_of(first).start, self._columns_of(stop - 1).stop)
 
     def _features(self, layer: int) -> tuple[int, int]:
         each = self.n_features // self.layers
@@ -104,6 +105,27 @@ class CrossLayer(Dictionary):
         shares = [codes.part(*self._features(layer)) for layer in range(self.layers)]
         y = self._sum(shares) + self.b_dec
         return self.norm_out.invert(y).view(*codes.shape, self.d_out)
+
+    def encode_layer(self, layer: int, x: Float[Tensor, "*shape d_in"]) -> Codes:
+        """Codes of one layer's features, counted from 0, from what that layer reads."""
+        read = self.norm_in.some(layer, layer + 1)(x.to(self.dtype).flatten(0, -2))
+        return dataclasses.replace(self.parts[layer].encode(read), shape=tuple(x.shape[:-1]))
+
+    def decode_layer(self, layer: int, codes: Sequence[Codes]) -> Float[Tensor, "*shape d_out"]:
+        """What the codes of the layers up to this one (of :meth:`encode_layer`) write to it, in the units of the model."""
+        at = self._columns_of(layer)
+        y = self.b_dec[at].expand(codes[0].rows, -1)
+        for source, c in enumerate(codes):
+            first, stop = self.wiring.written(source)
+            if first <= layer < stop:
+                start = self._columns(source).start
+                weight = self.parts[source].W_dec[:, at.start - start : at.stop - start].contiguous()
+                y = y + sparse_decode(c.offsets, c.indices, c.values, weight)
+        return self.norm_out.some(layer, layer + 1).invert(y).view(*codes[0].shape, -1)
+
+    def _columns_of(self, layer: int) -> slice:
+        """The columns of the output that are a layer's."""
+        return slice(sum(self.wiring.parts_out[:layer]), sum(self.wiring.parts_out[: layer + 1]))
 
     def _sum(self, shares: list[Codes]) -> Tensor:
         """What the layers' codes write together, without the bias."""

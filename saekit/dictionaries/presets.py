@@ -96,17 +96,23 @@ def create(name: str, *, n_features: int, seed: int = 0, **options: Any) -> Dict
     return dictionary
 
 
-def _shape_of(attention: Attention, wiring: str, options: dict[str, Any]) -> dict[str, Any]:
+def _shape_of(attention: Any, wiring: str, options: dict[str, Any]) -> dict[str, Any]:
     """The options of a Lorsa whose heads are those of an attention layer, or a multiple of them."""
     if wiring != "lorsa":
         raise SaekitError(
             f"attention is given, and wiring {wiring!r} has no heads; choose 'lorsa', or leave it out"
+        )
+    if not isinstance(attention, Attention):
+        raise SaekitError(
+            f"attention = {attention!r} is no record of a layer; give saekit.layers.attention(model, hook_point)"
         )
     shape = {**dataclasses.asdict(attention.patterns.config), "d_out": len(attention.b_O)}
     if options.get("n_qk", shape["n_qk"]) % shape["n_qk"]:
         raise SaekitError(
             f"n_qk = {options['n_qk']} is no multiple of the layer's {shape['n_qk']} heads; choose one, or leave it out"
         )
+    # copies of a head begin with its keys, and then learn their own
+    shape["n_kv"] *= options.get("n_qk", shape["n_qk"]) // shape["n_qk"]
     for name in sorted(set(shape) & set(options) - {"n_qk"}):
         if options[name] != shape[name]:
             raise SaekitError(

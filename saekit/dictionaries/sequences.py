@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from saekit.attention import Attention
 from saekit.dictionaries.config import Config
 from saekit.dictionaries.rows import Rows
+from saekit.dictionaries.training import TrainState
 from saekit.types import ActivationBatch, Codes, SaekitError
 
 GATHERED = "gathered"  # what a batch's columns side by side go by
@@ -153,8 +154,8 @@ class Sequences(Rows):
             self.atoms.weight[own] = nn.functional.normalize(self.norm_out.normalised(written), dim=-1)
         if hasattr(self.selection, "prepare"):
             self.selection.prepare(x, self.encoder, self.b_enc)
-        codes = self.selection(x, self.encoder, self.b_enc)
-        codes = dataclasses.replace(codes, shape=(len(x),))
+        # by the training rule: one that learns a threshold knows none yet
+        codes = self.select(x, TrainState()).codes.detach()
         hat = self.norm_out(self.decode(codes)) - self.b_dec
         scale = (hat * y).sum() / hat.square().sum().clamp(min=1e-30)
         if scale > 0:
@@ -183,8 +184,16 @@ class Sequences(Rows):
         ``A_ts (w x_s + b)``, the bias shared out as attention is, so that the sources of a query add up to the
         pre-activation.
         """
-        weight, bias, rows = self._encoder_rows()[features], self.b_enc[features], self.norm_in(x.to(self.dtype).flatten(0, 1))  # fmt: skip
-        x = rows.view(x.shape)
+        if x.ndim != 3 or x.shape[2] != self.d_in:
+            raise SaekitError(
+                f"x has shape {tuple(x.shape)}; expected [batch, seq, d_in = {self.d_in}]"
+            )
+        features = torch.as_tensor(features, device=self.device)
+        wrong = features[(features < 0) | (features >= self.n_features)]
+        if len(wrong):
+            raise SaekitError(f"features name {int(wrong[0])}, which is not in 0..{self.n_features - 1}")
+        weight, bias = self._encoder_rows()[features], self.b_enc[features]
+        x = self.norm_in(x.to(self.device, self.dtype).flatten(0, 1)).view(x.shape)
         values = torch.einsum("bsi,fi->bfs", x, weight) + bias[:, None]
         heads = features // (self.n_features // self.n_qk)
         return self.wiring.patterns(x)[:, heads] * values[:, :, None]

@@ -4,10 +4,12 @@ Everything is measured on held-out documents, in one pass over them; per-documen
 that every ratio is a ratio of sums and every interval is over documents.
 """
 
+import copy
 import dataclasses
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,12 @@ from torch import Tensor
 
 from saekit import metrics, records
 from saekit.dictionaries import Dictionary, create
+from saekit.dictionaries.cross_layer import CrossLayer
 from saekit.evaluate.measure import Measure, Resampler
 from saekit.harvest import HarvestConfig, Stream
 from saekit.hooks import Site, intervene, spliced
 from saekit.models import load_model
+from saekit.replacement import Replacement
 from saekit.types import ActivationBatch, Codes, SaekitError
 
 Sum = np.ndarray | np.floating  # a total over documents, or one per resample
@@ -159,11 +163,15 @@ def _measure(key: str, n: int, resampler: Resampler, statistic: Callable, *sums:
 def controls_for(dictionary: Dictionary, codes: Codes, seed: int = 0) -> dict[str, Dictionary]:
     """Random dictionaries of the same width and L0, with the same normalisation: what to beat.
 
-    L0 is the selection's k, or where it has none that of ``codes`` of the dictionary, rounded.
+    L0 is the selection's k (of all its groups), or where it has none that of ``codes`` of the dictionary, rounded
+    to what the layers of a cross-layer transcoder can share out.
     """
-    k = getattr(dictionary.config.selection[1], "k", None)
+    choice = dictionary.config.selection[1]
+    k = getattr(choice, "k", None)
     if k is None:
-        k = min(dictionary.n_features, max(1, round(metrics.l0(codes))))
+        each = len(dictionary.wiring.parts_in) if isinstance(dictionary, CrossLayer) else 1
+        k = min(dictionary.n_features, each * max(1, round(metrics.l0(codes) / each)))
+    k *= getattr(choice, "groups", 1)
     wiring, settings = dictionary.config.wiring
     shape = {
         "wiring": wiring, "n_features": dictionary.n_features, "k": k, "seed": seed, **dataclasses.asdict(settings)
@@ -253,7 +261,14 @@ def evaluate(
                 name: (rows.float().split(dictionary.wiring.parts_out, -1))
                 for name, rows in {**hats, "ablated": baseline}.items()
             }
-            _language(view, sites, batch, given, logits, replacements, runs, index)
+            inside = {name: _spliced(sites, batch.mask, parts) for name, parts in replacements.items()}
+            # what a layer of a cross-layer transcoder reads depends on what it has written to the ones before
+            inside |= {
+                name: Replacement(view, [_at(run.dictionary, reads, writes)]).spliced(batch.mask)
+                for name, run in runs.items()
+                if isinstance(run.dictionary, CrossLayer)
+            }
+            _language(view, batch, given, logits, inside, runs, index)
         done += batch.mask.numel()
         if on_batch:
             on_batch(done, tokens)
@@ -331,11 +346,32 @@ def _warn_of_training_text(trained: Mapping[str, Any], stream: Stream) -> None:
         )
 
 
+def _spliced(
+    sites: Sequence[Site], mask: Tensor, parts: Sequence[Tensor]
+) -> AbstractContextManager[None]:
+    """The model with rows for every site put in at the unmasked positions."""
+    changes: list[tuple[Site, Callable[[Tensor], Tensor | None]]] = []
+    for site, rows in zip(sites, parts, strict=True):
+        full = torch.zeros(*mask.shape, rows.shape[-1], device=rows.device)
+        full[mask.to(rows.device)] = rows
+        changes.append((site, spliced(mask, full)))
+    return intervene(changes)
+
+
+def _at(dictionary: Dictionary, reads: tuple[str, ...], writes: tuple[str, ...]) -> Dictionary:
+    """The same dictionary at these hook points."""
+    if (dictionary.reads, dictionary.writes) == (reads, writes):
+        return dictionary
+    moved = copy.copy(dictionary)
+    moved.reads, moved.writes = reads, writes
+    return moved
+
+
 def _language(
-    view: Any, sites: Sequence[Site], batch: ActivationBatch, given: Any, logits: Tensor,
-    replacements: Mapping[str, Sequence[Tensor]], runs: Mapping[str, _Evaluation], index: Mapping[int, int],
+    view: Any, batch: ActivationBatch, given: Any, logits: Tensor,
+    replacements: Mapping[str, AbstractContextManager[None]], runs: Mapping[str, _Evaluation], index: Mapping[int, int],
 ) -> None:  # fmt: skip
-    """Add the losses of the model with each replacement, rows for every site, spliced in at the unmasked positions."""
+    """Add the losses of the model within each replacement."""
     mask = batch.mask
     assert batch.tokens is not None and batch.documents is not None  # a language model reads tokens
     # a position counts when its activation was replaced and the token it predicts is text
@@ -346,14 +382,8 @@ def _language(
     main = runs[""].sums
     main.add("ce_n", owners, np.ones(len(owners)))
     main.add("ce_original", owners, metrics.cross_entropy(own, targets).cpu())
-    here = mask.to(logits.device)
-    for name, parts in replacements.items():
-        changes: list[tuple[Site, Callable[[Tensor], Tensor | None]]] = []
-        for site, rows in zip(sites, parts, strict=True):
-            full = torch.zeros(*mask.shape, rows.shape[-1], device=logits.device)
-            full[here] = rows
-            changes.append((site, spliced(mask, full)))
-        with intervene(changes):
+    for name, inside in replacements.items():
+        with inside:
             changed = view.logits(given)[:, :-1][counted.to(logits.device)]
         ce = metrics.cross_entropy(changed, targets).cpu()
         if name == "ablated":

@@ -12,7 +12,7 @@ from torch import Tensor
 from saekit.activations import Store, shuffled_rows
 from saekit.types import SaekitError
 
-COMPARED = 1 << 16  # tokens that are compared, from the first
+COMPARED = 1 << 20  # tokens that are held at a time while they are compared
 
 
 class SideBySide:
@@ -78,14 +78,12 @@ class SideBySide:
 
 
 def _check_alike(stores: Mapping[str, Store]) -> None:
-    """Raise unless the stores hold the same tokens in the same order, as far as they are compared."""
+    """Raise unless the stores hold the same tokens in the same order, as far as both go."""
     first, *others = stores
-    mine = stores[first].first_tokens(COMPARED)
     for other in others:
-        theirs = stores[other].first_tokens(COMPARED)
-        n = min(len(mine), len(theirs))
-        same_length = stores[first].manifest["seq"] == stores[other].manifest["seq"]
-        if not same_length or not np.array_equal(mine[:n], theirs[:n]):
+        pieces = zip(stores[first].tokens(COMPARED), stores[other].tokens(COMPARED), strict=False)
+        same = all(np.array_equal(a[: len(b)], b[: len(a)]) for a, b in pieces)
+        if not same or stores[first].manifest["seq"] != stores[other].manifest["seq"]:
             raise SaekitError(
                 f"stores {first!r} and {other!r} hold different tokens; harvest both from the same text, with the same tokenizer, context and rows per batch"
             )
