@@ -61,7 +61,9 @@ class Replacement:
         for d in self.dictionaries:
             stand = _ByLayers(d) if isinstance(d, CrossLayer) else _AtOnce(d)
             for at, point in enumerate(d.reads):
-                hooks.append((self.model.site(point), partial(_read, stand, at, straight_through is not None)))
+                hooks.append(
+                    (self.model.site(point), partial(_read, stand, at, straight_through is not None))
+                )
             for at, point in enumerate(d.writes):
                 error = None if errors is None else errors[point]
                 write = _Write(partial(stand.write, at), mask, error, straight_through)

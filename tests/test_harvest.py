@@ -559,12 +559,24 @@ def test_the_store_is_shuffled_globally(stored: Store) -> None:
 def test_a_live_stream_gives_the_rows_of_the_text_and_the_same_again(tiny_gpt2: Model) -> None:
     stream = harvest(tiny_gpt2, "stdlib", POINT, tokens=2048, context=64)
     every = torch.cat([b.rows(POINT) for b in stream])
-    source = StreamSource(stream, buffer_rows=600)
+    source = StreamSource(stream, buffer_bytes=600 * 4 * 32)
     rows = torch.cat(list(itertools.islice(source.batches([POINT], 100, seed=0), 10)))
     known = {row.numpy().tobytes() for row in every}
     assert all(row.numpy().tobytes() in known for row in rows)
     assert torch.equal(next(source.batches([POINT], 100, seed=0, start=7)), rows[700:800])
     assert not torch.equal(next(source.batches([POINT], 100, seed=1)), rows[:100])
+
+
+@pytest.mark.parametrize("points", [1, 4])
+def test_a_live_stream_holds_no_more_bytes_than_stated(tiny_gpt2: Model, points: int) -> None:
+    """However many hook points: what is read before the first batch fits the bound, rows of one pass aside."""
+    names = [f"blocks.{i}.hook_{where}" for i in (0, 1) for where in ("resid_pre", "mlp_out")][:points]
+    stream = harvest(tiny_gpt2, "stdlib", names, tokens=4096, context=64, batch_rows=2)
+    source, read = StreamSource(stream, buffer_bytes=1024 * 4 * 32), []
+    source._rows = lambda h, n: (read.append(rows) or rows for rows in StreamSource._rows(source, h, n))
+    assert len(next(source.batches(names, 64, seed=0))) == 64
+    rows = 1024 // points
+    assert rows <= sum(len(part) for part in read) <= rows + 2 * 64
 
 
 def test_a_live_stream_without_a_single_unmasked_token_says_so(tiny_gpt2: Model) -> None:

@@ -98,3 +98,16 @@ def test_plan_reads_no_more_tokens_than_the_text_has(tmp_path: Path) -> None:
     )  # fmt: skip
     for plan in plans:
         assert plan["disk_bytes"] == pytest.approx(done["bytes"], rel=0.25)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("lorsa", "--set", "n_qk=2", "--set", "d_qk=8", "--context", "16"),
+        ("clt", "--set", "n_layers=4", "--set", "selection=relu", "--set", 'objective=["reconstruction","tanh"]'),
+    ],
+)
+def test_plan_knows_what_reads_several_places_and_sequences(options: tuple[str, ...]) -> None:
+    small = ("--d-in", "16", "--n-features", "64", "--k", "4", "--steps", "5", "--batch-size", "32")
+    plan = run("plan", "train", "--architecture", *options, *small)
+    assert plan["seconds"] > 0 and plan["disk_bytes"] > 0

@@ -186,7 +186,7 @@ def test_store_tensor_and_stream_train_alike(tiny_gpt2, small_store) -> None:
     rows = torch.cat([b.rows(point) for b in small_store.sequences()])
     stream = harvest(tiny_gpt2, "stdlib", [point], tokens=4096, context=64, batch_rows=8)
     fvus = []
-    for source in (small_store, rows, StreamSource(stream, buffer_rows=2048)):
+    for source in (small_store, rows, StreamSource(stream, buffer_bytes=2048 * 32 * 4)):
         d = saekit.create("topk", d_in=32, n_features=128, k=8)
         saekit.train(d, source, 120, 256)
         fvus.append(saekit.metrics.fvu(rows, d(rows).detach()))
@@ -198,7 +198,7 @@ def test_a_stream_resumes_to_the_same_weights(tiny_gpt2, tmp_path: Path) -> None
         stream = harvest(
             tiny_gpt2, "stdlib", ["blocks.0.hook_mlp_out"], tokens=4096, context=64, batch_rows=8
         )
-        return StreamSource(stream, buffer_rows=1024)
+        return StreamSource(stream, buffer_bytes=1024 * 32 * 4)
 
     def run(out: Path) -> bytes:
         saekit.train(

@@ -185,9 +185,7 @@ class Sequences(Rows):
         pre-activation.
         """
         if x.ndim != 3 or x.shape[2] != self.d_in:
-            raise SaekitError(
-                f"x has shape {tuple(x.shape)}; expected [batch, seq, d_in = {self.d_in}]"
-            )
+            raise SaekitError(f"x has shape {tuple(x.shape)}; expected [batch, seq, d_in = {self.d_in}]")
         features = torch.as_tensor(features, device=self.device)
         wrong = features[(features < 0) | (features >= self.n_features)]
         if len(wrong):

@@ -346,9 +346,7 @@ def _warn_of_training_text(trained: Mapping[str, Any], stream: Stream) -> None:
         )
 
 
-def _spliced(
-    sites: Sequence[Site], mask: Tensor, parts: Sequence[Tensor]
-) -> AbstractContextManager[None]:
+def _spliced(sites: Sequence[Site], mask: Tensor, parts: Sequence[Tensor]) -> AbstractContextManager[None]:
     """The model with rows for every site put in at the unmasked positions."""
     changes: list[tuple[Site, Callable[[Tensor], Tensor | None]]] = []
     for site, rows in zip(sites, parts, strict=True):

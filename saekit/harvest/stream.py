@@ -23,7 +23,7 @@ from saekit.tokens import GIVEN, Given, Special, check_text, documents, fingerpr
 from saekit.types import ActivationBatch, SaekitError
 
 DEFAULT_CONTEXT = 512
-BUFFERED = 32  # batches that are mixed
+BUFFERED = 16  # batches that are mixed
 
 
 @dataclass(frozen=True)
@@ -294,12 +294,13 @@ def _positions(name: str, a: Tensor, grid: torch.Size) -> Tensor:
 class StreamSource:
     """A live stream as a source of training rows, mixed through a shuffling buffer.
 
-    The buffer holds 32 batches, at most ``buffer_rows`` rows; half of it is used up, then refilled. The order is
-    fixed by the seed, so a resumed run replays the stream to where it was: a store on disk resumes at once.
+    The buffer holds 16 batches, as far as they fit into ``buffer_bytes`` (and 2 in any case); half of it is used up,
+    then refilled. The order is fixed by the seed, so a resumed run replays the stream to where it was: a store on
+    disk resumes at once.
     """
 
-    def __init__(self, stream: Stream, buffer_rows: int = 1 << 17):
-        self.stream, self.buffer_rows, self.n_rows = stream, buffer_rows, None
+    def __init__(self, stream: Stream, buffer_bytes: int = 1 << 29):
+        self.stream, self.buffer_bytes, self.n_rows = stream, buffer_bytes, None
         first = next(iter(stream), None)
         if first is None:
             raise SaekitError("the text is too short for one row; give more text")
@@ -330,19 +331,23 @@ class StreamSource:
     ) -> Iterator[Tensor]:
         """Endless batches; the text is read again when it ends."""
         generator = torch.Generator().manual_seed(seed)
-        rows, buffer, step = self._rows(hook_points, batch_size), torch.empty(0), 0
-        size = max(min(self.buffer_rows, BUFFERED * batch_size), 2 * batch_size)
+        columns, step = sum(self._widths[h] for h in hook_points), 0
+        fit = self.buffer_bytes // (4 * columns)
+        buffer = torch.empty(max(min(fit, BUFFERED * batch_size), 2 * batch_size), columns)
+        free, rows, fresh = torch.arange(len(buffer)), self._rows(hook_points, batch_size), buffer[:0]
         while True:
-            parts, have = [buffer] if len(buffer) else [], len(buffer)
-            while have < size:
-                parts.append(next(rows))
-                have += len(parts[-1])
-            buffer = torch.cat(parts)
-            buffer = buffer[torch.randperm(len(buffer), generator=generator)]
-            while len(buffer) - batch_size >= size // 2:
+            while len(free):
+                if not len(fresh):
+                    fresh = next(rows)
+                n = min(len(free), len(fresh))
+                buffer[free[:n]] = fresh[:n]
+                free, fresh = free[n:], fresh[n:]
+            order, used = torch.randperm(len(buffer), generator=generator), 0
+            while used + batch_size <= len(buffer) - len(buffer) // 2:
                 if step >= start:
-                    yield buffer[:batch_size].clone()
-                buffer, step = buffer[batch_size:], step + 1
+                    yield buffer[order[used : used + batch_size]]
+                used, step = used + batch_size, step + 1
+            free = order[:used]
 
     def identity(self) -> dict[str, Any]:
         """Model, text and settings."""

@@ -13,6 +13,7 @@ import typer
 
 from saekit.errors import SaekitError
 from saekit.verbs.console import Device, Json, Seed, duration, result
+from saekit.verbs.train import option_of
 
 COUNT_SECONDS = 10  # for counting the tokens of a text; a longer one is taken to be long enough
 
@@ -25,7 +26,9 @@ def plan(
         "blocks.1.hook_resid_post"
     ],
     tokens: Annotated[int, typer.Option(help="harvest: tokens to read; 0 for the whole text.")] = 1_000_000,
-    context: Annotated[int | None, typer.Option(help="harvest: tokens of a row.")] = None,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens of a row: of a harvest, or of what a Lorsa is trained on.")
+    ] = None,
     batch_rows: Annotated[int, typer.Option(help="harvest: rows of a forward pass.")] = 16,
     dtype: Annotated[str, typer.Option(help="harvest: stored as fp32, bf16, fp16 or int8.")] = "fp32",
     architecture: Annotated[str, typer.Option(help="train: name of the architecture.")] = "topk",
@@ -33,7 +36,16 @@ def plan(
     n_features: Annotated[int, typer.Option(help="train: width of the dictionary.")] = 4096,
     k: Annotated[int, typer.Option(help="train: active features per token.")] = 32,
     steps: Annotated[int, typer.Option(help="train: steps.")] = 1000,
-    batch_size: Annotated[int, typer.Option(help="train: rows of a step.")] = 4096,
+    batch_size: Annotated[
+        int | None, typer.Option(help="train: rows of a step, default 4096; of a Lorsa whole sequences.")
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="train: any other field of the architecture, e.g. --set n_layers=4 or --set n_qk=8; repeatable.",
+        ),
+    ] = None,
     device: Device = None,
     seed: Seed = 0,
     as_json: Json = False,
@@ -51,7 +63,7 @@ def plan(
         },
         "train": {
             "architecture": architecture, "d_in": d_in, "n_features": n_features, "k": k, "steps": steps,
-            "batch_size": batch_size, "device": device, "seed": seed,
+            "batch_size": batch_size, "device": device, "seed": seed, "context": context, "options": dict(option_of(item) for item in option or []),
         },
     }  # fmt: skip
     if job not in jobs:
@@ -133,41 +145,24 @@ def _trial_train(settings: dict[str, Any], folder: Path, began_at: float) -> dic
     """Twelve steps on a small store of noise, with a checkpoint, then the time of a step."""
     import torch
 
-    from saekit.activations import SCHEMA
     from saekit.dictionaries import create
-    from saekit.harvest.shards import ShardWriter
+    from saekit.harvest.stream import DEFAULT_CONTEXT
     from saekit.trainers import train
-    from saekit.types import ActivationBatch
 
     startup = time.time() - began_at  # Python and imports: as the job's own
-    d_in, batch_size, steps, device = (
-        settings["d_in"],
-        settings["batch_size"],
-        settings["steps"],
-        settings.pop("device"),
-    )
-    generator = torch.Generator().manual_seed(0)
-    manifest = {
-        "schema": SCHEMA, "complete": True, "hook_points": {"x": {"width": d_in}}, "dtype": "bf16", "seq": 1, "shards": [],
-        "model": {}, "text": {}, "settings": {}, "norm_limits": {}, "batches_per_shard": 1,
-    }  # fmt: skip
-    writer = ShardWriter(folder / "acts", manifest)
-    for _ in range(4):
-        rows = torch.randn(batch_size, 1, d_in, generator=generator)
-        writer.add(ActivationBatch({"x": rows}, torch.ones(batch_size, 1, dtype=torch.bool)))
-        writer.flush()
-    del rows
+    steps, device = settings["steps"], settings["device"]
+    shape = {key: settings[key] for key in ("d_in", "n_features", "k", "seed")} | settings["options"]
+    shape = {key: tuple(value) if isinstance(value, list) else value for key, value in shape.items()}
     startup += -time.time()
-    dictionary = create(
-        settings["architecture"],
-        d_in=d_in,
-        n_features=settings["n_features"],
-        k=settings["k"],
-        seed=settings["seed"],
-    )
+    dictionary = create(settings["architecture"], **shape)
     startup += time.time()
-    with torch.no_grad():
-        dictionary.b_enc[::500] = -1e3  # a few dead features, as most runs have: they cost an extra pass
+    whole = dictionary.wiring.kind == "sequences"
+    seq = (settings["context"] or DEFAULT_CONTEXT) if whole else 1
+    batch_size = settings["batch_size"] or max(1, 4096 // seq)
+    _noise(dictionary, batch_size, seq, folder / "acts")
+    with torch.no_grad():  # a few dead features, as most runs have: they cost an extra pass
+        for part in getattr(dictionary, "parts", [dictionary]):
+            part.b_enc[::500] = -1e3
     n, marks = min(steps, 12), [time.perf_counter()]
     train(
         dictionary, str(folder / "acts"), n, batch_size, folder / "run", device=device, log_every=1, checkpoint_every=n,
@@ -183,6 +178,28 @@ def _trial_train(settings: dict[str, Any], folder: Path, began_at: float) -> dic
         "disk_bytes": disk + (states if steps > 1 else 0),  # two checkpoints are kept, the trial made one
         "trial": f"{n} steps",
     }
+
+
+def _noise(dictionary: Any, batch_size: int, seq: int, folder: Path) -> None:
+    """A store of four batches of noise, at the hook points that a dictionary reads and writes."""
+    import torch
+
+    from saekit.activations import SCHEMA
+    from saekit.harvest.shards import ShardWriter
+    from saekit.types import ActivationBatch
+
+    w, generator = dictionary.wiring, torch.Generator().manual_seed(0)
+    reads, writes = w.parts_in, () if w.columns == sum(w.parts_in) else w.parts_out
+    widths = {f"x.{i}:in": n for i, n in enumerate(reads)} | {f"x.{i}:out": n for i, n in enumerate(writes)}
+    manifest = {
+        "schema": SCHEMA, "complete": True, "hook_points": {name: {"width": n} for name, n in widths.items()}, "dtype": "bf16", "seq": seq,
+        "shards": [], "model": {}, "text": {}, "settings": {}, "norm_limits": {}, "batches_per_shard": 1,
+    }  # fmt: skip
+    writer = ShardWriter(folder, manifest)
+    for _ in range(4):
+        rows = {name: torch.randn(batch_size, seq, n, generator=generator) for name, n in widths.items()}
+        writer.add(ActivationBatch(rows, torch.ones(batch_size, seq, dtype=torch.bool)))
+        writer.flush()
 
 
 def _main() -> None:

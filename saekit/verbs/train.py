@@ -108,7 +108,7 @@ def train(
         beside = {}
     else:
         trains = {f.name for f in dataclasses.fields(TrainConfig)}
-        extra = dict(_option(item) for item in option or [])
+        extra = dict(option_of(item) for item in option or [])
         wiring = _wiring(architecture, extra)
         source, found = open_source(acts or (), model, text, wiring, hook_point, hook_points, device)
         batch_size = batch_size_of(source, batch_size)
@@ -257,7 +257,8 @@ def _axis(item: str) -> tuple[str, list[Any]]:
     return name, out
 
 
-def _option(item: str) -> tuple[str, Any]:
+def option_of(item: str) -> tuple[str, Any]:
+    """The name and the value of a ``--set``."""
     name, sign, value = item.partition("=")
     if not sign:
         raise SaekitError(f"--set {item!r} has no value; write --set {item}=VALUE")
