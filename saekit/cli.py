@@ -15,6 +15,7 @@ VERBS = {
     "harvest": "saekit.verbs.harvest:harvest",
     "train": "saekit.verbs.train:train",
     "eval": "saekit.verbs.evaluate:evaluate",
+    "diff": "saekit.verbs.diff:diff",
     "dashboard": "saekit.verbs.dashboard:dashboard",
     "reproduce": "saekit.verbs.reproduce:reproduce",
     "bench": "saekit.verbs.bench:bench",

@@ -1,5 +1,6 @@
 """Dictionaries of several sources: an autoencoder where there is one, and what tells the sources apart."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -169,4 +170,30 @@ def test_the_command_trains_one_of_two_models_and_one_of_all_layers(
     report = saekit.evaluate(d, "code-lm", "stdlib", tokens=1024)
     assert {"fvu", "ce_recovered"} <= set(report) and "random" in report["fvu"].control
     bad = command("eval", str(tmp_path / "two"), "--tokens", "512")
-    assert bad.returncode == 2 and "base/blocks.1.hook_resid_post" in bad.stderr
+    assert bad.returncode == 2 and "`saekit diff`" in bad.stderr
+    done = command("diff", str(tmp_path / "two"), "--rows", "500", "--json")
+    assert done.returncode == 2 and "32 wide and other 0 256" in done.stderr
+    done = command("diff", str(tmp_path / "all"), "--json")
+    assert done.returncode == 2 and "live stream" in done.stderr
+
+
+def test_the_command_compares_two_models(two_stores: dict[str, Path], tmp_path: Path) -> None:
+    """A model beside itself: nothing is of one alone, and every live feature is as strong in both."""
+    twin = tmp_path / "twin"
+    twin.symlink_to(two_stores["base"])
+    train = ("train", "crosscoder", "--n-features", "64", "--k", "4", "--steps", "60", "--batch-size", "512")
+    acts = ("--acts", str(two_stores["base"]), "--acts", str(twin))
+    done = command(*train, *acts, "--out", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
+    done = command("diff", str(tmp_path / "run"), "--source", "twin", "--rows", "2000", "--json")
+    assert done.returncode == 0, done.stderr
+    data = json.loads(done.stdout)
+    found = data["features"]
+    assert (data["source"], data["other"], data["rows"]) == ("twin", "base", 2000)
+    assert len(found["side"]) == 64 and set(found["side"]) <= {"shared", "dead"}
+    alive = [i for i, side in enumerate(found["side"]) if side == "shared"]
+    assert alive and all(found["nu_reconstruction"][i] == pytest.approx(1, abs=0.5) for i in alive)
+    assert json.loads((tmp_path / "run" / "diff.json").read_text())["features"] == found
+    assert (tmp_path / "run" / "diff.html").stat().st_size > 100_000
+    bad = command("diff", str(tmp_path / "run"), "--source", "twim")
+    assert bad.returncode == 2 and "did you mean" in bad.stderr

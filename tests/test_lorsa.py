@@ -74,6 +74,9 @@ def test_sources_add_up_to_the_pre_activation() -> None:
     assert sources.shape == (5, 3, 8, 8) and sources.triu(1).abs().max() == 0
     codes = d.encode(x).select(chosen).movedim(-1, 1)
     torch.testing.assert_close(sources.sum(-1).relu(), codes, rtol=1e-4, atol=1e-5)
+    rows, at = torch.tensor([4, 0, 4]), torch.tensor([7, 2, 3])
+    found = d.looking(x)(chosen, rows, at)
+    torch.testing.assert_close(found, sources[rows, torch.arange(3), at], rtol=1e-4, atol=1e-5)
 
 
 def test_masked_positions_are_looked_at_and_not_learned_from() -> None:
@@ -185,7 +188,7 @@ def test_what_it_cannot_be_is_refused(layer, small_store) -> None:
     with pytest.raises(SaekitError, match=r"saekit.layers.attention\(model, hook_point\)"):
         saekit.create("lorsa", attention="blocks.1.attn", n_features=64, k=4)
     d = make()
-    with pytest.raises(SaekitError, match="features name 99, which is not in 0..63"):
+    with pytest.raises(SaekitError, match=r"features name 99, which is not in 0\.\.63"):
         d.sources(sequences()[..., : d.d_in], torch.tensor([1, 99]))
     with pytest.raises(SaekitError, match=f"expected .batch, seq, d_in = {d.d_in}"):
         d.sources(sequences(), torch.tensor([1]))
@@ -237,6 +240,10 @@ def test_the_command_trains_one_for_every_attention_layer(tmp_path: Path) -> Non
     assert done.returncode == 0, done.stderr
     d = saekit.load(out / "blocks.1.attn")
     assert d.reads == ("blocks.1.attn:in",) and d.n_qk == 8 and not d.wiring.natural
+    page = saekit.dashboard(out / "blocks.1.attn", tmp_path / "page.html", tokens=2048).read_text()
+    assert '"strongest": [' in page or '"strongest":[' in page
+    done = command("dashboard", str(out))
+    assert done.returncode == 2 and "folder of dictionaries" in done.stderr and "blocks.0.attn" in done.stderr
     report = saekit.evaluate(d, "code-lm", "stdlib", tokens=1024)
     assert report.about["context"] == 64  # as it was trained: patterns depend on what stands before
     assert float(report["l0"]) <= 4 and float(report["fvu"]) < float(report["fvu"].control["random"])

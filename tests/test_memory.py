@@ -104,7 +104,15 @@ def test_plan_reads_no_more_tokens_than_the_text_has(tmp_path: Path) -> None:
     "options",
     [
         ("lorsa", "--set", "n_qk=2", "--set", "d_qk=8", "--context", "16"),
-        ("clt", "--set", "n_layers=4", "--set", "selection=relu", "--set", 'objective=["reconstruction","tanh"]'),
+        (
+            "clt",
+            "--set",
+            "n_layers=4",
+            "--set",
+            "selection=relu",
+            "--set",
+            'objective=["reconstruction","tanh"]',
+        ),
     ],
 )
 def test_plan_knows_what_reads_several_places_and_sequences(options: tuple[str, ...]) -> None:

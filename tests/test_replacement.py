@@ -208,10 +208,10 @@ def test_text_goes_on_within_a_replacement_that_looks_back(model: Model) -> None
     own = model.generate(prompt, 8)
     with Replacement(model, [exact(model, layer) for layer in range(4)]).spliced():
         assert model.generate(prompt, 8) == own
-        with pytest.raises(SaekitError, match="cached keys and values.*use_cache=False"):
+        with pytest.raises(SaekitError, match=r"cached keys and values.*use_cache=False"):
             model.generate(prompt, 4, use_cache=True)
         padded = torch.tensor([[0, 0, 5, 6]])
-        with pytest.raises(SaekitError, match="padding before text.*pad on the right"):
+        with pytest.raises(SaekitError, match=r"padding before text.*pad on the right"):
             model({"input_ids": padded, "attention_mask": (padded > 0).long()})
         model({"input_ids": padded.flip(1), "attention_mask": (padded.flip(1) > 0).long()})
     assert model.generate(prompt, 8) == own
@@ -220,5 +220,5 @@ def test_text_goes_on_within_a_replacement_that_looks_back(model: Model) -> None
 def test_what_does_not_fit_the_model_is_refused(model: Model, tokens: torch.Tensor) -> None:
     d = saekit.create("transcoder", d_in=256, d_out=128, n_features=64, k=4)
     d.reads, d.writes = d.wiring.sites(["blocks.1.mlp"])
-    with Replacement(model, [d]).spliced(), pytest.raises(SaekitError, match="128 columns.*has 256"):
+    with Replacement(model, [d]).spliced(), pytest.raises(SaekitError, match=r"128 columns.*has 256"):
         logits(model, tokens)

@@ -80,6 +80,8 @@ def brute_force(data, feature, n_top, n_quantile, per_quantile, radius, reservoi
             "peak": at - places[0],
             "row": row,
             "position": at,
+            "looked": None,
+            "strongest": None,
         }
 
     fires = [(r, p) for r in range(rows) for p in range(seq) if mask[r, p] and value[r, p] != 0]
@@ -127,6 +129,29 @@ def test_contexts_equal_brute_force(options):
         value = data[3][:, :, feature][data[2]]
         counts, _ = np.histogram(value[value != 0], bins=found.histogram_edges or 1)
         assert list(found.histogram_counts) == (counts.tolist() if found.histogram_edges else [])
+
+
+def test_contexts_say_what_a_feature_looks_at():
+    """What each token of the window adds to the peak, and the one of the whole row that adds most."""
+    tokens, documents, mask, dense = world()
+    adds = torch.randn(N_FEATURES, *tokens.shape, tokens.shape[1], generator=torch.Generator().manual_seed(1))
+    collector = ContextCollector(N_FEATURES, FEATURES, tokens.shape[1], radius=3, looks_back=True)
+    for low, high in ((0, 7), (7, len(tokens))):
+        own = adds[:, low:high].numpy()
+        parts = (part[low:high] for part in (tokens, documents, mask))
+        collector.add(*parts, Codes.from_dense(dense[low:high]), lambda f, row, at, own=own: own[f, row, at])
+    n = 0
+    for found in collector.result():
+        for one in (*found.top, *(context for band in found.bands for context in band.contexts)):
+            every = adds[found.index, one.row, one.position]
+            first = one.position - one.peak
+            assert one.looked == tuple(every[first : first + len(one.tokens)].tolist())
+            most = int(every.argmax())
+            assert one.strongest == (one.position - most, int(tokens[one.row, most]), float(every[most]))
+            n += 1
+    assert n > 20
+    with pytest.raises(SaekitError, match="looks"):
+        collector.add(tokens, documents, mask, Codes.from_dense(dense))
 
 
 def test_masked_positions_never_count_and_unfired_features_are_empty():

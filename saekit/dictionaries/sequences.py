@@ -1,7 +1,6 @@
 """Dictionaries of sequences: features that read what attention heads gather from all positions before them."""
 
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -174,6 +173,28 @@ class Sequences(Rows):
         x = torch.cat([batch.activations[point] for point in points or self.reads], -1).to(self.device)
         chosen = self._some(self.read(x), batch.mask.to(self.device))
         return self.selection(chosen, self._encoder_rows(), self.b_enc)
+
+    def patterns(self, x: Float[Tensor, "batch seq d_in"]) -> Float[Tensor, "batch head query source"]:
+        """Where each QK head looks; feature f is of head ``f // (n_features / n_qk)``."""
+        x = x.to(self.device, self.dtype)
+        return self.wiring.patterns(self.norm_in(x.flatten(0, 1)).view(x.shape))
+
+    @torch.no_grad()
+    def looking(self, x: Float[Tensor, "batch seq d_in"]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """:meth:`sources` of single features at single places: ``(features, rows, queries)``, all [n], to [n, source]."""
+        normalised = self.norm_in(x.to(self.device, self.dtype).flatten(0, 1)).view(x.shape)
+        patterns, each = self.wiring.patterns(normalised), self.n_features // self.n_qk
+
+        @torch.no_grad()
+        def at(features: Tensor, rows: Tensor, queries: Tensor) -> Tensor:
+            out = patterns[rows, features // each, queries]
+            for row in rows.unique():
+                here = rows == row
+                chosen = features[here]
+                out[here] *= self._encoder_rows()[chosen] @ normalised[row].T + self.b_enc[chosen, None]
+            return out
+
+        return at
 
     @torch.no_grad()
     def sources(

@@ -212,18 +212,17 @@ def evaluate(
     ``context`` is by default that of the training, for a dictionary of sequences, else the harvest's default.
 
     Several dictionaries stand in for their modules all at once: see :func:`saekit.evaluate.together.evaluate_together`,
-    which knows neither ``hook_point`` nor ``ablation``.
+    which knows no ``hook_point``.
     """
     if not isinstance(dictionary, Dictionary):
         from saekit.evaluate.together import evaluate_together
 
-        _check_together(hook_point, ablation, controls)
+        _check_together(hook_point, controls)
         return evaluate_together(
-            dictionary, model, text, tokens=tokens, split=split, controls=bool(controls), batch_rows=batch_rows,
+            dictionary, model, text, tokens=tokens, split=split, controls=bool(controls), ablation=ablation, batch_rows=batch_rows,
             context=context, device=device, seed=seed, on_batch=on_batch,
         )  # fmt: skip
-    if ablation not in ("zero", "mean"):
-        raise SaekitError(f"ablation {ablation!r} is not one of 'zero', 'mean'")
+    check_ablation(ablation)
     view = load_model(model, device=device)
     stream, reads, writes = _opened(
         dictionary, view, text, hook_point, tokens=tokens, batch_rows=batch_rows, split=split,
@@ -251,23 +250,7 @@ def evaluate(
             for name, run in runs.items()
         }
         if logits is not None:
-            baseline = (
-                torch.zeros_like(y)
-                if ablation == "zero"
-                else dictionary.norm_out.mean.to(y.dtype).expand_as(y)
-            )
-            sites = [stream.sites[point] for point in writes]
-            replacements = {
-                name: (rows.float().split(dictionary.wiring.parts_out, -1))
-                for name, rows in {**hats, "ablated": baseline}.items()
-            }
-            inside = {name: _spliced(sites, batch.mask, parts) for name, parts in replacements.items()}
-            # what a layer of a cross-layer transcoder reads depends on what it has written to the ones before
-            inside |= {
-                name: Replacement(view, [_at(run.dictionary, reads, writes)]).spliced(batch.mask)
-                for name, run in runs.items()
-                if isinstance(run.dictionary, CrossLayer)
-            }
+            inside = _replaced(view, stream, batch, runs, hats, (reads, writes), ablation)
             _language(view, batch, given, logits, inside, runs, index)
         done += batch.mask.numel()
         if on_batch:
@@ -284,6 +267,12 @@ def evaluate(
     return Report(measures, about)
 
 
+def check_ablation(ablation: str) -> None:
+    """Raise unless it names what ablated activations are set to."""
+    if ablation not in ("zero", "mean"):
+        raise SaekitError(f"ablation {ablation!r} is not one of 'zero', 'mean'")
+
+
 def _side(batch: ActivationBatch, points: Sequence[str], model: str) -> Tensor:
     """The unmasked rows of some hook points, side by side."""
     rows = torch.cat([batch.rows(point) for point in points], -1)
@@ -294,10 +283,10 @@ def _side(batch: ActivationBatch, points: Sequence[str], model: str) -> Tensor:
     return rows
 
 
-def _check_together(hook_point: str | None, ablation: str, controls: Any) -> None:
-    if hook_point is not None or ablation != "zero" or not isinstance(controls, bool):
+def _check_together(hook_point: str | None, controls: Any) -> None:
+    if hook_point is not None or not isinstance(controls, bool):
         raise SaekitError(
-            "hook_point, ablation and controls by name belong to one dictionary, and several are given; leave them out"
+            "hook_point and controls by name belong to one dictionary, and several are given; leave them out"
         )
 
 
@@ -310,6 +299,10 @@ def _opened(
         reads, writes = dictionary.wiring.sites([hook_point])
     if not reads:
         raise SaekitError("hook_point is not given and the dictionary doesn't name one; give hook_point=")
+    if len(reads) > 1 and all("/" in point for point in reads):
+        raise SaekitError(
+            f"hook points {', '.join(reads)} are of several models, and an evaluation replaces activations of one; compare what they share with `saekit diff`"
+        )
     points = tuple(dict.fromkeys((*reads, *writes)))
     stream = Stream(view, text, HarvestConfig(points, **options))
     if len(stream.hook_points) > len(points):

@@ -9,7 +9,7 @@ import torch
 
 from saekit import metrics
 from saekit.dictionaries import Dictionary
-from saekit.evaluate.core import MAX_DOCUMENTS, Report, controls_for
+from saekit.evaluate.core import MAX_DOCUMENTS, Report, check_ablation, controls_for
 from saekit.evaluate.measure import Measure, Resampler
 from saekit.harvest import HarvestConfig, Stream
 from saekit.hooks import intervene
@@ -33,6 +33,7 @@ def evaluate_together(
     tokens: int = 65536,
     split: str = "held_out",
     controls: bool = True,
+    ablation: str = "zero",
     batch_rows: int = 8,
     context: int | None = None,
     device: "str | torch.device | None" = None,
@@ -41,10 +42,12 @@ def evaluate_together(
 ) -> Report:
     """What a language model loses when all the dictionaries stand in at once, on held-out documents.
 
-    ``ce_recovered`` is against zeros in all their places; ``kl`` of the original to the replaced model; ``_with_errors``
+    ``ce_recovered`` is against zeros (or, by ``ablation``, the mean of the training data) in all their places; where they
+    are most of a model, zeros leave so much worse than a uniform guess that anything recovers much. ``kl`` of the original to the replaced model; ``_with_errors``
     are those with error terms, where nothing should be lost. The control ``random`` has random dictionaries in the
     same places. ``l0`` is the sum of all, on the original's activations. Masked positions are not replaced.
     """
+    check_ablation(ablation)
     view = load_model(model, device=device)
     if not view.predicts_tokens:
         raise SaekitError(
@@ -79,7 +82,7 @@ def evaluate_together(
         passes = {
             "replaced": whole.spliced(batch.mask),
             "with_errors": whole.spliced(batch.mask, whole.errors(batch.activations)),
-            "ablated": _ablated(whole, batch),
+            "ablated": _ablated(whole, batch, ablation),
             **({"random": random.spliced(batch.mask)} if random is not None else {}),
         }
         for name, inside in passes.items():
@@ -97,18 +100,24 @@ def evaluate_together(
         )
     about = {
         "model": view.identity(), "text": stream.text_identity(), "hook_point": ", ".join(whole.writes), "documents": len(index),
-        "tokens": done, "ablation": "zero", "context": stream.context, "seed": seed, "split": split if stream.named else "all",
+        "tokens": done, "ablation": ablation, "context": stream.context, "seed": seed, "split": split if stream.named else "all",
     }  # fmt: skip
     return Report(_measures(sums, np.concatenate(owners), min(len(index), MAX_DOCUMENTS), seed), about)
 
 
-def _ablated(whole: Replacement, batch: ActivationBatch) -> Any:
+def _ablated(whole: Replacement, batch: ActivationBatch, ablation: str) -> Any:
     here = batch.mask[..., None]
 
-    def zero(y: torch.Tensor) -> torch.Tensor:
-        return y.masked_fill(here.to(y.device), 0)
+    def constant(value: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda y: torch.where(here.to(y.device), value.to(y), y)
 
-    return intervene([(whole.model.site(point), zero) for point in whole.writes])
+    means = [m for d in whole.dictionaries for m in d.norm_out.mean.split(d.wiring.parts_out, -1)]
+    return intervene(
+        [
+            (whole.model.site(point), constant(mean if ablation == "mean" else torch.zeros(())))
+            for point, mean in zip(whole.writes, means, strict=True)
+        ]
+    )
 
 
 def _random(d: Dictionary, codes: Any, seed: int) -> Dictionary:

@@ -66,6 +66,11 @@ def read_card(path: Path) -> dict[str, Any]:
     """The card of a dictionary, checked for schema and the fields that loading needs."""
     file = path / CARD
     if not file.is_file():
+        inside = sorted(found.parent.name for found in path.glob(f"*/{CARD}"))
+        if inside:
+            raise SaekitError(
+                f"{str(path)!r} is a folder of dictionaries; give one of them: {', '.join(inside)}"
+            )
         raise SaekitError(
             f"dictionary {str(path)!r} has no {CARD}; give a folder that saekit saved, or a finished run"
         )

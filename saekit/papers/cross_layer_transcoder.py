@@ -90,13 +90,16 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
             }
             ds[FROZEN] = create("clt", seed=seed, atoms="frozen", **shape)
             fit_all({n: _spliced(d, (reads, writes)) for n, d in ds.items()}, store, STEPS, BATCH, seed=seed)
-            ds[RANDOM] = _spliced(create("clt", seed=seed, **shape), (reads, writes))
-            ds[RANDOM].norm_in, ds[RANDOM].norm_out = ds[CLT].norm_in, ds[CLT].norm_out
-            ds[RANDOM].card["data"] = ds[CLT].card["data"]
-            for name, d in ds.items():
-                report = evaluate(d, model, "stdlib", tokens=16_384, controls=False)
-                for key in ("fvu", "l0", "ce_recovered", "kl"):
-                    found[name].setdefault(key, []).append(float(report[key]))
+            beside = {name: ds[name] for name in (PER_LAYER, FROZEN)}
+            report = evaluate(ds[CLT], model, "stdlib", tokens=16_384, controls=beside, seed=seed)
+            for key in ("fvu", "l0", "ce_recovered", "kl"):
+                every = {
+                    CLT: float(report[key]),
+                    RANDOM: report[key].control["random"],
+                    **report[key].control,
+                }
+                for name in found:
+                    found[name].setdefault(key, []).append(every[name])
             for name, length in _chain_lengths(seed).items():
                 chains.setdefault(name, []).append(length)
             tell(i + 1, len(seeds), "seeds")

@@ -1,13 +1,13 @@
 """Transcoders: an MLP's function in sparse features, at no more loss than an SAE of its output (2406.11944, 2501.18823)."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from saekit.dictionaries import Dictionary, create
 from saekit.evaluate import evaluate
 from saekit.harvest import harvest
-from saekit.models import load_model
+from saekit.models import Model, load_model
 from saekit.papers.claims import Claim, Reproduction, Tell, bars
 from saekit.papers.controls import FROZEN, RANDOM
 from saekit.papers.training import fit_all
@@ -15,6 +15,8 @@ from saekit.papers.training import fit_all
 MODULE, WIDTH, KS = "blocks.2.mlp", 1024, (16, 64)
 TOKENS, STEPS, BATCH = 400_000, 200, 2048
 TRANSCODER, SKIP, SAE = "transcoder", "skip transcoder", "SAE of the output"
+RANDOM_K = (RANDOM, KS[-1])
+KEYS = ("ce_recovered", "ce_spliced", "kl", "fvu", "l0")
 
 
 def _dictionaries(seed: int) -> dict[tuple[str, int], Dictionary]:
@@ -30,6 +32,24 @@ def _dictionaries(seed: int) -> dict[tuple[str, int], Dictionary]:
     return out
 
 
+def _measured(
+    ds: Mapping[tuple[str, int], Dictionary], model: Model, seed: int
+) -> dict[tuple[str, int], dict[str, float]]:
+    """What each dictionary and a random one lose on held-out text; those of one place in one pass over it."""
+    out: dict[tuple[str, int], dict[str, float]] = {}
+    for main in ((TRANSCODER, KS[-1]), (SAE, KS[-1])):
+        beside = {f"{n} {k}": d for (n, k), d in ds.items() if d.reads == ds[main].reads and (n, k) != main}
+        report = evaluate(ds[main], model, "stdlib", tokens=16_384, controls=beside, seed=seed)
+        out[main] = {key: float(report[key]) for key in (*KEYS, "ce_original")}
+        for name, k in (
+            *((n, k) for n, k in ds if f"{n} {k}" in beside),
+            *([RANDOM_K] if main[0] == TRANSCODER else []),
+        ):
+            shown = "random" if (name, k) == RANDOM_K else f"{name} {k}"
+            out[name, k] = {key: report[key].control[shown] for key in KEYS}
+    return out
+
+
 def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
     """Transcoders with and without a skip, and an SAE of the same MLP's output, at the same L0."""
     model = load_model("code-lm")
@@ -41,22 +61,16 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
             ds = _dictionaries(seed)
             named = {f"{name} {k}": d for (name, k), d in ds.items()}
             fit_all(named, store, STEPS, BATCH, seed=seed)
-            random: Any = create("transcoder", d_in=256, n_features=WIDTH, k=KS[-1], seed=seed)
-            trained = ds[TRANSCODER, KS[-1]]
-            random.norm_in, random.norm_out = trained.norm_in, trained.norm_out
-            random.reads, random.writes, random.card = trained.reads, trained.writes, trained.card
-            for (name, k), d in {**ds, (RANDOM, KS[-1]): random}.items():
-                report = evaluate(d, model, "stdlib", tokens=16_384, controls=False)
-                for key in ("ce_recovered", "ce_spliced", "ce_original", "kl", "fvu", "l0"):
-                    found.setdefault(name, {}).setdefault(key, {}).setdefault(k, []).append(
-                        float(report[key])
-                    )
+            for (name, k), measures in _measured(ds, model, seed).items():
+                for key, value in measures.items():
+                    found.setdefault(name, {}).setdefault(key, {}).setdefault(k, []).append(value)
             tell(i + 1, len(seeds), "seeds")
     ce = {name: found[name]["ce_spliced"] for name in (TRANSCODER, SKIP, SAE)}
     best = [max(values) for values in zip(*found[TRANSCODER]["ce_recovered"].values(), strict=True)]
+    own = found[TRANSCODER]["ce_original"][KS[-1]]
 
     def lost(name: str, k: int) -> list[float]:
-        return [a - b for a, b in zip(ce[name][k], found[name]["ce_original"][k], strict=True)]
+        return [a - b for a, b in zip(ce[name][k], own, strict=True)]
 
     def above(name: str, other: str) -> list[float]:
         """By how much the curve of one lies above another's where it is highest."""

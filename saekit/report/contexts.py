@@ -6,6 +6,7 @@ depends on the number of features shown, never on the number of tokens read.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,11 @@ from torch import Tensor
 
 from saekit.types import Codes, SaekitError
 
-Windows = dict[str, ndarray]  # "tokens", "documents", "activations", each [entries, width]
+Windows = dict[
+    str, ndarray
+]  # "tokens", "documents", "activations" (and "looked"), each [entries, width], "strongest"
+# (features, rows, queries) -> what every position of the row adds to the feature's activation at the query, [entries, seq]
+Looks = Callable[[ndarray, ndarray, ndarray], ndarray]
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,9 @@ class Context:
 
     ``tokens`` are ids. ``activations`` holds None where the position is masked: it was not looked at.
     ``documents`` holds every token's document id, or is None where none were given. ``row`` counts the
-    rows in the order they were added, ``position`` is the peak's place in its row.
+    rows in the order they were added, ``position`` is the peak's place in its row. Of a feature that looks back,
+    ``looked`` is what each token of the window adds to the peak's activation, and ``strongest`` the token that adds
+    most, in the window or not: how far back it is, its id, and what it adds.
     """
 
     tokens: tuple[int, ...]
@@ -33,6 +40,8 @@ class Context:
     peak: int
     row: int
     position: int
+    looked: tuple[float, ...] | None = None
+    strongest: tuple[int, int, float] | None = None
 
     @property
     def activation(self) -> float:
@@ -92,7 +101,7 @@ class ContextCollector:
     keys, so it depends on the stream alone and not on how it was cut into batches.
 
     Signed codes are ranked by magnitude. Masked positions are never counted, never peaks. Values are
-    read as float32.
+    read as float32. ``looks_back``: the features gather from other positions, and ``add`` is given how.
     """
 
     def __init__(
@@ -106,7 +115,9 @@ class ContextCollector:
         radius: int = 16,
         reservoir: int = 128,
         seed: int = 0,
+        looks_back: bool = False,
     ):
+        self.looks_back = looks_back
         self.features = np.asarray(features, dtype=np.int64)
         self.n_features, self.seq_len, self.radius = n_features, seq_len, radius
         self.n_quantile, self.per_quantile = n_quantile, per_quantile
@@ -130,8 +141,12 @@ class ContextCollector:
         self._n_active = np.zeros(chosen, dtype=np.int64)
         self._histograms = _Histograms(chosen)
         width = 2 * radius + 1
-        self._top = _Lowest(chosen, n_top, width, np.array(np.inf, dtype=np.float32))
-        self._sample = _Lowest(chosen, reservoir, width, np.array(2**64 - 1, dtype=np.uint64))
+        kinds: dict[str, tuple[type, int]] = {
+            "tokens": (np.int64, width), "documents": (np.int64, width), "activations": (np.float32, width),
+            **({"looked": (np.float32, width), "strongest": (np.float64, 3)} if looks_back else {}),
+        }  # fmt: skip
+        self._top = _Lowest(chosen, n_top, kinds, np.array(np.inf, dtype=np.float32))
+        self._sample = _Lowest(chosen, reservoir, kinds, np.array(2**64 - 1, dtype=np.uint64))
 
     def add(
         self,
@@ -139,8 +154,11 @@ class ContextCollector:
         documents: Int[Tensor, "rows seq"] | None,
         mask: Bool[Tensor, "rows seq"],
         codes: Codes,
+        looks: Looks | None = None,
     ) -> None:
         """Read one batch of packed rows; ``codes`` has shape (rows, seq), ``mask`` is true where a token counts."""
+        if self.looks_back != (looks is not None):
+            raise SaekitError("looks: give it with looks_back=True, and only then")
         self._check(tokens, documents, mask, codes)
         if documents is None:
             documents = torch.full_like(tokens, -1)
@@ -154,7 +172,12 @@ class ContextCollector:
         self._histograms.add(column, value)
 
         def windows(entries: Int64[ndarray, " entries"]) -> Windows:
-            return self._windows(flat, key, value, column[entries], place[entries])
+            found = self._windows(flat, key, value, column[entries], place[entries])
+            return (
+                found
+                if looks is None
+                else {**found, **self._looked(looks, tokens, column[entries], place[entries])}
+            )
 
         peaks = _peaks(column, place // self.seq_len, np.abs(value))
         self._top.offer(
@@ -220,6 +243,18 @@ class ContextCollector:
             "activations": activations,
         }
 
+    def _looked(
+        self, looks: Looks, tokens: Int[Tensor, "rows seq"], column: ndarray, place: ndarray
+    ) -> Windows:
+        """What the positions of a window add to its peak, and which position of the row adds most."""
+        row, at = np.divmod(place, self.seq_len)
+        adds = looks(self.features[column], row, at)
+        around = (np.arange(-self.radius, self.radius + 1) + at[:, None]).clip(0, self.seq_len - 1)
+        most = adds.argmax(1)
+        ids = _flat(tokens).reshape(-1, self.seq_len)[row, most]
+        strongest = np.stack([at - most, ids, np.take_along_axis(adds, most[:, None], 1)[:, 0]], 1)
+        return {"looked": np.take_along_axis(adds, around, 1), "strongest": strongest.astype(np.float64)}
+
     def _feature(self, column: int) -> FeatureContexts:
         top = [self._context(self._top, entry) for entry in self._top.of(column).tolist()]
         edges, counts = self._histograms.of(column)
@@ -264,6 +299,11 @@ class ContextCollector:
         window = slice(begin, self.radius + self.seq_len - position)
         documents = kept.windows["documents"][entry, window].tolist()
         activations = kept.windows["activations"][entry, window].tolist()
+        back: dict[str, Any] = {}
+        if self.looks_back:
+            far, token, most = kept.windows["strongest"][entry].tolist()
+            looked = kept.windows["looked"][entry, window].tolist()
+            back = {"looked": tuple(looked), "strongest": (int(far), int(token), most)}
         return Context(
             tokens=tuple(kept.windows["tokens"][entry, window].tolist()),
             activations=tuple(None if np.isnan(one) else one for one in activations),
@@ -271,6 +311,7 @@ class ContextCollector:
             peak=self.radius - begin,
             row=row,
             position=position,
+            **back,
         )
 
 
@@ -280,14 +321,15 @@ class _Lowest:
     Entries lie sorted by column, then rank.
     """
 
-    def __init__(self, columns: int, capacity: int, width: int, highest: ndarray):
+    def __init__(self, columns: int, capacity: int, kinds: dict[str, tuple[type, int]], highest: ndarray):
         self.capacity, self.highest = capacity, highest
         self.column = np.empty(0, dtype=np.int64)
         self.rank = np.empty(0, dtype=highest.dtype)
         self.place = np.empty(0, dtype=np.int64)
         self.bar = np.full(columns, highest)  # rank of a full column's last entry
-        kinds = {"tokens": np.int64, "documents": np.int64, "activations": np.float32}
-        self.windows: Windows = {name: np.empty((0, width), dtype=kind) for name, kind in kinds.items()}
+        self.windows: Windows = {
+            name: np.empty((0, width), dtype=kind) for name, (kind, width) in kinds.items()
+        }
 
     def of(self, column: int) -> Int64[ndarray, " entries"]:
         """Entries of one column, by rising rank."""

@@ -63,6 +63,8 @@ class Window:
 
     ``activations`` holds one value per token, None where the token is masked. ``foreign`` is true for
     tokens of another document than the peak's; empty where that is unknown. ``source`` says where it is.
+    ``looked`` is what each token adds to the peak's activation, of a feature that looks back, else empty, and
+    ``strongest`` the token that adds most: how far back, its text, and what it adds.
     """
 
     tokens: tuple[str, ...]
@@ -70,6 +72,8 @@ class Window:
     peak: int
     source: str = ""
     foreign: tuple[bool, ...] = ()
+    looked: tuple[float, ...] = ()
+    strongest: tuple[int, str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,14 @@ def feature_card(
             source = f"{document_name(own) if document_name else f'document {own}'}; {source}"
             foreign = tuple(document != own for document in context.documents)
         text = tuple(token_text(token) for token in context.tokens)
-        return Window(text, context.activations, context.peak, source, foreign if any(foreign) else ())
+        strongest = None
+        if context.strongest is not None:
+            back, token, adds = context.strongest
+            strongest = (back, token_text(token), adds)
+        own_document = foreign if any(foreign) else ()
+        return Window(
+            text, context.activations, context.peak, source, own_document, context.looked or (), strongest
+        )
 
     bands = (
         Band(band.lower, band.upper, band.low, band.high, tuple(map(window, band.contexts)))
@@ -218,6 +229,16 @@ def _feature_data(features: Sequence[FeatureCard]) -> dict[str, Any]:
             "peak": one.peak,
             "source": one.source,
             "foreign": [int(flag) for flag in one.foreign],
+            **looked(one),
+        }
+
+    def looked(one: Window) -> dict[str, Any]:
+        if one.strongest is None:
+            return {}
+        back, text, adds = one.strongest
+        return {
+            "looked": [_float32(value) for value in one.looked],
+            "strongest": [back, token(text), _float32(adds)],
         }
 
     def card(one: FeatureCard) -> dict[str, Any]:

@@ -76,8 +76,15 @@
     if (value === null) node.classList.add("masked");
     if (at === context.peak) node.classList.add("peak");
     if (context.foreign[at]) node.classList.add("foreign");
+    const adds = context.looked?.[at] ?? 0;
+    const most = context.strongest ? Math.abs(context.strongest[2]) || 1 : 1;
+    if (Math.abs(adds) > 0.05 * most) {
+      node.classList.add("looked");
+      node.style.setProperty("--looked", Math.min(1, Math.abs(adds) / most).toFixed(3));
+    }
     const says = value === null ? "masked: not counted" : value ? `activation ${value}` : "does not fire";
-    node.dataset.tip = `${quoted(token)}\n${says}${context.foreign[at] ? "\nanother document" : ""}`;
+    const looked = context.looked && at <= context.peak ? `\nadds ${short(adds)} at the outlined token` : "";
+    node.dataset.tip = `${quoted(token)}\n${says}${looked}${context.foreign[at] ? "\nanother document" : ""}`;
     return node;
   }
 
@@ -113,6 +120,7 @@
 
   function contextRow(context, largest) {
     const nodes = context.tokens.map((_, at) => tokenNode(context, at, largest));
+    const looks = context.strongest ? lookedAt(context.strongest) : null;
     return make(
       "li",
       { className: "context" },
@@ -124,6 +132,19 @@
         make("span", { className: "after" }, ...nodes.slice(context.peak)),
         make("cite", {}, context.source),
       ),
+      looks,
+    );
+  }
+
+  // the token that adds most to the activation at the peak, which may lie outside the window
+  function lookedAt([back, token, adds]) {
+    const where = back ? `${back} back` : "itself";
+    return make(
+      "span",
+      { className: "source", title: "the token that adds most to the activation at the outlined one" },
+      "← ",
+      make("span", { className: "token" }, ...glyphs(text[token])),
+      ` ${where}, +${short(adds)}`,
     );
   }
 
@@ -173,6 +194,7 @@
       make("span", { className: "ramp" }),
       make("span", {}, short(largest)),
       make("span", { className: "note" }, "activation; the outlined token is the one the context was chosen for"),
+      feature.top[0]?.looked ? make("span", { className: "note" }, "underlined: what it looks at") : null,
     );
   }
 

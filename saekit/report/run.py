@@ -5,16 +5,18 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from saekit.activations import Store
 from saekit.dictionaries import Dictionary
+from saekit.dictionaries.sequences import Sequences
 from saekit.evaluate import read_report
 from saekit.harvest import check_writable, harvest
 from saekit.hub import native
 from saekit.models import Model, load_model
-from saekit.report.contexts import ContextCollector
+from saekit.report.contexts import ContextCollector, Looks
 from saekit.report.page import FeatureCard, Metric, RunReport, feature_card, write
 from saekit.tokens import documents
 from saekit.trainers import read_config
@@ -81,13 +83,16 @@ def dashboard(
     done = 0
     for batch in source():
         collector = collector or ContextCollector(
-            dictionary.n_features, chosen, seq_len=batch.mask.shape[1], seed=seed
-        )
+            dictionary.n_features, chosen, seq_len=batch.mask.shape[1], seed=seed,
+            looks_back=isinstance(dictionary, Sequences),
+        )  # fmt: skip
         if batch.tokens is None or view.tokenizer is None:
             raise SaekitError(
                 f"model {view.name!r} reads no tokens, and the report shows features on their tokens; evaluate it instead"
             )
-        collector.add(batch.tokens, batch.documents, batch.mask, _codes(dictionary, batch))
+        collector.add(
+            batch.tokens, batch.documents, batch.mask, _codes(dictionary, batch), _looks(dictionary, batch)
+        )
         done += batch.mask.numel()
         if on_batch is not None:
             on_batch(done, tokens)
@@ -106,6 +111,18 @@ def _codes(dictionary: Dictionary, batch: ActivationBatch) -> Any:
             f"activations at {dictionary.reads[0]!r} hold NaN or Inf; find what makes the model overflow"
         )
     return dictionary.encode(x.to(dictionary.device))
+
+
+def _looks(dictionary: Dictionary, batch: ActivationBatch) -> Looks | None:
+    """What positions add to a feature's activation, of a dictionary whose features look back."""
+    if not isinstance(dictionary, Sequences):
+        return None
+    lookup = dictionary.looking(torch.cat([batch.activations[point] for point in dictionary.reads], -1))
+
+    def looks(features: np.ndarray, rows: np.ndarray, queries: np.ndarray) -> np.ndarray:
+        return lookup(*map(torch.from_numpy, (features, rows, queries))).float().cpu().numpy()
+
+    return looks
 
 
 def _density_and_source(
@@ -250,7 +267,7 @@ def _page(
         facts += [
             (
                 "training",
-                f"{settings['steps']:,} steps of {settings['batch_size']:,} rows, seed {settings['seed']}",
+                f"{settings['steps']:,} steps of {settings['batch_size']:,} {'sequences' if isinstance(dictionary, Sequences) else 'rows'}, seed {settings['seed']}",
             ),
             ("rate", f"Adam, peak {settings['lr']:.2g}" + (f" = {why}" if why else "")),
             ("dead after", f"{settings['dead_after']:,} rows without firing"),
