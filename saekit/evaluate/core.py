@@ -339,6 +339,25 @@ def _warn_of_training_text(trained: Mapping[str, Any], stream: Stream) -> None:
         )
 
 
+def _replaced(
+    view: Any, stream: Stream, batch: ActivationBatch, runs: Mapping[str, _Evaluation], hats: Mapping[str, Tensor],
+    points: tuple[tuple[str, ...], tuple[str, ...]], ablation: str,
+) -> dict[str, AbstractContextManager[None]]:  # fmt: skip
+    """The model with what each dictionary makes of the batch in the places it writes, and with these ablated."""
+    main, some = runs[""].dictionary, next(iter(hats.values()))
+    baseline = main.norm_out.mean.to(some).expand_as(some) if ablation == "mean" else torch.zeros_like(some)
+    sites = [stream.sites[point] for point in points[1]]
+    inside: dict[str, AbstractContextManager[None]] = {}
+    for name, rows in {**hats, "ablated": baseline}.items():
+        if name in runs and isinstance(runs[name].dictionary, CrossLayer):
+            # what a layer of it reads depends on what it has written to the ones before
+            moved = _at(runs[name].dictionary, *points)
+            inside[name] = Replacement(view, [moved]).spliced(batch.mask)
+        else:
+            inside[name] = _spliced(sites, batch.mask, rows.float().split(main.wiring.parts_out, -1))
+    return inside
+
+
 def _spliced(sites: Sequence[Site], mask: Tensor, parts: Sequence[Tensor]) -> AbstractContextManager[None]:
     """The model with rows for every site put in at the unmasked positions."""
     changes: list[tuple[Site, Callable[[Tensor], Tensor | None]]] = []
