@@ -22,6 +22,7 @@ from saekit.kernels.error import nested_error as nested_error
 from saekit.kernels.error import squared_error as squared_error
 from saekit.kernels.factors import Factors as Factors
 from saekit.kernels.factors import collect as collect
+from saekit.kernels.product import sampled_product as sampled_product
 from saekit.kernels.product import sparse_decode as sparse_decode
 from saekit.kernels.pursuit import pursuit_encode as pursuit_encode
 from saekit.kernels.threads import serial as serial

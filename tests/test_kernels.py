@@ -334,6 +334,17 @@ def test_decode_equals_its_reference(rows: int, n: int, d: int, dtype: torch.dty
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "n", "d"), [(0, 5, 3), (1, 1, 1), (63, 20, 100), (100, 1000, 33)])
+def test_sampled_product_equals_the_dense_one(rows: int, n: int, d: int, dtype: torch.dtype) -> None:
+    offsets, indices, _ = codes(rows, n, dtype)
+    x, weight = (torch.randn(m, d, dtype=dtype, requires_grad=True) for m in (rows, n))
+    mine = kernels.sampled_product(offsets, indices, weight, x)
+    at = torch.repeat_interleave(torch.arange(rows), offsets.diff())
+    theirs = (x.float() @ weight.float().T)[at, indices.long()].to(dtype) if dtype != torch.float64 else (x @ weight.T)[at, indices.long()]  # fmt: skip
+    same((mine, *gradients([mine], [weight, x])), (theirs, *gradients([theirs], [weight, x])))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("prefixes", [[100], [1, 100], [7, 20, 50, 99, 100]])
 @pytest.mark.parametrize(("rows", "d"), [(0, 3), (1, 1), (63, 100), (65, 33)])
 def test_nested_error_equals_its_reference(
@@ -481,6 +492,8 @@ def test_gradcheck_in_fp64() -> None:
         torch.randn(s, dtype=torch.float64).requires_grad_() for s in ((12, 5), (5,), (6, 5))
     )
     assert check(lambda v, w: kernels.sparse_decode(offsets, indices, v, w), (values, atoms))
+    rows = torch.randn(6, 5, dtype=torch.float64).requires_grad_()
+    assert check(lambda w, r: kernels.sampled_product(offsets, indices, w, r), (atoms, rows))
     assert check(
         lambda v, w, b, t: kernels.nested_error(offsets, indices, v, w, b, t, [4, 12])[0],
         (values, atoms, out, target),
@@ -687,6 +700,7 @@ def test_bad_arguments_are_one_sentence() -> None:
             lambda: kernels.sparse_decode(offsets.int(), indices, values, weight),
             "dtype torch.int32; expected int64",
         ),
+        (lambda: kernels.sampled_product(offsets, indices, weight, x[1:]), "a row of weight's width for each"),
         (lambda: kernels.sparse_decode(offsets, indices.short(), values, weight), "int32 or int64"),
         (lambda: kernels.sparse_decode(offsets.to("meta"), indices, values, weight), "offsets is on meta"),
         (

@@ -89,6 +89,43 @@ def _backward(ctx, grad):
 _decode.register_autograd(_backward, setup_context=_setup)
 
 
+def _setup_sample(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+    ctx.into = collector(inputs[2])
+
+
+def _backward_sample(ctx, grad):
+    offsets, indices, weight, x = ctx.saved_tensors
+    grad = grad.contiguous()
+    grad_weight = None
+    if ctx.needs_input_grad[2]:
+        grad_weight = weight_gradient(ctx.into, offsets, indices, grad, x, weight.shape[0])
+    grad_x = _decode(offsets, indices, grad, weight) if ctx.needs_input_grad[3] else None
+    return None, None, grad_weight, grad_x
+
+
+_sample.register_autograd(_backward_sample, setup_context=_setup_sample)
+
+
+def sampled_product(offsets, indices, weight, x):
+    """``x W^T`` at some entries alone: [nnz], that of row r and feature i is ``x[r] weight[i]``.
+
+    offsets int64 [rows + 1], indices int [nnz], weight [n_features, d], x [rows, d]. Differentiable in weight and
+    x. Raises ValueError for shapes or indices that don't fit.
+    """
+    checks.matrix("weight", weight)
+    checks.matrix("x", x)
+    checks.alike(weight=weight, x=x)
+    checks.entries(offsets, indices, indices, weight.shape[0])
+    if x.shape != (offsets.shape[0] - 1, weight.shape[1]):
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}; expected {(offsets.shape[0] - 1, weight.shape[1])}, a row of weight's width for each row of entries"
+        )
+    out = _sample(offsets.contiguous(), indices.contiguous(), weight.contiguous(), x.contiguous())
+    checks.finite(out.detach(), weight=weight, x=x)
+    return out
+
+
 def sparse_decode(offsets, indices, values, weight):
     """``[rows, d]``: every row the weighted sum of the atoms it holds.
 

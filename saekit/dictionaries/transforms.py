@@ -11,6 +11,7 @@ from saekit.dictionaries.config import Config
 from saekit.dictionaries.rows import Rows
 from saekit.dictionaries.training import Forward, Selected, TrainState
 from saekit.dictionaries.wiring.molt import check_terms
+from saekit.kernels import sampled_product
 from saekit.types import Codes, SaekitError
 
 
@@ -47,16 +48,15 @@ class Transforms(Rows):
     def expanded(self, codes: Codes, x: Float[Tensor, "rows d_in"] | None) -> Codes:
         """Codes of the atoms: ``z_i (V_i x + shift_i)`` for each that a map has; ``x`` in normalised space."""
         assert x is not None  # decode() has asked for it
-        inside = x @ self.V.T + self.shift
         at = codes.indices.long()
         ranks = self.ranks[at]
         starts = self.ranks.cumsum(0) - self.ranks
         entry = torch.repeat_interleave(torch.arange(len(at), device=at.device), ranks)
         before = ranks.cumsum(0) - ranks
         index = starts[at][entry] + torch.arange(len(entry), device=at.device) - before[entry]
-        ends = nn.functional.pad(ranks.cumsum(0), (1, 0))
-        values = codes.values[entry] * inside[codes.row_ids()[entry], index]
-        return Codes(ends[codes.offsets], index.int(), values, len(self.V), codes.shape)
+        offsets = nn.functional.pad(ranks.cumsum(0), (1, 0))[codes.offsets]
+        inside = sampled_product(offsets, index.int(), self.V, x) + self.shift[index]
+        return Codes(offsets, index.int(), codes.values[entry] * inside, len(self.V), codes.shape)
 
     def judge(
         self, x: Float[Tensor, "batch d_in"], y: Float[Tensor, "batch d_out"], selected: Selected,
