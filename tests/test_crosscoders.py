@@ -100,6 +100,7 @@ def test_bad_sources_are_refused(rows: torch.Tensor) -> None:
         ({"dedicated": (100, 100)}, "more than n_features = 128"),
         ({"normalise": "whiten"}, "would mix the sources"),
         ({"atoms": "archetypal", "dedicated": (1, 1)}, "would cut them to one source"),
+        ({"objective": ("reconstruction", "end_to_end")}, "from one place, and wiring 'crosscoder' writes 2"),
         ({"d_in": 32}, "must be of type"),
     ):
         with pytest.raises(SaekitError, match=words):
@@ -108,6 +109,8 @@ def test_bad_sources_are_refused(rows: torch.Tensor) -> None:
         saekit.train(make(d_in=(12, 21)), rows, steps=1, batch_size=8)
     with pytest.raises(SaekitError, match=r"source = 2 is not in 0\.\.1"):
         norm_difference(make(), 2)
+    with pytest.raises(SaekitError, match=r"expected \[rows, 16 \+ 16\], the sources side by side"):
+        latent_scaling(make(d_in=(16, 16)), rows[:, :31])
     with pytest.raises(SaekitError, match="needs equal widths"):
         latent_scaling(make(), rows)
 

@@ -219,6 +219,24 @@ def test_end_to_end_training_lowers_kl_and_leaves_the_model_alone(tiny_gpt2) -> 
         saekit.train(tuned, torch.randn(100, 32), 1, 50)
 
 
+@pytest.mark.parametrize("name", ["transcoder", "skip_transcoder", "molt", "lorsa"])
+def test_end_to_end_training_of_what_stands_in_for_a_module(tiny_gpt2, name: str) -> None:
+    """The model goes on from what the dictionary writes; what it reads is the input of the module."""
+    module = "blocks.1.attn" if name == "lorsa" else "blocks.0.mlp"
+    points = [f"{module}:in", f"{module}:out"]
+    source = ContinuedSource(saekit.harvest(tiny_gpt2, "stdlib", points, tokens=4000, context=32))
+    shape = {"n_qk": 2, "d_qk": 8} if name == "lorsa" else {}
+    d = saekit.create(
+        name, d_in=32, n_features=64, k=4, objective=("reconstruction", "end_to_end"), kl=100.0, **shape
+    )
+    batch = next(source.batches(source.hook_points, 32, 7))
+    own = batch.activations[points[1]][batch.mask]
+    assert batch.downstream(own, False)["kl"] == pytest.approx(0, abs=1e-6)
+    seen = []
+    saekit.train(d, source, 30, 8, lr=3e-3, log_every=1, on_step=lambda _, m: seen.append(m["end_to_end"]))
+    assert sum(seen[-5:]) < sum(seen[:5])
+
+
 def test_a_sweep_is_many_runs_and_a_front(small_store, tmp_path: Path) -> None:
     command = ("train", "--acts", str(small_store.path), "--n-features", "64", "--steps", "6", "--batch-size", "256")  # fmt: skip
     out = tmp_path / "sweep"

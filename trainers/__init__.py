@@ -6,6 +6,7 @@ if __name__ != "saekit.trainers":
 from saekit.trainers.config import TrainConfig as TrainConfig
 from saekit.trainers.config import read_config as read_config
 from saekit.trainers.config import weights_digest as weights_digest
+from saekit.trainers.finetune import finetune as finetune
 from saekit.trainers.job import Run as Run
 from saekit.trainers.loop import train as train
 from saekit.trainers.loop import train_many as train_many

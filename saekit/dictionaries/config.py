@@ -91,6 +91,10 @@ class Config:
             raise SaekitError(
                 f"selection {name!r} needs atoms of norm 1 and unit_norm = False lets them grow; leave it out"
             )
+        if getattr(selection, "tied_only", False) and not WIRINGS[self.wiring[0]].same_space:
+            raise SaekitError(
+                f"selection {name!r} reads by the atoms that it writes, and wiring {self.wiring[0]!r} writes another space than it reads; choose another selection"
+            )
         if getattr(selection, "tied_only", False) and not atoms.tied:
             raise SaekitError(
                 f"selection {name!r} sends the encoder no gradient, and atoms {self.atoms[0]!r} leave it one of its own; choose atoms='tied'"
@@ -121,6 +125,10 @@ class Config:
             ):
                 raise SaekitError(
                     f"objective {name!r} moves atoms, and atoms {self.atoms[0]!r} stay as they are; leave one of them out"
+                )
+            if getattr(OBJECTIVES[name], "downstream", False) and isinstance(self.wiring[1].d_in, tuple):
+                raise SaekitError(
+                    f"objective {name!r} goes on through a model from one place, and wiring {self.wiring[0]!r} writes {len(self.wiring[1].d_in)}; leave it out"
                 )
             needs = set(OBJECTIVES[name].needs)
             if isinstance(config, PenaltyConfig) and config.k is not None:

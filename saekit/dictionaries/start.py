@@ -33,6 +33,10 @@ def from_weights(
     the input on. ``options`` are those of the selection, as ``k`` of a "topk".
     """
     d_in, n_features = W_enc.shape
+    if wiring not in ("autoencoder", "transcoder"):
+        raise SaekitError(
+            f"wiring {wiring!r} has weights of another shape; choose 'autoencoder' or 'transcoder'"
+        )
     d_out = d_in if wiring == "autoencoder" else W_dec.shape[1]
     shapes: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
         "W_dec": (W_dec, (n_features, d_out)), "b_enc": (b_enc, (n_features,)), "b_dec": (b_dec, (d_out,)),

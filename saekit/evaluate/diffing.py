@@ -57,6 +57,10 @@ def latent_scaling(
         raise SaekitError(
             f"source {source} is {parts[source]} wide and other {other} {parts[other]}: latent scaling compares directions, which needs equal widths"
         )
+    if rows.ndim != 2 or rows.shape[1] != sum(parts):
+        raise SaekitError(
+            f"rows have shape {tuple(rows.shape)}; expected [rows, {' + '.join(map(str, parts))}], the sources side by side"
+        )
     x = d.norm_in(rows.to(d.dtype))
     codes = d.encode(rows)
     x_hat = d.norm_out(d.decode(codes))

@@ -134,22 +134,25 @@ class StoredSequences:
 
 
 class ContinuedSource(SequenceSource):
-    """Whole sequences at one hook point of a language model, with the model behind it: :class:`ContinuedBatch`."""
+    """Whole sequences at one hook point of a language model, with the model behind it: :class:`ContinuedBatch`.
+
+    Or at the input and the output of a module, for what stands in for it: the model goes on from the last hook point.
+    """
 
     def __init__(self, stream: Stream):
         if not stream.model.predicts_tokens:
             raise SaekitError(
                 f"model {stream.model.name!r} predicts no tokens, so there is no KL to train on; choose a language model"
             )
-        if len(stream.hook_points) > 1:
+        if len(stream.hook_points) > 2:
             raise SaekitError(
-                f"hook_points name {len(stream.hook_points)} of them, and the model goes on from one; name one"
+                f"hook_points name {len(stream.hook_points)} of them, and the model goes on from one; name it, or what is read and then what is written"
             )
         super().__init__(stream)
         # of the residual stream behind each block after the hook point, by the names that the model has
         model = self.model
         names = [n for n in model.hook_points() if n.startswith("blocks.") and n.endswith(".hook_resid_post")]
-        at = self.hook_points[0].split(".")
+        at = self.hook_points[-1].split(".")
         block = int(at[1]) if at[0] == "blocks" else len(names)
         self.later = {name: model.site(name) for name in names if int(name.split(".")[1]) > block}
 
@@ -163,7 +166,7 @@ class ContinuedSource(SequenceSource):
         into.append(self.model.logits(given))
 
     def _continued(self, batch: ActivationBatch, logits: Tensor, given: Any) -> ContinuedBatch:
-        point = self.hook_points[0]
+        point = self.hook_points[-1]
         own = batch.activations[point]
         site, mask = self.stream.sites[point], batch.mask.to(own.device)
 

@@ -1,7 +1,9 @@
 """Crosscoder: reads and writes several hook points, or the same one of several models (Lindsey et al. 2024).
 
 Its features are shared: one code writes a direction into every source. Penalties fall on ``z sum_s ||d_s||``,
-the norms of a feature's directions in the sources added up, and each source has a normalisation of its own.
+the norms of a feature's directions in the sources added up, and each source has a normalisation of its own. TopK
+and BatchTopK rank by z, which with unit rows is the norm of what is written into all sources together (Minder et
+al. 2025 rank by ``z sum_s ||d_s||``, at most sqrt(2) apart for two sources).
 ``dedicated`` features read and write one source alone (Mishra-Sharma et al. 2025), so that what two models
 share and what they don't needn't compete for the same features.
 """
