@@ -72,13 +72,18 @@ def small_dictionary() -> "saekit.Dictionary":
     return saekit.create("topk", d_in=16, n_features=64, k=4, seed=0)
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Tiny tensors on two threads wait for each other, for milliseconds where the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+# tests run two at a time, and tiny tensors on two threads wait for each other, for milliseconds
+THREADS = torch.get_num_threads()
+torch.set_num_threads(1)
+THREADED = ("test_kernels", "test_train")  # what several threads do is of their business
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    if request.path.stem in THREADED:
+        torch.set_num_threads(THREADS)
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -89,10 +94,7 @@ def good(tiny_gpt2: Model, small_store: Store, tmp_path_factory: pytest.TempPath
     tiny_gpt2.tokenizer.save_pretrained(root / "model")
     shutil.copytree(small_store.path, root / "store")
     dictionary = saekit.create("topk", d_in=32, n_features=64, k=4)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in the tests that resume this run
     saekit.train(dictionary, root / "store", steps=2, batch_size=64, out=root / "run")
-    torch.set_num_threads(threads)
     nan = copy.deepcopy(tiny_gpt2.module)
     nan.transformer.h[0].mlp.c_fc.weight.data[0, 0] = float("nan")
     harvest(

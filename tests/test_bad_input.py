@@ -16,8 +16,6 @@ from typing import Any
 import pytest
 from refusals import EVAL, HARVEST, LIMIT, POINT, TRAIN, leftovers, refusal, sentence, swap
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 # command, and words that the sentence holds: the field, the value, the fix
 WRONG: dict[str, tuple[list[str], list[str]]] = {
     # models

@@ -114,7 +114,7 @@ def pairwise() -> list[Combination]:
 
 @pytest.mark.parametrize("combination", pairwise(), ids="-".join)
 def test_a_combination_keeps_the_contract(
-    combination: Combination, planted_rows: torch.Tensor, tmp_path: Path, one_thread: None
+    combination: Combination, planted_rows: torch.Tensor, tmp_path: Path
 ) -> None:
     for law in laws(make(*combination)):
         if law not in SUITED:
@@ -125,7 +125,7 @@ def test_a_combination_keeps_the_contract(
 @pytest.mark.slow
 @pytest.mark.parametrize("selection", list(SELECTIONS))
 def test_all_combinations_keep_the_contract(
-    selection: str, planted_rows: torch.Tensor, tmp_path: Path, one_thread: None
+    selection: str, planted_rows: torch.Tensor, tmp_path: Path
 ) -> None:
     for i, c in enumerate(itertools.product([selection], *FACTORS[1:])):
         if meaningful(*c):

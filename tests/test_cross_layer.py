@@ -94,12 +94,12 @@ def test_of_one_layer_it_is_a_transcoder(pairs: torch.Tensor) -> None:
 def test_it_beats_per_layer_transcoders_where_layers_repeat_each_other(pairs: torch.Tensor) -> None:
     x, y = pairs.split((LAYERS * D, LAYERS * D_OUT), 1)
     d = make()
-    saekit.train(d, pairs, steps=400, batch_size=256, lr=3e-3)
+    saekit.train(d, pairs, steps=200, batch_size=256, lr=3e-3)
     errors = 0.0
     for layer in range(LAYERS):
         one = saekit.create("transcoder", d_in=D, d_out=D_OUT, n_features=32, k=3, seed=layer)
         mine = (x.split(D, 1)[layer], y.split(D_OUT, 1)[layer])
-        saekit.train(one, mine, steps=400, batch_size=256, lr=3e-3)
+        saekit.train(one, mine, steps=200, batch_size=256, lr=3e-3)
         errors += (one(mine[0]) - mine[1]).square().sum().item()
     assert (d(x) - y).square().sum().item() < errors
 

@@ -14,8 +14,6 @@ import saekit
 from saekit.activations import Store
 from saekit.types import SaekitError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 # damaged stores
 
 

@@ -34,9 +34,7 @@ def columns(d: Dictionary, rows: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("law", CONTRACT)
-def test_a_preset_keeps_the_contract(
-    name: str, law: str, planted_rows: torch.Tensor, tmp_path: Path, one_thread: None
-) -> None:
+def test_a_preset_keeps_the_contract(name: str, law: str, planted_rows: torch.Tensor, tmp_path: Path) -> None:
     if law in laws(make(name)):
         CONTRACT[law](lambda: make(name), columns(make(name), planted_rows), tmp_path)
 

@@ -700,7 +700,10 @@ def test_bad_arguments_are_one_sentence() -> None:
             lambda: kernels.sparse_decode(offsets.int(), indices, values, weight),
             "dtype torch.int32; expected int64",
         ),
-        (lambda: kernels.sampled_product(offsets, indices, weight, x[1:]), "a row of weight's width for each"),
+        (
+            lambda: kernels.sampled_product(offsets, indices, weight, x[1:]),
+            "a row of weight's width for each",
+        ),
         (lambda: kernels.sparse_decode(offsets, indices.short(), values, weight), "int32 or int64"),
         (lambda: kernels.sparse_decode(offsets.to("meta"), indices, values, weight), "offsets is on meta"),
         (

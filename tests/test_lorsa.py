@@ -36,7 +36,7 @@ def sequences(n: int = 80, seq: int = 8, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_heads_keeps_the_contract(kind: str, tmp_path: Path, one_thread: None) -> None:
+def test_every_kind_of_heads_keeps_the_contract(kind: str, tmp_path: Path) -> None:
     """What needs a long training is shown for the preset, and other selections by pairs (test_combinations)."""
     for law in set(CONTRACT) - {"training_helps", "recovers_planted_features"}:
         (tmp_path / law).mkdir()

@@ -2,7 +2,6 @@
 
 import math
 import sys
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -23,11 +22,6 @@ from saekit.evaluate.stability import mmcs, shared_features, stability
 from saekit.types import Codes, SaekitError
 
 GEOMETRY = sys.modules["saekit.evaluate.geometry"]  # by its module: saekit.evaluate is the function
-
-
-@pytest.fixture(autouse=True)
-def _small(one_thread: None) -> Iterator[None]:
-    yield
 
 
 @pytest.fixture(params=[1 << 24, 64, 1], ids=["whole", "blocks", "single rows"])

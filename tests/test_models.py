@@ -1,7 +1,7 @@
 """Every kind of model is one view: its hook points by block name and by module path are the model's own states."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +35,6 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], str, str | None]] = {
     "vit": ("ViTModel", "ViTConfig", VISION, "layers", None),
 }  # fmt: skip
 SEQUENTIAL = ["gpt2", "llama", "qwen3", "gemma2", "olmo2", "vit"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny tensors on two threads wait for each other, for milliseconds where the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 _MADE: dict[str, nn.Module] = {}

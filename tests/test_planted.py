@@ -24,15 +24,6 @@ WORLDS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    # thousands of tiny operations: a second thread only waits, and on a busy machine it spins
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module", params=WORLDS)
 def sampled(request):
     """A world and the true codes of many rows."""

@@ -31,7 +31,7 @@ def make(name: str, **options) -> saekit.Dictionary:
 @pytest.mark.parametrize("name", ["topk", "batchtopk", "jumprelu", "relu", "gated", "p_annealing", "tanh"])
 def test_requested_l0_is_met_and_few_features_die_far_off_centre(name: str, rows: torch.Tensor) -> None:
     d = make(name, n_features=64)
-    run = saekit.train(d, rows, steps=1200, batch_size=512, lr=2e-3)
+    run = saekit.train(d, rows, steps=1200 if name == "tanh" else 700, batch_size=512, lr=2e-3)
     l0 = saekit.metrics.l0(d.encode(rows))
     assert l0 == pytest.approx(4, rel=0.1)
     if name in ("topk", "batchtopk", "jumprelu"):
