@@ -37,14 +37,14 @@ def finetune(
     if steps < 1:
         raise SaekitError(f"steps = {steps} must be at least 1")
     source = SequenceSource(stream)
-    batches = source.batches(stream.hook_points, batch_size, seed)
+    batches = source.batches((), batch_size, seed)
     _prepare(dictionaries, next(source.batches(stream.hook_points, batch_size, seed)))
     own_weights = [p for d in dictionaries for p in d.parameters() if p.requires_grad]
     parameters = [
         {"params": list(model.module.parameters()), "weight_decay": 0.01},
         {"params": own_weights, "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(parameters, lr)
+    optimizer = torch.optim.AdamW(parameters, lr, fused=True)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, [lr, dictionary_lr], steps, pct_start=warmup)
     for step in range(1, steps + 1):
         batch = next(batches)

@@ -67,10 +67,13 @@ class SequenceSource:
     def batches(
         self, hook_points: Sequence[str], batch_size: int, seed: int, start: int = 0
     ) -> Iterator[ActivationBatch]:
-        """Endless batches of sequences in a seeded order, every one once an epoch."""
+        """Endless batches of sequences in a seeded order, every one once an epoch; the model runs if hook points are named."""
         for rows in shuffled_rows(self.n_rows, batch_size, seed, start):
             at = torch.from_numpy(rows)
             tokens, documents = self._tokens[at], self._documents[at]
+            if not hook_points:
+                yield ActivationBatch({}, self._keep[at], tokens, documents)
+                continue
             given = self.model.inputs(tokens, documents >= 0)
             batch = self._batch(given, ActivationBatch({}, self._keep[at], tokens, documents))
             for name, activations in batch.activations.items():

@@ -20,7 +20,7 @@ from saekit.testbed.states import STATES, StateLanguage, tokens_of
 from saekit.trainers.finetune import finetune
 from saekit.types import Codes
 
-BASE_STEPS, STEPS, WALKS, SEQUENCES = 800, 600, 4096, 64
+BASE_STEPS, STEPS, WALKS, SEQUENCES = 500, 300, 4096, 64
 CODES = {"attn.c_proj:in": (64, states.HEADS), "mlp:out": (128, 1)}  # codes of each group, and groups
 OFTEN, PRECISION, SWAPS = 10, 0.9, 200
 PLACES = [f"blocks.{layer}.{place}" for layer in range(states.LAYERS) for place in CODES]
@@ -151,7 +151,7 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
         claims=[
             Claim("accuracy of transitions over the model's without codebooks", "about the same (table 1)", ratio, ">=", 0.98, [a / b for a, b in zip(random["accuracy"], base, strict=True)], "codes of the data, nothing trained on"),
             Claim("share of states with a code of precision 0.9", "97 % precision (section 4)", mine["states with a code"], ">=", 0.8, random["states with a code"], "codes of the data, nothing trained on"),
-            Claim("share of the mass of the next digit that moves from one state's to another's when codes are swapped", "redirects (figure)", mine["mass moved"], ">=", 0.8, random["mass moved"], "codes of the data, nothing trained on"),
+            Claim("share of the mass by which the next digit differs that moves from one state's to another's, when all codes at a position are swapped for those of another walk there", "redirects (figure)", mine["mass moved"], ">=", 0.8, random["mass moved"], "codes of the data, nothing trained on"),
         ],
         figure=bars("Codebooks in a model of states", "share", {name: found[name] for name in found}),
         controls={key: {n: m[key] for n, m in found.items()} for key in mine},

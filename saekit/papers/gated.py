@@ -12,7 +12,7 @@ from saekit.papers.training import fit_all
 from saekit.testbed.planted import PlantedConfig, PlantedWorld
 from saekit.testbed.recovery import shrinkage
 
-WIDTH, K, STEPS, BATCH = 128, 6, 1500, 512
+WIDTH, K, STEPS, BATCH = 128, 4, 1500, 512  # of the features 3.5 are active
 
 
 @torch.no_grad()

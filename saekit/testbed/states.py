@@ -67,7 +67,7 @@ def trained(language: StateLanguage, steps: int, seed: int = 0) -> Model:
     )  # fmt: skip
     module = transformers.GPT2LMHeadModel(config)
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(module.parameters(), 3e-3, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(module.parameters(), 3e-3, weight_decay=0.01, fused=True)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps, pct_start=0.1)
     for _ in range(steps):
         tokens = tokens_of(language.walks(64, generator))
