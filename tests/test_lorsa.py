@@ -1,5 +1,6 @@
 """Laws of low-rank sparse attention: what it computes, what it begins from, where its features look."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 import saekit
 from saekit.contract import CONTRACT
 from saekit.dictionaries import Dictionary
+from saekit.harvest import SequenceSource
 from saekit.layers import attention
 from saekit.models import load_model
 from saekit.types import ActivationBatch, SaekitError
@@ -213,6 +215,29 @@ def test_stored_computed_and_given_sequences_train(tiny_gpt2, tmp_path: Path) ->
         found.append(d)
     for mine, theirs in zip(found[0].parameters(), found[1].parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_sequences_of_a_long_text_are_mixed_in_a_pool(tiny_gpt2) -> None:
+    """None comes twice while the text lasts, none far before its place, and it resumes where it was."""
+    stream = saekit.harvest(
+        tiny_gpt2, "stdlib", ["blocks.0.attn:in"], tokens=64 * 40, context=64, batch_rows=4
+    )
+    whole, pooled = SequenceSource(stream), SequenceSource(stream, pool=64 * 12)
+    assert whole.n_rows == 40 and pooled.n_rows is None
+    rows = torch.cat([batch.tokens for _, batch in stream.inputs()])
+    place = {tuple(row.tolist()): i for i, row in enumerate(rows)}
+    order = [
+        [place[tuple(row.tolist())] for row in batch.tokens]
+        for batch in itertools.islice(pooled.batches((), 3, seed=1), 13)
+    ]
+    flat = [i for batch in order for i in batch]
+    assert len(set(flat[:24])) == 24 and flat[:24] != sorted(flat[:24])
+    assert all(i <= at + 16 for at, i in enumerate(flat[:24]))  # of the pool, and of a forward pass's rows
+    assert len(set(flat)) > 30  # the whole text, from its beginning again where it ends
+    again = next(pooled.batches((), 3, seed=1, start=9)).tokens
+    assert [place[tuple(row.tolist())] for row in again] == order[9]
+    batch = next(pooled.batches(["blocks.0.attn:in"], 3, seed=1))
+    assert batch.activations["blocks.0.attn:in"].shape == (3, 64, 32)
 
 
 def test_the_command_trains_one_for_every_attention_layer(tmp_path: Path) -> None:

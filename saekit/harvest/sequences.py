@@ -1,5 +1,6 @@
 """Training batches of whole sequences: computed, stored, or with the model behind them for end-to-end training."""
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from saekit.models import Model
 from saekit.types import ActivationBatch, SaekitError
 
 Hook = tuple[Site, Callable[[Tensor], Tensor | None]]
+Piece = tuple[Tensor, Tensor, Tensor]  # tokens, documents and mask of some sequences, each [n, seq]
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,12 @@ class ContinuedBatch(ActivationBatch):
 class SequenceSource:
     """Training batches of whole sequences of a stream; ``batch_size`` counts them.
 
-    The stream's text is tokenised at once, and its sequences come in a seeded order. Held are tokens, documents
-    and mask, 17 bytes per position; activations are computed for each batch.
+    Held are tokens, documents and mask, 17 bytes per position, of the whole text, whose sequences come in a seeded
+    order; of a text of more than ``pool`` positions, of so many: half of them are used up in a seeded order, then
+    replaced by what comes next (``n_rows`` is None). Activations are computed for each batch.
     """
 
-    def __init__(self, stream: Stream):
+    def __init__(self, stream: Stream, pool: int = 1 << 20):
         first = next(iter(stream), None)
         if first is None:
             raise SaekitError("the text is too short for one row; give more text")
@@ -50,15 +53,16 @@ class SequenceSource:
             )
         self.stream, self.model, self.hook_points = stream, stream.model, stream.hook_points
         self._widths = {name: a.shape[-1] for name, a in first.activations.items()}
-        read = [batch for _, batch in stream.inputs()]
-        lengths = {batch.mask.shape[1] for batch in read}
-        if len(lengths) > 1:
-            raise SaekitError(f"the token rows have {sorted(lengths)} positions; give rows of one length")
-        self.rows_per_item: int = lengths.pop()
-        self._tokens, self._documents, self._keep = (
-            torch.cat([getattr(batch, name) for batch in read]) for name in ("tokens", "documents", "mask")
-        )
-        self.n_rows = len(self._tokens)
+        self.rows_per_item: int = first.mask.shape[1]
+        self._size = max(1, pool // self.rows_per_item)
+        self._read: list[Piece] = []
+        self.n_rows: int | None = 0
+        for piece in self._pieces():
+            self._read.append(piece)
+            self.n_rows += len(piece[0])
+            if self.n_rows > self._size:
+                self.n_rows = None
+                break
 
     def width(self, hook_point: str | None) -> int:
         """Width of the rows of a hook point."""
@@ -67,21 +71,58 @@ class SequenceSource:
     def batches(
         self, hook_points: Sequence[str], batch_size: int, seed: int, start: int = 0
     ) -> Iterator[ActivationBatch]:
-        """Endless batches of sequences in a seeded order, every one once an epoch; the model runs if hook points are named."""
-        for rows in shuffled_rows(self.n_rows, batch_size, seed, start):
-            at = torch.from_numpy(rows)
-            tokens, documents = self._tokens[at], self._documents[at]
+        """Endless batches of sequences in a seeded order; the model runs if hook points are named."""
+        order = self._streamed if self.n_rows is None else self._drawn
+        for tokens, documents, keep in order(batch_size, seed, start):
             if not hook_points:
-                yield ActivationBatch({}, self._keep[at], tokens, documents)
+                yield ActivationBatch({}, keep, tokens, documents)
                 continue
             given = self.model.inputs(tokens, documents >= 0)
-            batch = self._batch(given, ActivationBatch({}, self._keep[at], tokens, documents))
+            batch = self._batch(given, ActivationBatch({}, keep, tokens, documents))
             for name, activations in batch.activations.items():
                 if not torch.isfinite(activations[batch.mask]).all():
                     raise SaekitError(
                         f"activations at {name!r} hold NaN or Inf; find what makes the model overflow"
                     )
             yield batch
+
+    def _pieces(self) -> Iterator[Piece]:
+        """The text's token rows, batch by batch."""
+        for _, batch in self.stream.inputs():
+            if batch.mask.shape[1] != self.rows_per_item:
+                lengths = sorted({batch.mask.shape[1], self.rows_per_item})
+                raise SaekitError(f"the token rows have {lengths} positions; give rows of one length")
+            assert batch.tokens is not None and batch.documents is not None  # checked of the first
+            yield batch.tokens, batch.documents, batch.mask
+
+    def _drawn(self, batch_size: int, seed: int, start: int) -> Iterator[Piece]:
+        """Sequences of a text that is held whole, every one once an epoch."""
+        assert self.n_rows is not None  # known where it is
+        tokens, documents, masks = _joined(self._read)
+        for rows in shuffled_rows(self.n_rows, batch_size, seed, start):
+            at = torch.from_numpy(rows)
+            yield tokens[at], documents[at], masks[at]
+
+    def _streamed(self, batch_size: int, seed: int, start: int) -> Iterator[Piece]:
+        """Sequences of a long text, mixed in a pool; the text is read again when it ends."""
+        generator, step = torch.Generator().manual_seed(seed), 0
+        pool = list(self._read)
+        rest = itertools.islice(self._pieces(), len(pool), None)
+        pieces = itertools.chain(rest, (piece for _ in itertools.count() for piece in self._pieces()))
+        while True:
+            held = sum(len(piece[0]) for piece in pool)
+            while held < max(self._size, 2 * batch_size):
+                pool.append(next(pieces))
+                held += len(pool[-1][0])
+            joined = _joined(pool)
+            order, used = torch.randperm(held, generator=generator), 0
+            while used + batch_size <= held - held // 2:
+                if step >= start:
+                    at = order[used : used + batch_size]
+                    yield joined[0][at], joined[1][at], joined[2][at]
+                used, step = used + batch_size, step + 1
+            left = order[used:]
+            pool = [(joined[0][left], joined[1][left], joined[2][left])]
 
     def _batch(self, given: Any, bare: ActivationBatch) -> ActivationBatch:
         return self.stream.masked(bare, capture(partial(self.model, given), self.stream.sites))
@@ -95,6 +136,11 @@ class SequenceSource:
             "settings": self.stream.settings(),
             "context": self.rows_per_item,
         }
+
+
+def _joined(pieces: Sequence[Piece]) -> Piece:
+    tokens, documents, masks = zip(*pieces, strict=True)
+    return torch.cat(tokens), torch.cat(documents), torch.cat(masks)
 
 
 class StoredSequences:
