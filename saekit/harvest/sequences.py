@@ -20,6 +20,7 @@ from saekit.models import Model
 from saekit.types import ActivationBatch, SaekitError
 
 Hook = tuple[Site, Callable[[Tensor], Tensor | None]]
+POOL = 1 << 20  # positions of a text that are held at a time
 Piece = tuple[Tensor, Tensor, Tensor]  # tokens, documents and mask of some sequences, each [n, seq]
 
 
@@ -43,7 +44,7 @@ class SequenceSource:
     replaced by what comes next (``n_rows`` is None). Activations are computed for each batch.
     """
 
-    def __init__(self, stream: Stream, pool: int = 1 << 20):
+    def __init__(self, stream: Stream, pool: int = POOL):
         first = next(iter(stream), None)
         if first is None:
             raise SaekitError("the text is too short for one row; give more text")
@@ -188,7 +189,7 @@ class ContinuedSource(SequenceSource):
     Or at the input and the output of a module, for what stands in for it: the model goes on from the last hook point.
     """
 
-    def __init__(self, stream: Stream):
+    def __init__(self, stream: Stream, pool: int = POOL):
         if not stream.model.predicts_tokens:
             raise SaekitError(
                 f"model {stream.model.name!r} predicts no tokens, so there is no KL to train on; choose a language model"
@@ -197,7 +198,7 @@ class ContinuedSource(SequenceSource):
             raise SaekitError(
                 f"hook_points name {len(stream.hook_points)} of them, and the model goes on from one; name it, or what is read and then what is written"
             )
-        super().__init__(stream)
+        super().__init__(stream, pool)
         # of the residual stream behind each block after the hook point, by the names that the model has
         model = self.model
         names = [n for n in model.hook_points() if n.startswith("blocks.") and n.endswith(".hook_resid_post")]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from saekit.dictionaries import create
 from saekit.dictionaries.surgery import with_objective
 from saekit.evaluate import evaluate
-from saekit.harvest import ContinuedSource, harvest
+from saekit.harvest import ContinuedSource, SequenceSource, harvest
 from saekit.models import load_model
 from saekit.papers.claims import Claim, Reproduction, Tell, bars
 from saekit.papers.controls import FROZEN, RANDOM, untrained
@@ -14,6 +14,7 @@ from saekit.papers.training import fit
 
 POINT, WIDTH, K = "blocks.1.hook_resid_post", 1024, 16
 TOKENS, STEPS, BATCH = 400_000, 200, 2048
+POOL = 1 << 21  # so that all tokens for tuning are held and drawn from
 TUNE_STEPS, SEQUENCES, RATE = 120, 4, 1e-3
 KINDS = {"MSE alone": ("reconstruction", "auxk"), "MSE and KL": ("reconstruction", "end_to_end")}
 
@@ -22,7 +23,8 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
     """A TopK dictionary of code-lm's residual stream, then the same tokens more with and without KL."""
     model = load_model("code-lm")
     found: dict[str, dict[str, list[float]]] = {name: {} for name in ("before", *KINDS, FROZEN, RANDOM)}
-    sequences = ContinuedSource(harvest(model, "stdlib", [POINT], tokens=2_000_000))
+    stream = harvest(model, "stdlib", [POINT], tokens=2_000_000)
+    sources = {"MSE alone": SequenceSource(stream, POOL), "MSE and KL": ContinuedSource(stream, POOL)}
     with tempfile.TemporaryDirectory() as folder:
         store = harvest(model, "stdlib", [POINT], out=f"{folder}/acts", tokens=TOKENS, dtype="bf16")
         for i, seed in enumerate(seeds):
@@ -32,7 +34,7 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
             dictionaries = {"before": d, FROZEN: frozen, RANDOM: untrained(frozen)}
             for name, objective in KINDS.items():
                 tuned = with_objective(d, objective)
-                fit(tuned, sequences, TUNE_STEPS, SEQUENCES, lr=RATE, decay=1.0, seed=seed)
+                fit(tuned, sources[name], TUNE_STEPS, SEQUENCES, lr=RATE, decay=1.0, seed=seed)
                 tuned.card["data"] = d.card["data"]  # one mask for all: that of the store's limits on norms
                 dictionaries[name] = tuned
             for name, one in dictionaries.items():
