@@ -136,7 +136,9 @@ def whole_sequences(module: nn.Module) -> Iterator[None]:
 
     def check(_module: nn.Module, _args: tuple, kwargs: dict) -> None:
         # by what it does, since its name differs from release to release of transformers
-        if any(v.get_seq_length() > 0 for v in kwargs.values() if hasattr(v, "get_seq_length")):
+        known = [v.get_seq_length() > 0 for v in kwargs.values() if hasattr(v, "get_seq_length")]
+        old = [k for k, v in kwargs.items() if k.startswith("past_") and isinstance(v, tuple | list) and v]
+        if any(known) or old:
             raise SaekitError(
                 "the model runs on cached keys and values, and features that look back need the whole sequence; generate with use_cache=False"
             )

@@ -7,7 +7,7 @@ activations hold of the feature after all.
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saekit.dictionaries import Dictionary
@@ -86,6 +86,15 @@ def specific(
     norm: float = 0.9, scaling: float = 0.5,
 ) -> Tensor:  # fmt: skip
     """Mask of the features that are of ``source`` alone: norm difference above ``norm``, both ratios below ``scaling``."""
-    error, reconstruction = latent_scaling(d, rows, source, other)
+    return alone(
+        norm_difference(d, source, other), *latent_scaling(d, rows, source, other), norm=norm, scaling=scaling
+    )
+
+
+def alone(
+    difference: Float[Tensor, " feature"], error: Float[Tensor, " feature"], reconstruction: Float[Tensor, " feature"],
+    norm: float = 0.9, scaling: float = 0.5,
+) -> Bool[Tensor, " feature"]:  # fmt: skip
+    """The rule of :func:`specific`, for norm differences and ratios that are known."""
     low = (error.abs() < scaling) & (reconstruction.abs() < scaling)  # NaN is neither
-    return (norm_difference(d, source, other) > norm) & low
+    return (difference > norm) & low

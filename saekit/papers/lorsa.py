@@ -103,7 +103,7 @@ def _after_previous(d: Any, x: Tensor, periods: Tensor) -> Tensor:
     mass = d.patterns(x)[sequence, :, query, query - periods[sequence] + 1]
     heads = torch.arange(d.n_features) // (d.n_features // d.n_qk)
     often = active.sum(0)
-    return (mass[:, heads] * active).sum(0) / often * (often >= OFTEN)
+    return (mass[:, heads] * active).sum(0) / often.clamp(min=1) * (often >= OFTEN)
 
 
 def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:

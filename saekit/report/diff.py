@@ -9,7 +9,7 @@ from torch import Tensor
 
 from saekit.activations import write_atomic
 from saekit.dictionaries import Dictionary
-from saekit.evaluate.diffing import latent_scaling, norm_difference, specific
+from saekit.evaluate.diffing import alone, latent_scaling, norm_difference
 
 LISTED = 20  # features of each side that are named
 COLUMNS = ("norm_difference", "nu_error", "nu_reconstruction", "density")
@@ -28,7 +28,7 @@ def compare(
     stronger = norm >= 0.5
     error, reconstruction = (torch.where(stronger, a, b) for a, b in zip(ours, theirs, strict=True))
     density = d.encode(rows).firing_counts().double() / len(rows)
-    own, others = specific(d, rows, source, other), specific(d, rows, other, source)
+    own, others = alone(norm, *ours), alone(1 - norm, *theirs)
     side = ["dead" if n == 0 else "source" if a else "other" if b else "shared" for n, a, b in zip(density.tolist(), own.tolist(), others.tolist(), strict=True)]  # fmt: skip
     values = zip(COLUMNS, (norm, error, reconstruction, density), strict=True)
     return {"side": side, **{name: [_number(v) for v in column.tolist()] for name, column in values}}

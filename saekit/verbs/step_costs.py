@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from saekit.contract import sparse_equals_dense
@@ -19,7 +18,6 @@ from saekit.trainers import Trainer
 PLACES = 4  # sources of the crosscoder, layers of the CLT
 HEADS, SEQ = 4, 64  # of Lorsa: QK heads, positions of a sequence
 WARM = 3  # steps before the clock
-Products = list[tuple[Float[Tensor, "batch columns"], Float[Tensor, "columns out"]]]
 
 # wiring -> (options of create, columns of a row in units of d_in, (columns, features) of its encoders' products)
 WIRINGS: dict[str, tuple[Callable[[Shape], dict[str, Any]], int, Callable[[Shape], list[tuple[int, int]]]]] = {
