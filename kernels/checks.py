@@ -56,7 +56,13 @@ def entries(offsets, indices, values, n_features):
     nnz = len(indices)
     ends = offsets[0], offsets[-1], offsets.diff().amin() if len(offsets) > 1 else offsets[0]
     reach = (indices.amin(), indices.amax()) if nnz else (offsets[0], offsets[0])
-    start, end, least, low, high = torch.stack([*ends, *reach]).tolist()  # one look, where it is a GPU's
+    if offsets.is_cuda:  # a look would stall it; these fail there
+        torch._assert_async((reach[0] >= 0) & (reach[1] < n_features), "indices are out of range")
+        torch._assert_async(
+            (ends[0] == 0) & (ends[1] == nnz) & (ends[2] >= 0), "offsets must rise from 0 to nnz"
+        )
+        return
+    start, end, least, low, high = torch.stack([*ends, *reach]).tolist()
     if nnz and (low < 0 or high >= n_features):
         raise ValueError(f"indices reach from {low} to {high}; expected 0..n_features - 1 = {n_features - 1}")
     if start != 0 or end != nnz or least < 0:

@@ -1,9 +1,10 @@
-"""Encodings on a GPU: products tile by tile in registers; only what may be selected is ever written.
+"""Encodings on a GPU: products of a block of rows by the vendor's library, then the largest of each row.
 
-A program owns a block of rows and a run of features. It goes through the run tile by tile and
-appends each entry above its row's limit to the row's candidates. When they might not fit any more
-it keeps the k largest, whose least becomes the limit. A last selection over the candidates of all
-runs is exact: within a run candidates stand by rising index, so equal keys go to the lowest.
+The k-th largest of a row's first products is a bound that its k largest reach. Many programs go
+through all products and append what reaches their row's bound to its candidates, in whatever order
+they run; one program per row keeps the k largest of these. Where there was no room for all, that
+program goes through the row once more, alone. An entry is one integer that orders by key and then
+by falling index, so all differ: the order of appending doesn't show, and ties go to the lowest index.
 """
 
 import torch
@@ -12,138 +13,199 @@ import triton.language as tl
 
 from saekit.kernels.encode import eager
 
-ROWS, FEATURES, DEPTH = 64, 128, 32  # of a tile, and of a step along d_in
-RUNS = 8  # of features, so that enough programs run side by side
-MOST = 512  # k beyond which a block's candidates no longer fit into registers
+BLOCK = 1 << 26  # products held at a time, in fp32
+ROOM = 16384  # candidates of a row at most
+MOST = 1024  # k beyond which they are too few
+PIECE = 1024  # of a row that a program looks at
+NOTHING = tl.constexpr(-(1 << 63))  # below every entry
+HIGHEST = tl.constexpr(2147483647)
 
 
 @triton.jit
-def _ordered(key):
-    """Integers in the order of the floats."""
-    bits = key.to(tl.int32, bitcast=True)
-    return tl.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
+def _entry(u, f, ABSOLUTE: tl.constexpr):
+    """Integers in the order of the keys, then of falling features f; NaN lies above all. The last bit is u's sign."""
+    bits = ((tl.abs(u) if ABSOLUTE else u) + 0.0).to(tl.int32, bitcast=True)  # -0 becomes 0
+    order = tl.where(u != u, HIGHEST, tl.where(bits >= 0, bits, bits ^ HIGHEST))
+    low = ((f ^ HIGHEST) << 1).to(tl.int64) & 0xFFFFFFFF | (u < 0).to(tl.int64)
+    return (order.to(tl.int64) << 32) | low
 
 
 @triton.jit
-def _keep_largest(found, places, base, slots, count, limit, k, ABSOLUTE: tl.constexpr, ROWS: tl.constexpr):
-    """Reduce every row's candidates to the k largest, in their order; returns the new limits and counts."""
-    tl.debug_barrier()  # what other threads have just written
-    have = slots[None, :] < count[:, None]
-    v = tl.load(found + base[:, None] + slots[None, :], mask=have, other=0.0)
-    p = tl.load(places + base[:, None] + slots[None, :], mask=have, other=0)
-    order = tl.where(have, _ordered(tl.abs(v) if ABSOLUTE else v), -2147483648)
-    low, high = (
-        tl.full([ROWS], -2147483648, dtype=tl.int64),
-        tl.full([ROWS], 2147483647, dtype=tl.int64),
-    )
-    for _ in range(32):  # the largest number that k candidates reach
-        middle = (low + high + 1) >> 1
-        enough = tl.sum((order.to(tl.int64) >= middle[:, None]).to(tl.int32), axis=1) >= k
+def _feature(entry):
+    return ((entry >> 1) & HIGHEST).to(tl.int32) ^ HIGHEST
+
+
+@triton.jit
+def _number(entry, ABSOLUTE: tl.constexpr):
+    order = (entry >> 32).to(tl.int32)
+    size = tl.where(order >= 0, order, order ^ HIGHEST).to(tl.float32, bitcast=True)
+    return tl.where((entry & 1) > 0, -size, size) if ABSOLUTE else size
+
+
+@triton.jit
+def _kth_largest(entry, k):
+    """A number that k of the entries reach, and no more where they differ."""
+    order = (entry >> 32).to(tl.int32)
+    low, high = tl.min(order, axis=0), tl.max(order, axis=0)
+    while low < high:
+        middle = (low | high) - ((low ^ high) >> 1)  # rounded up, without overflow
+        enough = tl.sum((order >= middle).to(tl.int32), axis=0) >= k
         low, high = tl.where(enough, middle, low), tl.where(enough, high, middle - 1)
-    above, equal = order.to(tl.int64) > low[:, None], (order.to(tl.int64) == low[:, None]) & have
-    spare = k - tl.sum(above.to(tl.int32), axis=1)
-    keep = (above | (equal & (tl.cumsum(equal.to(tl.int32), axis=1) <= spare[:, None]))) & have
-    full = count >= k
-    keep = tl.where(full[:, None], keep, have)
-    slot = tl.cumsum(keep.to(tl.int32), axis=1) - 1
-    tl.debug_barrier()  # all have read
-    tl.store(found + base[:, None] + slot, v, mask=keep)
-    tl.store(places + base[:, None] + slot, p, mask=keep)
-    tl.debug_barrier()
-    smallest = tl.min(tl.where(keep, tl.abs(v) if ABSOLUTE else v, float("inf")), axis=1)
-    limit = tl.where(full, smallest, limit)
-    count = tl.sum(keep.to(tl.int32), axis=1)
-    return limit, count
+    least = low.to(tl.int64) << 32
+    if tl.sum((order >= low).to(tl.int32), axis=0) > k:  # equal keys, among which the features decide
+        most = least | 0xFFFFFFFF
+        while least < most:
+            half = (least | most) - ((least ^ most) >> 1)
+            enough = tl.sum((entry >= half).to(tl.int32), axis=0) >= k
+            least, most = tl.where(enough, half, least), tl.where(enough, most, half - 1)
+    return least
 
 
 @triton.jit
-def _candidates(
-    x, weight, bias, found, places, counts, rows, n, d_in, run, k,
-    ABSOLUTE: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr, DEPTH: tl.constexpr, ROOM: tl.constexpr,
-    PRECISION: tl.constexpr,
+def _entries(products, bias, dead, row, first, n, f, live, DEAD: tl.constexpr, ABSOLUTE: tl.constexpr):
+    """The entries of features first + f, NOTHING where they aren't to be chosen."""
+    f = first + f
+    if DEAD:
+        live &= tl.load(dead + f, mask=live, other=0) != 0
+    u = tl.load(products + row * n + f, mask=live, other=0.0)
+    u += tl.load(bias + f, mask=live, other=0.0).to(tl.float32)
+    return tl.where(live, _entry(u, f, ABSOLUTE), NOTHING)
+
+
+@triton.jit
+def _bounds(
+    products, bias, dead, bounds, n, group, k, DEAD: tl.constexpr, ABSOLUTE: tl.constexpr, ROOM: tl.constexpr
 ):  # fmt: skip
-    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    here = r < rows
-    first, runs = tl.program_id(1) * run, tl.num_programs(1)
-    last = tl.minimum(first + run, n)
-    base = (r.to(tl.int64) * runs + tl.program_id(1)) * ROOM
+    row, run = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    f = tl.arange(0, ROOM)
+    entry = _entries(products, bias, dead, row, run * group, n, f, f < group, DEAD, ABSOLUTE)
+    tl.store(bounds + row * tl.num_programs(1) + run, _kth_largest(entry, k))
+
+
+@triton.jit
+def _append(
+    products, bias, dead, bounds, found, counts, n, group, groups,
+    DEAD: tl.constexpr, ABSOLUTE: tl.constexpr, ROOM: tl.constexpr, PIECE: tl.constexpr,
+):  # fmt: skip
+    owner = tl.program_id(0).to(tl.int64)
+    row, run = owner // groups, owner % groups
+    f = tl.program_id(1) * PIECE + tl.arange(0, PIECE)
+    entry = _entries(products, bias, dead, row, run * group, n, f, f < group, DEAD, ABSOLUTE)
+    take = (entry >= tl.load(bounds + owner)) & (entry > NOTHING)
+    slot = tl.atomic_add(counts + owner + 0 * f, 1, mask=take, sem="relaxed")
+    tl.store(found + owner * ROOM + slot, entry, mask=take & (slot < ROOM))
+
+
+@triton.jit
+def _keep_largest(at, count, k, ROOM: tl.constexpr):
+    """Reduce the candidates to the k largest; returns the least of them and how many there are."""
+    tl.debug_barrier()  # what other threads have just written
     slots = tl.arange(0, ROOM)
-    limit = tl.full([ROWS], float("-inf"), dtype=tl.float32)
-    count = tl.zeros([ROWS], dtype=tl.int32)
-    for start in range(first, last, FEATURES):
-        f = start + tl.arange(0, FEATURES)
-        live = f < last
-        u = tl.zeros([ROWS, FEATURES], dtype=tl.float32)
-        for depth in range(0, d_in, DEPTH):
-            c = depth + tl.arange(0, DEPTH)
-            a = tl.load(
-                x + r.to(tl.int64)[:, None] * d_in + c[None, :],
-                mask=here[:, None] & (c < d_in)[None, :],
-                other=0.0,
-            )
-            b = tl.load(
-                weight + f.to(tl.int64)[None, :] * d_in + c[:, None],
-                mask=live[None, :] & (c < d_in)[:, None],
-                other=0.0,
-            )
-            u = tl.dot(a, b, u, input_precision=PRECISION)
-        u += tl.load(bias + f, mask=live, other=0.0).to(tl.float32)[None, :]
-        key = tl.abs(u) if ABSOLUTE else u
-        take = (key > limit[:, None]) & live[None, :] & here[:, None]
-        slot = count[:, None] + tl.cumsum(take.to(tl.int32), axis=1) - 1
-        tl.store(found + base[:, None] + slot, u, mask=take)
-        tl.store(places + base[:, None] + slot, tl.broadcast_to(f[None, :], [ROWS, FEATURES]), mask=take)
-        count += tl.sum(take.to(tl.int32), axis=1)
-        if tl.max(count, axis=0) + FEATURES > ROOM:
-            limit, count = _keep_largest(found, places, base, slots, count, limit, k, ABSOLUTE, ROWS)
-    tl.store(counts + r.to(tl.int64) * runs + tl.program_id(1), count, mask=here)
+    entry = tl.load(at + slots, mask=slots < count, other=NOTHING)
+    least = _kth_largest(entry, k)
+    keep = (slots < count) & (entry >= least)
+    tl.debug_barrier()  # all have read
+    tl.store(at + tl.cumsum(keep.to(tl.int32), axis=0) - 1, entry, mask=keep)
+    tl.debug_barrier()
+    return least, tl.minimum(count, k)
 
 
-def _largest(x, weight, bias, k, absolute):
-    """Values and indices of the k largest per row."""
-    rows, n = len(x), len(weight)
-    room = triton.next_power_of_2(k + 2 * FEATURES)
-    run = triton.cdiv(triton.cdiv(n, RUNS), FEATURES) * FEATURES
-    runs = triton.cdiv(n, run)
-    found = torch.empty(rows, runs, room, device=x.device)
-    places = torch.empty(rows, runs, room, dtype=torch.int32, device=x.device)
-    counts = torch.empty(rows, runs, dtype=torch.int32, device=x.device)
-    _candidates[(triton.cdiv(rows, ROWS), runs)](
-        x, weight, bias, found, places, counts, rows, n, x.shape[1], run, k, ABSOLUTE=absolute, ROWS=ROWS,
-        FEATURES=FEATURES, DEPTH=DEPTH, ROOM=room, PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
-    )  # fmt: skip
-    empty = torch.arange(room, device=x.device) >= counts[..., None]
-    keys = (found.abs() if absolute else found).masked_fill(empty, -torch.inf).flatten(1)
-    at = eager.largest(keys, k)
-    return found.flatten(1).gather(1, at).to(x.dtype), places.flatten(1).gather(1, at)
+@triton.jit
+def _select(
+    products, bias, dead, found, counts, values, indices, n, group, k,
+    DEAD: tl.constexpr, ABSOLUTE: tl.constexpr, ROOM: tl.constexpr, PIECE: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    row, run, groups = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    owner = row * groups + run
+    at, count = found + owner * ROOM, tl.load(counts + owner)
+    if count > ROOM:
+        bound, count = tl.full([], NOTHING, tl.int64), 0
+        for start in range(0, group, PIECE):
+            f = start + tl.arange(0, PIECE)
+            entry = _entries(products, bias, dead, row, run * group, n, f, f < group, DEAD, ABSOLUTE)
+            take = (entry >= bound) & (entry > NOTHING)
+            tl.store(at + count + tl.cumsum(take.to(tl.int32), axis=0) - 1, entry, mask=take)
+            count += tl.sum(take.to(tl.int32), axis=0)
+            if count + PIECE > ROOM:
+                bound, count = _keep_largest(at, count, k, ROOM)
+    _, count = _keep_largest(at, count, k, ROOM)
+    places = tl.arange(0, K)
+    there = places < count
+    best = tl.sort(tl.load(at + places, mask=there, other=NOTHING), descending=True)
+    out = owner * k + places
+    number = tl.where(there, _number(best, ABSOLUTE), float("-inf"))
+    tl.store(values + out, number.to(values.dtype.element_ty), mask=places < k)
+    tl.store(indices + out, tl.where(there, _feature(best), 0), mask=places < k)
 
 
-def _check(values, x, weight, bias):
-    """Raise when NaN or Inf came in: such entries are never, or always, among the largest."""
-    if not torch.isfinite(values).all() or not all(torch.isfinite(t).all() for t in (x, weight, bias)):
-        name = next(
-            (n for n, t in (("x", x), ("weight", weight), ("bias", bias)) if not torch.isfinite(t).all()),
-            "a product",
-        )
-        raise ValueError(f"{name} holds NaN or Inf; remove it")
+def _products(x, weight):
+    """``x W^T`` in fp32, whatever the operands are."""
+    if x.is_cuda and x.dtype != torch.float32:
+        return torch.mm(x, weight.T, out_dtype=torch.float32)
+    return x.float() @ weight.float().T
+
+
+def _choose(products, bias, values, indices, k, group, absolute, dead):
+    """Write the k largest of each row and group of products."""
+    rows, n = products.shape
+    # k group / room entries are expected to reach the bound of so many first ones: a quarter of the room
+    room = min(
+        triton.next_power_of_2(max(int(2 * (k * group) ** 0.5), k, 2)), triton.next_power_of_2(group), ROOM
+    )
+    room, piece = max(room, 2), min(PIECE, max(room // 2, 2))
+    of = products, bias, dead
+    how = {
+        "DEAD": dead is not None,
+        "ABSOLUTE": absolute,
+        "ROOM": room,
+        "num_warps": max(1, min(room // 512, 16)),
+    }
+    found = torch.empty(rows, n // group, room, dtype=torch.int64, device=bias.device)
+    bounds = found.new_empty(rows, n // group)
+    counts = torch.zeros(rows, n // group, dtype=torch.int32, device=bias.device)
+    _bounds[tuple(bounds.shape)](*of, bounds, n, group, k, **how)
+    grid = (bounds.numel(), triton.cdiv(group, PIECE))
+    _append[grid](*of, bounds, found, counts, n, group, n // group, PIECE=PIECE, **how | {"num_warps": 4})
+    _select[tuple(bounds.shape)](
+        *of,
+        found,
+        counts,
+        values,
+        indices,
+        n,
+        group,
+        k,
+        PIECE=piece,
+        K=max(triton.next_power_of_2(k), 2),
+        **how,
+    )
+
+
+def _largest(x, weight, bias, k, group, absolute=False, dead=None, k_aux=0):
+    """Values and indices of the k largest per row and group; and of the k_aux largest dead ones per row."""
+    n = len(weight)
+    cases = [(k, group, absolute, None)] + ([(k_aux, n, False, dead)] if dead is not None else [])
+    widths = [most * (n // run) for most, run, *_ in cases]
+    out = [
+        (x.new_empty(len(x), w), torch.empty(len(x), w, dtype=torch.int32, device=x.device)) for w in widths
+    ]
+    size = max(1, BLOCK // n)
+    for start in range(0, len(x), size):
+        part = slice(start, start + size)
+        products = _products(x[part], weight)
+        for case, (values, indices) in zip(cases, out, strict=True):
+            _choose(products, bias, values[part], indices[part], *case)
+    return tuple(tensor for pair in out for tensor in pair)
 
 
 def topk(x, weight, bias, k, group, absolute, dead, k_aux, shortlist):
-    """Values and indices of the k largest per row and group; and of the k_aux largest dead ones per row."""
-    if group < len(weight) or max(k, k_aux) > MOST or len(x) == 0:
+    """Values and indices of the k largest per row and group; and of the k_aux largest dead ones per row.
+
+    NaN lies above all numbers here, so it is chosen and shows in the values: to look for it would stall the GPU.
+    """
+    if max(k, k_aux) > MOST or len(x) == 0:
         return eager.topk(x, weight, bias, k, group, absolute, dead, k_aux, shortlist)
-    values, indices = _largest(x, weight, bias, k, absolute)
-    _check(values, x, weight, bias)
-    if dead is None:
-        return values, indices
-    chosen = dead.nonzero()[:, 0]
-    picks = min(k_aux, len(chosen))
-    aux_values = x.new_full((len(x), k_aux), -torch.inf)
-    aux_indices = torch.zeros(len(x), k_aux, dtype=torch.int32, device=x.device)
-    if picks:
-        v, i = _largest(x, weight[chosen], bias[chosen], picks, False)
-        aux_values[:, :picks], aux_indices[:, :picks] = v, chosen[i.long()].int()
-    return values, indices, aux_values, aux_indices
+    return _largest(x, weight, bias, k, group, absolute, dead, k_aux)
 
 
 def batchtopk(x, weight, bias, k, shortlist):
@@ -154,8 +216,7 @@ def batchtopk(x, weight, bias, k, shortlist):
     n, most, offer = len(weight), k * len(x), min(len(weight), 4 * k)
     if offer > MOST or len(x) == 0:
         return eager.batchtopk(x, weight, bias, k, shortlist)
-    values, indices = _largest(x, weight, bias, offer, False)
-    _check(values, x, weight, bias)
+    values, indices = _largest(x, weight, bias, offer, n)
     cut = values.flatten().topk(most).values[-1]
     if offer < n and bool((values[:, -1] >= cut).any()):
         return eager.batchtopk(x, weight, bias, k, shortlist)

@@ -24,8 +24,8 @@ def _nested(
     squared, later, slopes = run(
         "error", "nested_error", weight, offsets, indices, values, weight, bias, target, prefixes, shares
     )
-    total = torch.tensor(shares, dtype=squared.dtype, device=squared.device) @ squared
-    return total, squared, later, slopes
+    weights = torch.tensor(shares, dtype=squared.dtype).to(squared.device, non_blocking=True)
+    return weights @ squared, squared, later, slopes
 
 
 @_nested.register_fake

@@ -73,10 +73,10 @@ def by_feature(rows, features, values, n_features, orders=None):
     """
     orders = {} if orders is None else orders
     key = (features.data_ptr(), features.stride(), len(features), n_features)
-    if key not in orders:
-        orders[key] = np.zeros(n_features + 1, np.int64), np.empty(len(features), np.int32)
-        _order(features.numpy(), *orders[key])
-    starts, order = orders[key]
+    if key not in orders:  # the features are kept too: while they live nothing else has their address
+        orders[key] = np.zeros(n_features + 1, np.int64), np.empty(len(features), np.int32), features
+        _order(features.numpy(), *orders[key][:2])
+    starts, order, _ = orders[key]
     sorted_rows, sorted_values = np.empty(len(rows), np.int32), np.empty(len(rows), np.float32)
     given = order, rows.numpy(), values.numpy()
     parallel(lambda a, b: _permute(a, b, *given, sorted_rows, sorted_values), len(rows), ENTRIES)

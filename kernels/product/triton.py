@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-ENTRIES, WIDTH = 16, 128  # of a block that a program gathers at once
+ENTRIES, WIDTH = 2, 512  # of a block that a program gathers at once
 
 
 @triton.jit
@@ -12,7 +12,7 @@ def _sum_segments(starts, rows, values, table, out, width, ENTRIES: tl.constexpr
     """out[s] = sum over the entries e of segment s of values[e] * table[rows[e]]."""
     segment, columns = tl.program_id(0).to(tl.int64), tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = columns < width
-    total = tl.zeros([WIDTH], dtype=tl.float32)
+    total = tl.zeros([ENTRIES, WIDTH], dtype=tl.float32)
     start, end = tl.load(starts + segment), tl.load(starts + segment + 1)
     for first in range(start, end, ENTRIES):
         e = first + tl.arange(0, ENTRIES)
@@ -22,31 +22,29 @@ def _sum_segments(starts, rows, values, table, out, width, ENTRIES: tl.constexpr
         part = tl.load(
             table + row[:, None] * width + columns[None, :], mask=live[:, None] & inside[None, :], other=0.0
         )
-        total += tl.sum(value[:, None] * part.to(tl.float32), axis=0)
-    tl.store(out + segment * width + columns, total.to(out.dtype.element_ty), mask=inside)
+        total += value[:, None] * part.to(tl.float32)
+    out_at = out + segment * width + columns
+    tl.store(out_at, tl.sum(total, axis=0).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _dots(starts, rows, table, grad, out, width, ENTRIES: tl.constexpr, WIDTH: tl.constexpr):
-    """out[e] = <table[rows[e]], grad[s]> for the entries e of segment s."""
+def _dots(starts, rows, table, at, grad, out, width, ENTRIES: tl.constexpr, WIDTH: tl.constexpr):
+    """out[e] = <table[rows[e]], grad[at[e]]> for the entries e of segment s."""
     segment = tl.program_id(0).to(tl.int64)
     start, end = tl.load(starts + segment), tl.load(starts + segment + 1)
     for first in range(start, end, ENTRIES):
         e = first + tl.arange(0, ENTRIES)
         live = e < end
         row = tl.load(rows + e, mask=live, other=0).to(tl.int64)
-        total = tl.zeros([ENTRIES], dtype=tl.float32)
+        other = tl.load(at + e, mask=live, other=0)
+        total = tl.zeros([ENTRIES, WIDTH], dtype=tl.float32)
         for begin in range(0, width, WIDTH):
             columns = begin + tl.arange(0, WIDTH)
-            inside = columns < width
-            part = tl.load(
-                table + row[:, None] * width + columns[None, :],
-                mask=live[:, None] & inside[None, :],
-                other=0.0,
-            )
-            g = tl.load(grad + segment * width + columns, mask=inside, other=0.0)
-            total += tl.sum(part.to(tl.float32) * g.to(tl.float32)[None, :], axis=1)
-        tl.store(out + e, total.to(out.dtype.element_ty), mask=live)
+            mask = live[:, None] & (columns < width)[None, :]
+            part = tl.load(table + row[:, None] * width + columns[None, :], mask=mask, other=0.0)
+            g = tl.load(grad + other[:, None] * width + columns[None, :], mask=mask, other=0.0)
+            total += part.to(tl.float32) * g.to(tl.float32)
+        tl.store(out + e, tl.sum(total, axis=1).to(out.dtype.element_ty), mask=live)
 
 
 def sum_segments(starts, rows, values, table):
@@ -59,11 +57,18 @@ def sum_segments(starts, rows, values, table):
     return out
 
 
-def by_feature(rows, features, values, n_features):
-    """The entries sorted by feature, stably: starts int64 [n + 1], rows, values."""
-    order = torch.argsort(features, stable=True)
-    starts = torch.zeros(n_features + 1, dtype=torch.int64, device=features.device)
-    starts[1:] = torch.bincount(features, minlength=n_features).cumsum(0)
+def by_feature(rows, features, values, n_features, orders=None):
+    """The entries sorted by feature, stably: starts int64 [n + 1], rows, values.
+
+    ``orders`` keeps the order found for these features, which encoder and decoder share.
+    """
+    orders = {} if orders is None else orders
+    key = (features.data_ptr(), len(features), n_features)
+    if key not in orders:  # the features are kept too: while they live nothing else has their address
+        ordered, order = torch.sort(features, stable=True)
+        ends = torch.arange(n_features + 1, dtype=features.dtype, device=features.device)
+        orders[key] = torch.searchsorted(ordered, ends), order, features
+    starts, order, _ = orders[key]
     return starts, rows[order].int(), values[order]
 
 
@@ -72,14 +77,22 @@ def decode(offsets, indices, values, weight):
     return sum_segments(offsets, indices, values, weight)
 
 
-def sample(offsets, indices, weight, grad):
-    """``out[e] = <weight[indices[e]], grad[row of e]>``."""
+def sample_rows(offsets, indices, weight, at, grad):
+    """``out[e] = <weight[indices[e]], grad[at[e]]>``."""
     out = weight.new_empty(len(indices))
-    if len(grad):
-        _dots[(len(grad),)](
-            offsets, indices, weight, grad, out, weight.shape[1], ENTRIES=ENTRIES, WIDTH=WIDTH
+    if len(offsets) > 1:
+        _dots[(len(offsets) - 1,)](
+            offsets, indices, weight, at, grad, out, weight.shape[1], ENTRIES=ENTRIES, WIDTH=WIDTH
         )
     return out
+
+
+def sample(offsets, indices, weight, grad):
+    """``out[e] = <weight[indices[e]], grad[row of e]>``."""
+    rows = torch.repeat_interleave(
+        torch.arange(len(grad), device=grad.device), offsets.diff(), output_size=len(indices)
+    )
+    return sample_rows(offsets, indices, weight, rows, grad)
 
 
 def sum_outer(rows, features, values, matrix, n_features):
