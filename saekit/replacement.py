@@ -20,6 +20,7 @@ from saekit.models import Model, load_model
 from saekit.types import Codes, SaekitError
 
 Values = Mapping[str, Tensor]  # by hook point
+Errors = Mapping[str, tuple[Tensor, Tensor]]
 
 
 class Replacement:
@@ -46,14 +47,14 @@ class Replacement:
     def spliced(
         self,
         mask: Bool[Tensor, "batch seq"] | None = None,
-        errors: Values | None = None,
+        errors: Errors | None = None,
         *,
         straight_through: list[Tensor] | None = None,
     ) -> Iterator[None]:
         """Within it, the model's forward passes go through the dictionaries.
 
-        ``mask``: the positions that are replaced (None: all); ``errors`` are added to what is written there (see
-        :meth:`errors`). With ``straight_through`` gradients pass each place as if nothing stood there (Bengio et al.
+        ``mask``: the positions that are replaced (None: all); ``errors``, of :meth:`errors`, are added to what is
+        written there. With ``straight_through`` gradients pass each place as if nothing stood there (Bengio et al.
         2013, 1308.3432), and the list gets for each the share of the original's variance that is left, differentiable
         in the dictionary's weights: for training on with dictionaries in place.
         """
@@ -73,12 +74,18 @@ class Replacement:
             yield
 
     @torch.no_grad()
-    def errors(self, activations: Values) -> dict[str, Tensor]:
-        """What each dictionary leaves of the original, from the original's activations at :attr:`points`."""
-        out: dict[str, Tensor] = {}
+    def errors(self, activations: Values) -> Errors:
+        """What each dictionary leaves of the original, from the original's activations at :attr:`points`.
+
+        For each place that is written the original ``y`` and what is made of it, ``hat``. Their difference is
+        added as ``y + (new - hat)``: where nothing else has changed ``new`` is ``hat`` and the original stays as it
+        is, to the bit. ``new + (y - hat)`` would round, and the next dictionary might choose another of two
+        features that nearly tie, which its error doesn't know.
+        """
+        out: dict[str, tuple[Tensor, Tensor]] = {}
         for d in self.dictionaries:
             hat = d(torch.cat([activations[p] for p in d.reads], -1)).split(d.wiring.parts_out, -1)
-            out |= {p: activations[p] - part for p, part in zip(d.writes, hat, strict=True)}
+            out |= {p: (activations[p], part) for p, part in zip(d.writes, hat, strict=True)}
         return out
 
 
@@ -141,7 +148,7 @@ class _Write:
 
     made: Callable[[], Tensor]
     mask: Tensor | None
-    error: Tensor | None
+    error: tuple[Tensor, Tensor] | None
     losses: list[Tensor] | None
 
     def __call__(self, y: Tensor) -> Tensor:
@@ -154,7 +161,8 @@ class _Write:
             self.losses.append(_left(y.detach(), new, self.mask))
             new = new + (y - y.detach())
         if self.error is not None:
-            new = new + self.error.to(new)
+            original, hat = (t.to(new) for t in self.error)
+            new = original + (new - hat)
         return new if self.mask is None else torch.where(self.mask.to(y.device)[..., None], new, y)
 
 
