@@ -212,13 +212,16 @@ def recovers_planted_features(make: Make, rows: Float[Tensor, "batch *seq column
     if d.wiring.kind == "sequences":  # of one position, where attention has no choice
         rows = rows[:, None]
     fresh = _prepared(make, rows)
-    _quietly(d, rows, 400, 256, lr=3e-3)
 
     def nearness(of: Dictionary) -> float:
         atoms = torch.nn.functional.normalize(of.norm_out.directions(of.W_dec.detach()), dim=-1)
         return (atoms @ truth.T).abs().amax(0).mean().item()
 
-    assert nearness(d) > nearness(fresh) + 0.05, f"{nearness(d):.3f} after, {nearness(fresh):.3f} before"
+    for _ in range(5):  # most need one round
+        _quietly(d, rows, 150, 256, lr=3e-3)
+        if nearness(d) > nearness(fresh) + 0.05:
+            return
+    raise AssertionError(f"{nearness(d):.3f} after training, {nearness(fresh):.3f} before")
 
 
 CONTRACT = {

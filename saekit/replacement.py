@@ -21,6 +21,7 @@ from saekit.types import Codes, SaekitError
 
 Values = Mapping[str, Tensor]  # by hook point
 Errors = Mapping[str, tuple[Tensor, Tensor]]
+Hooks = list[tuple[Site, Callable[[Tensor], Tensor | None]]]
 
 
 class Replacement:
@@ -36,12 +37,16 @@ class Replacement:
                 raise SaekitError(
                     "a dictionary doesn't name its hook points; set reads and writes, or train it on a store"
                 )
-        paths = [(self.model.site(p).path, self.model.site(p).side) for p in writes]
+        paths = [self._place(p) for p in writes]
         twice = next((p for p, path in zip(writes, paths, strict=True) if paths.count(path) > 1), None)
         if twice is not None:
             raise SaekitError(f"hook point {twice!r} is written by two dictionaries; leave one of them out")
         self.points = list(dict.fromkeys(p for d in self.dictionaries for p in (*d.reads, *d.writes)))
         self.writes = tuple(writes)
+
+    def _place(self, point: str) -> tuple[str, str]:
+        """Where a hook point is, whichever of its names it has."""
+        return self.model.site(point).path, self.model.site(point).side
 
     @contextmanager
     def spliced(
@@ -58,17 +63,21 @@ class Replacement:
         2013, 1308.3432), and the list gets for each the share of the original's variance that is left, differentiable
         in the dictionary's weights: for training on with dictionaries in place.
         """
-        hooks: list[tuple[Site, Callable[[Tensor], Tensor | None]]] = []
+        # where one dictionary reads what another writes, it has to read after that; its own place it reads before
+        own: Hooks = []
+        writes: Hooks = []
+        others: Hooks = []
         for d in self.dictionaries:
             stand = _ByLayers(d) if isinstance(d, CrossLayer) else _AtOnce(d)
+            written = [self._place(point) for point in d.writes]
             for at, point in enumerate(d.reads):
-                hooks.append(
-                    (self.model.site(point), partial(_read, stand, at, straight_through is not None))
-                )
+                read = partial(_read, stand, at, straight_through is not None)
+                (own if self._place(point) in written else others).append((self.model.site(point), read))
             for at, point in enumerate(d.writes):
                 error = None if errors is None else errors[point]
                 write = _Write(partial(stand.write, at), mask, error, straight_through)
-                hooks.append((self.model.site(point), write))
+                writes.append((self.model.site(point), write))
+        hooks = [*own, *writes, *others]
         looks_back = any(d.wiring.kind == "sequences" for d in self.dictionaries)
         with intervene(hooks), whole_sequences(self.model.module) if looks_back else nullcontext():
             yield

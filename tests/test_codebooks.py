@@ -91,3 +91,12 @@ def test_a_model_learns_to_live_with_them(replacement: Replacement) -> None:
     assert seen[-1]["ce"] < 0.7 * seen[0]["ce"] and len(seen) == 30
     with pytest.raises(SaekitError, match="steps = 0"):
         finetune(replacement, stream, 0)
+
+
+def test_a_stream_that_does_not_fit_is_refused(replacement: Replacement, small_store) -> None:
+    stream = saekit.harvest(replacement.model, ["some text " * 40], replacement.points[:1], context=32)
+    with pytest.raises(SaekitError, match=r"lacks 'blocks\.1\.mlp:out', a hook point of the replacement"):
+        finetune(replacement, stream, 1)
+    for given, name in ((small_store, "Store"), (str(small_store.path), "str")):
+        with pytest.raises(SaekitError, match=f"stream is of type {name}, .* give a live stream"):
+            finetune(replacement, given, 1)

@@ -9,6 +9,7 @@ from commandline import saekit as command
 import saekit
 from saekit.dictionaries import TrainState, calibrate, prune
 from saekit.types import Codes, SaekitError
+from saekit.verbs.places import _places
 
 LAYERS, D, D_OUT = 3, 10, 8
 
@@ -137,6 +138,42 @@ def test_bad_layers_are_refused(pairs: torch.Tensor) -> None:
     with pytest.raises(SaekitError, match="needs layers of one width"):
         wiring.shape([4, 5], [4, 4])
     assert wiring.sites(["blocks.0.mlp", "blocks.1.mlp"])[1] == ("blocks.0.mlp:out", "blocks.1.mlp:out")
+
+
+def test_layers_go_from_block_to_block(pairs: torch.Tensor) -> None:
+    """Found in any order they are put in order; given in another they are refused. Names may say nothing of it."""
+    d = make()
+
+    def modules(*layers: int, name: str = "blocks.{}.mlp") -> list[str]:
+        return [name.format(layer) for layer in layers]
+
+    def both(*layers: int) -> tuple[tuple[str, ...], ...]:
+        return tuple(tuple(f"{name}:{side}" for name in modules(*layers)) for side in ("in", "out"))
+
+    for found in (modules(10, 2, 9), [*both(10, 2, 9)[1], *both(9, 10, 2)[0]]):
+        assert d.wiring.sites(found) == both(2, 9, 10) == _places(d.wiring, None, None, found)[""]
+    assert d.wiring.sites(["b", "a"]) == (("b:in", "a:in"), ("b:out", "a:out"))
+    assert d.wiring.sites(["encoder.1", "decoder.0"])[0] == ("encoder.1:in", "decoder.0:in")
+    for reads, writes, words in (
+        ((1, 0, 2), (0, 1, 2), "blocks.1.mlp:in, .* are not in the order of their blocks"),
+        ((0, 1, 2), (0, 2, 1), "blocks.0.mlp:out, .* give blocks.0.mlp:out, blocks.1.mlp:out"),
+        ((0, 1, 2), (0, 1, 3), "layer 2 reads 'blocks.2.mlp:in' and writes 'blocks.3.mlp:out'"),
+    ):
+        d.reads, d.writes = both(*reads)[0], both(*writes)[1]
+        with pytest.raises(SaekitError, match=words):
+            saekit.train(d, pairs, steps=1, batch_size=8)
+    with pytest.raises(SaekitError, match=r"names 'blocks\.1\.mlp:in' before 'blocks\.0\.mlp:in'"):
+        _places(d.wiring, "blocks.1.mlp,blocks.0.mlp", None, [])
+
+
+def test_a_glob_that_skips_a_block_is_refused_and_a_list_may_skip() -> None:
+    wiring, known = make().wiring, [f"blocks.{i}.mlp:{side}" for i in (0, 1, 3) for side in ("in", "out")]
+    with pytest.raises(SaekitError, match=r"skips 'blocks\.2\.mlp'; harvest it, or name the layers"):
+        _places(wiring, None, "blocks.*.mlp", known)
+    reads, writes = _places(wiring, "blocks.0.mlp,blocks.1.mlp,blocks.3.mlp", None, known)[""]
+    assert (reads, writes) == (tuple(known[::2]), tuple(known[1::2]))
+    assert _places(wiring, None, "blocks.[01].mlp", known)[""][0] == tuple(known[:4:2])
+    assert _places(wiring, None, "?", ["b", "a"])[""][0] == ("b:in", "a:in")
 
 
 def test_one_command_trains_one_over_all_layers(tmp_path: Path) -> None:

@@ -115,6 +115,26 @@ def test_bad_sources_are_refused(rows: torch.Tensor) -> None:
         latent_scaling(make(), rows)
 
 
+def test_what_has_no_comparable_norms_is_not_compared(rows: torch.Tensor) -> None:
+    """Of sources in units of their own, folding makes the norms differ where the features don't."""
+    scaled = torch.cat([rows[:, :16], 100 * rows[:, 16:]], 1)
+    d = make(d_in=(16, 16))
+    saekit.train(d, scaled, steps=20, batch_size=256, lr=2e-3)
+    plain = make(d_in=(16, 16), normalise="none")
+    saekit.train(plain, scaled, steps=2, batch_size=256, lr=2e-3)
+    clt = saekit.create("clt", d_in=8, n_layers=2, n_features=64, k=4)
+    for fine in (d, plain):
+        assert norm_difference(fine).isfinite().all() and len(latent_scaling(fine, scaled)) == 2
+    for bad, words in (
+        (d.to_inference(), "as to_inference.. and calibrate.. leave it"),
+        (clt, "'cross_layer'"),
+    ):
+        with pytest.raises(SaekitError, match=words):
+            norm_difference(bad)
+        with pytest.raises(SaekitError, match=words):
+            latent_scaling(bad, scaled)
+
+
 @pytest.fixture(scope="module")
 def two_stores(tiny_gpt2, code_lm, tmp_path_factory) -> dict[str, Path]:
     """The same text by two models: code-lm, and a random one with its tokenizer."""

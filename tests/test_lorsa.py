@@ -284,3 +284,37 @@ def test_the_command_trains_one_for_every_attention_layer(tmp_path: Path) -> Non
     ):
         done = command(*train, *bad, "--out", str(tmp_path / "bad"))
         assert done.returncode == 2 and words in done.stderr and not (tmp_path / "bad").exists()
+
+
+def test_padding_before_text_is_refused_and_masked_text_is_not(layer, tmp_path: Path) -> None:
+    """A Lorsa looks at every position of a row from the first, so what comes before text has to be text."""
+    point, options = "blocks.1.attn", {"steps": 2, "batch_size": 4}
+    tokens = torch.randint(5, 90, (8, 12), generator=torch.Generator().manual_seed(0))
+    tokens[:, 0] = 0  # special: left out by the mask, and looked at
+    real = torch.ones_like(tokens)
+    for side, padding in (("right", slice(9, None)), ("left", slice(0, 3))):
+        real[:] = 1
+        real[5:, padding] = 0
+        given = {"input_ids": tokens, "attention_mask": real.clone()}
+        stream = saekit.harvest("code-lm", given, [f"{point}:in", f"{point}:out"])
+        store = saekit.harvest("code-lm", given, [f"{point}:in", f"{point}:out"], out=tmp_path / side)
+
+        def fresh() -> Dictionary:
+            return saekit.create("lorsa", attention=layer, n_features=64, k=4)
+
+        for source in (stream, store):
+            d = fresh()
+            if side == "right":
+                saekit.train(d, source, **options)
+                assert saekit.evaluate(d, "code-lm", given)["fvu"].n == 8 * 11 - 3 * 3
+            else:
+                with pytest.raises(SaekitError, match=r"padding before text \(row [567]\).*pad on the right"):
+                    saekit.train(d, source, **options)
+        if side == "left":
+            d = fresh()
+            d.reads, d.writes = (f"{point}:in",), (f"{point}:out",)
+            for dictionaries in (d, [d]):
+                with pytest.raises(SaekitError, match=r"padding before text \(row 5\)"):
+                    saekit.evaluate(dictionaries, "code-lm", given)
+            rows = saekit.create("transcoder", d_in=256, d_out=256, n_features=64, k=4)
+            saekit.train(rows, store, **options)  # rows stand by themselves

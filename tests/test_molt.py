@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import saekit
+from saekit.dictionaries.training import TrainState
 
 RANKS = (2, 3)
 
@@ -81,3 +82,23 @@ def test_no_tensor_has_an_entry_for_every_row_and_atom(training: bool) -> None:
         trainer.step(x) if training else d(x[:, :16])
     # weights and moments have n_atoms * 16 entries at most
     assert found.size < 600 * 1000, found.size
+
+
+def test_penalties_fall_on_the_size_of_a_map() -> None:
+    """``sum |z_i| ||U_i V_i||_F``, for atoms of any length and ranks that differ."""
+    d = saekit.create(
+        "molt", d_in=6, ranks=(1, 3), n_features=8, selection="relu", atoms="free", objective=("reconstruction", "l1"),
+        normalise="none",
+    )  # fmt: skip
+    with torch.no_grad():
+        d.atoms.weight.mul_(torch.rand(len(d.V), 1) + 0.5)
+    x = torch.randn(50, 6)
+    stops = d.ranks.cumsum(0).tolist()
+    maps = [
+        d.atoms.rows()[stop - r : stop].T @ d.V[stop - r : stop]
+        for stop, r in zip(stops, d.ranks.tolist(), strict=True)
+    ]
+    norms = torch.stack([torch.linalg.matrix_norm(m) for m in maps])
+    expected = (d.encode(x).to_dense() * norms).sum(1).mean()
+    term = d.loss(torch.cat([x, x], 1), TrainState(step=10, steps=10)).terms["l1"]
+    torch.testing.assert_close(term, expected, rtol=1e-4, atol=1e-5)

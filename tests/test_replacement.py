@@ -1,6 +1,7 @@
 """Dictionaries spliced into a model all at once: what is exact stays the model's, error terms restore what isn't."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -77,6 +78,20 @@ def test_error_terms_restore_the_model(model: Model, tokens: torch.Tensor) -> No
     whole, own = Replacement(model, fresh(model)), logits(model, tokens)
     with whole.spliced(errors=whole.errors(activations(model, tokens, whole.points))):
         assert torch.equal(logits(model, tokens), own)
+
+
+def test_the_order_of_the_dictionaries_is_nothing(model: Model, tokens: torch.Tensor) -> None:
+    """Where one reads what another writes it reads the replaced model, whichever is named first."""
+    point = "blocks.1.hook_resid_post"
+    first: Any = saekit.create("topk", d_in=256, n_features=64, k=4, seed=1)
+    first.reads = first.writes = (point,)
+    second: Any = saekit.create("transcoder", d_in=256, n_features=64, k=4, seed=2)
+    second.reads, second.writes = (point,), ("blocks.2.mlp:out",)
+    found = []
+    for order in ([first, second], [second, first]):
+        with Replacement(model, order).spliced():
+            found.append(logits(model, tokens))
+    assert torch.equal(*found)
 
 
 def test_masked_positions_are_left_alone(model: Model, tokens: torch.Tensor) -> None:

@@ -1,5 +1,6 @@
 """Dictionaries made from dictionaries or from weights: calibration, pruning, merging, warm starts."""
 
+import inspect
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,11 @@ def trained(name: str, rows: torch.Tensor, **options) -> saekit.Dictionary:
 
 @pytest.mark.parametrize(
     "name",
-    [n for n in PRESETS if n not in ("abstopk", "omp", "switch", "clt", "lorsa", "random", "random_omp")],
+    [
+        n
+        for n in PRESETS
+        if n not in ("abstopk", "omp", "switch", "codebook", "clt", "lorsa", "random", "random_omp")
+    ],
 )
 def test_calibration_gives_the_wanted_l0_exactly(name: str, rows: torch.Tensor) -> None:
     d = make(name)
@@ -51,6 +56,8 @@ def test_calibration_of_a_topk_keeps_its_values(rows: torch.Tensor) -> None:
             calibrate(d, rows, bad)
     with pytest.raises(SaekitError, match="its codes have signs"):
         calibrate(make("abstopk"), rows, 4)
+    with pytest.raises(SaekitError, match="'codebook' can't be calibrated: its codes are 1"):
+        calibrate(make("codebook"), rows, 4)
 
 
 @pytest.mark.parametrize(
@@ -91,6 +98,48 @@ def test_duplicates_are_mapped_onto_the_first(rows: torch.Tensor) -> None:
     assert small.n_features == 126 and remap[9] == remap[40] == remap[2] == 2 and remap.min() == 0
     with pytest.raises(SaekitError, match="groups of equal size"):
         prune(make("groupmax"), torch.ones(128, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("name", ["relu", "jumprelu", "gated", "batchtopk", "topk"])
+def test_duplicates_fire_together_where_features_decide_by_themselves(name: str) -> None:
+    """Copies of twice and half the size are found; with another threshold, or a bias for it, they are no copies."""
+    d = make(name, atoms="free")
+    with torch.no_grad():
+        d.b_enc[2] = -0.6 if name in ("relu", "gated") else 0.2
+        if name in ("jumprelu", "batchtopk"):
+            d.selection.threshold.fill_(0.5)
+        for i, size in ((9, 2.0), (40, 0.5)):
+            d.encoder[i], d.b_enc[i] = size * d.encoder[2], size * d.b_enc[2]
+            d.atoms.weight[i] = d.atoms.weight[2] / size
+            if name == "jumprelu":
+                d.selection.threshold[i] = size * d.selection.threshold[2]
+            if name == "batchtopk":  # one threshold for all
+                d.b_enc[i] = 0.5 - size * (0.5 - d.b_enc[2])
+        assert duplicates(d)[[2, 9, 40]].tolist() == [2, 2, 2]
+        d.b_enc[9] -= 0.3
+        if name == "jumprelu":
+            d.selection.threshold[40] += 0.3
+    rivals = name == "topk"  # rank decides, whatever the bias
+    assert duplicates(d)[[2, 9]].tolist() == ([2, 2] if rivals else [2, 9])
+    assert duplicates(d)[40] == (40 if name == "jumprelu" else 2)
+
+
+def test_pruning_refuses_what_names_no_features() -> None:
+    d, all_of = make("relu"), torch.ones(128, dtype=torch.bool)
+    onto = torch.arange(128)
+    unchecked = inspect.unwrap(prune)  # as users call it: the tests' checker of types would be first
+    for keep, onto_, words in (
+        ([True] * 128, None, "keep is of type list; give a tensor of 128 bools"),
+        (torch.ones(128), None, "keep is torch.float32 of shape"),
+        (all_of[:5], None, "give one bool for each of n_features = 128"),
+        (all_of, onto + 1, r"onto holds 1..128; its indices must lie in 0..127"),
+        (all_of, onto - 1, r"onto holds -1..126; its indices must lie in 0..127"),
+        (all_of, onto[:5], r"onto is torch.int64 of shape \(5,\); give one index"),
+        (all_of, onto / 2, "onto is torch.float32 of shape"),
+        (all_of, [0] * 128, "onto is list; give one index for each of n_features = 128"),
+    ):
+        with pytest.raises(SaekitError, match=words):
+            unchecked(d, keep, onto_)
 
 
 @pytest.mark.parametrize("name", ["relu", "jumprelu", "gated", "batchtopk"])

@@ -10,6 +10,7 @@ from commandline import saekit as run
 import saekit
 from saekit.dictionaries import from_weights, warm_start
 from saekit.types import ActivationBatch, SaekitError
+from saekit.verbs.places import _places
 
 
 @pytest.fixture
@@ -102,6 +103,21 @@ def test_mismatched_pairs_are_named(mlp) -> None:
         make(atoms="tied")
     with pytest.raises(SaekitError, match="hook point to read and one to write"):
         make().wiring.sites(["a", "b", "c"])
+
+
+def test_what_a_module_reads_comes_before_what_it_writes(mlp) -> None:
+    """Found in any order it is put in order; given backwards it is refused."""
+    _, x, y = mlp
+    d = make()
+    for found in (["m:out", "m:in"], ["m:in", "m:out"], ["m"]):
+        assert d.wiring.sites(found) == (("m:in",), ("m:out",))
+    assert d.wiring.sites(["m:out", "n:in"]) == (("m:out",), ("n:in",))
+    d.reads, d.writes = ("m:out",), ("m:in",)
+    with pytest.raises(SaekitError, match=r"'m:out' is read and 'm:in' written, .*; swap them"):
+        saekit.train(d, (x, y), steps=1, batch_size=8)
+    with pytest.raises(SaekitError, match=r"names 'm:out' before 'm:in', .*; swap them"):
+        _places(d.wiring, "m:out,m:in", None, [])
+    assert _places(d.wiring, None, None, ["m:out", "m:in"]) == {"": (("m:in",), ("m:out",))}
 
 
 def test_one_stream_trains_a_transcoder_for_every_mlp(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from saekit.harvest import ContinuedSource
 from saekit.report.sweep import rows as rows_of
 from saekit.testbed.forest import Forest, ForestConfig
 from saekit.trainers import Run, checkpoint
+from saekit.trainers.job import Job
 from saekit.types import SaekitError
 from saekit.verbs.evaluate import _trained_control
 
@@ -74,6 +75,22 @@ def test_one_failure_leaves_the_others_alone(rows: torch.Tensor, tmp_path: Path)
     assert not runs["bad"].finished and "smaller lr" in runs["bad"].error
     assert not (tmp_path / "bad" / "config.json").exists()  # free for another try
     assert (tmp_path / "good" / "dictionary.safetensors").exists()
+
+
+def test_a_failure_of_any_kind_ends_its_run_alone(
+    rows: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Job.step
+
+    def failing(job: Job, *args) -> None:
+        if job.name == "bad" and job.trainer.step_number == 3:
+            raise KeyError("x")
+        step(job, *args)
+
+    monkeypatch.setattr(Job, "step", failing)
+    runs = saekit.train_many({"bad": make("topk"), "good": make("topk")}, rows, 6, 200, lr=1e-3)
+    assert runs["good"].finished and runs["good"].error is None and runs["good"].steps == 6
+    assert not runs["bad"].finished and runs["bad"].error == "KeyError: 'x'" and runs["bad"].steps == 3
 
 
 def test_runs_that_were_interrupted_at_different_steps_go_on(rows: torch.Tensor, tmp_path: Path) -> None:
@@ -171,6 +188,36 @@ def test_whitening_gives_unit_covariance_and_folds(rows: torch.Tensor) -> None:
     white = d.norm_in(rows)
     torch.testing.assert_close(torch.cov(white.T), torch.eye(32), atol=2e-2, rtol=0)
     torch.testing.assert_close(d.norm_in.invert(white), rows, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("start", ["identity", "random"])
+def test_archetypal_mixtures_learn_from_either_start(rows: torch.Tensor, start: str) -> None:
+    d = saekit.create("archetypal", d_in=32, n_features=48, k=4, start=start)
+    d.prepare(rows)
+    before = d.W_dec.detach().clone()
+    saekit.train(d, rows, steps=60, batch_size=256, lr=3e-3)
+    moved = torch.nn.functional.cosine_similarity(d.W_dec, before, dim=1)
+    assert (moved < 0.999).float().mean() > 0.2  # of those that fire
+
+
+def test_dictionaries_drawn_to_each_other_need_starts_of_their_own(rows: torch.Tensor) -> None:
+    def make(seed: int) -> saekit.Dictionary:
+        return saekit.create(
+            "topk", d_in=32, n_features=48, k=4, objective=("reconstruction", "mutual"), seed=seed
+        )
+
+    with pytest.warns(UserWarning, match="there is one, so the term does nothing"):
+        saekit.train(make(0), rows, steps=2, batch_size=64)
+    with pytest.warns(UserWarning, match="one start for all, so"):
+        saekit.train_many({"a": make(0), "b": make(0)}, rows, steps=2, batch_size=64)
+    assert saekit.train_many({"a": make(0), "b": make(1)}, rows, steps=2, batch_size=64)["a"].finished
+
+
+@pytest.mark.parametrize("name", ["topk", "batchtopk"])
+def test_more_features_than_are_positive_are_warned_of(rows: torch.Tensor, name: str) -> None:
+    d = saekit.create(name, d_in=32, n_features=40, k=38)
+    with pytest.warns(UserWarning, match="k = 38 was asked for"):
+        saekit.train(d, rows, steps=5, batch_size=256)
 
 
 def test_archetypal_atoms_stay_in_the_hull(rows: torch.Tensor) -> None:
@@ -425,3 +472,21 @@ def test_a_change_of_p_leaves_the_penalty_as_it_was(options: dict, rows: torch.T
     assert d.loss(rows, state).terms["p_annealed"].item() == pytest.approx(
         loss.terms["p_annealed"].item(), rel=5e-3
     )
+
+
+def test_dictionaries_trained_together_take_their_beginnings_from_one_pass() -> None:
+    drawn = []
+
+    def draw(rows: int, step: int, seed: int) -> torch.Tensor:
+        drawn.append(step)
+        return torch.randn(rows, 16, generator=torch.Generator().manual_seed(step))
+
+    def count(names: list[str]) -> int:
+        drawn.clear()
+        made = {
+            name: saekit.create("jumprelu", d_in=16, n_features=32, seed=i) for i, name in enumerate(names)
+        }
+        saekit.train_many(made, DrawnSource(draw, 16, "noise"), steps=1, batch_size=4096)
+        return len(drawn)
+
+    assert count(["a", "b", "c"]) == count(["a"])

@@ -1,6 +1,7 @@
 """A model trained on with dictionaries in place: both learn what the model loses through them (2310.17230)."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from saekit.types import ActivationBatch, SaekitError
 
 def finetune(
     replacement: Replacement,
-    stream: Stream,
+    stream: Any,
     steps: int,
     *,
     batch_size: int = 16,
@@ -26,7 +27,8 @@ def finetune(
 ) -> None:
     """Train a language model and the dictionaries in it on next tokens, both in place.
 
-    ``batch_size`` counts sequences of the stream's text. The loss is the cross-entropy of the replaced model, in nats
+    ``stream`` is what :func:`saekit.harvest.harvest` gives without ``out``: the model runs as it changes, so a store
+    doesn't do. ``batch_size`` counts sequences of the stream's text. The loss is the cross-entropy of the replaced model, in nats
     per token, and ``reconstruction`` times the share of the variance that each dictionary leaves. AdamW, with the rates (``lr`` of the
     model, ``dictionary_lr`` of normalised space) up over the first ``warmup`` share and down to 0 by a cosine. Codes
     that carry no gradient let it through to the model as if nothing had been replaced (straight-through).
@@ -36,6 +38,7 @@ def finetune(
         raise SaekitError(f"model {model.name!r} predicts no tokens, so there is nothing to train it on")
     if steps < 1:
         raise SaekitError(f"steps = {steps} must be at least 1")
+    _check_stream(replacement, stream)
     source = SequenceSource(stream)
     batches = source.batches((), batch_size, seed)
     _prepare(dictionaries, next(source.batches(stream.hook_points, batch_size, seed)))
@@ -64,6 +67,20 @@ def finetune(
             d.after_step()
         if on_step is not None:
             on_step(step, {"ce": ce.item(), "reconstruction": fit.item()})
+
+
+def _check_stream(replacement: Replacement, stream: Any) -> None:
+    """Raise unless the model can be run on its text, and fresh dictionaries find there what they read and write."""
+    if not isinstance(stream, Stream):
+        raise SaekitError(
+            f"stream is of type {type(stream).__name__}, and the model changes while it is trained; give a live stream, harvest() without out"
+        )
+    fresh = [point for d in replacement.dictionaries if not d.prepared for point in d.points]
+    missing = [point for point in fresh if point not in stream.hook_points]
+    if missing:
+        raise SaekitError(
+            f"stream lacks {missing[0]!r}, a hook point of the replacement; harvest(model, text, replacement.points) has them all"
+        )
 
 
 def _prepare(dictionaries: Sequence[Dictionary], batch: ActivationBatch) -> None:

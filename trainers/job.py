@@ -3,13 +3,14 @@
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,6 +29,8 @@ from saekit.trainers.trainer import Trainer
 from saekit.types import ActivationBatch, SaekitError
 
 NORMALISATION_ROWS = 1 << 15
+# of the rows that a dictionary is prepared with, and of those that are held for all that are trained together
+BEGINNING_BYTES = 1 << 29
 OVERFLOWS = 1e15  # of a weight; a thousand of them make a row that kernels refuse
 
 
@@ -41,6 +44,22 @@ class Run:
     finished: bool
     metrics: dict[str, float]
     error: str | None = None  # why it ended early, when others trained beside it went on
+
+
+# selections of the k largest, of which only positive ones are active
+RANKED = ("topk", "batchtopk", "groupmax")
+
+
+def _short_of_k(d: Dictionary, record: Mapping[str, Any]) -> str | None:
+    """What to say where fewer features are active than were asked for, or None."""
+    name, config = d.config.selection
+    wanted = config.k if name in RANKED else 0
+    if record.get("l0", wanted) >= 0.9 * wanted:
+        return None
+    return (
+        f"L0 is {record['l0']:.1f} and k = {wanted} was asked for: no more pre-activations of a row are positive; "
+        "choose a smaller k, or more features"
+    )
 
 
 @dataclass
@@ -93,7 +112,7 @@ class Job:
         """Whether every step has been taken."""
         return self.trainer.step_number == self.config.steps
 
-    def open(self, source: Source) -> None:
+    def open(self, beginning: "Beginning") -> None:
         """Make or take up the run folder; set what depends on the data."""
         if self.path is not None:
             _prepare(self.path, self.settings, self.trainer)
@@ -101,21 +120,15 @@ class Job:
         d = self.trainer.dictionary
         if not d.prepared:
             if not d.normalised:
-                d.set_normalisation(self._sample(source))
+                d.set_normalisation(beginning.of(self))
             if self.config.init is not None or d.needs_data:
-                batch = d.gather(list(self._sample(source)))
+                batch = d.gather(list(beginning.of(self)))
                 if self.config.init is not None:
                     initialise(d, self.config.init, batch)
                 if not d.prepared:
                     d.prepare(batch)
             d.prepared.fill_(True)
         self.began = (time.perf_counter(), self.trainer.step_number)
-
-    def _sample(self, source: Source) -> Iterator[Any]:
-        """The first batches of the run, about as many rows as a normalisation needs."""
-        batches = source.batches(self.points, self.config.batch_size, self.config.seed)
-        have = (source.n_rows or NORMALISATION_ROWS) * self.rows // self.config.batch_size
-        return islice(batches, max(1, -(-min(NORMALISATION_ROWS, have) // self.rows)))
 
     def rewind(self, step: int) -> None:
         """Go back to the checkpoint of a step, for a run that others beside it look at."""
@@ -199,14 +212,17 @@ class Job:
         }
         if self.finished:
             steered = (getattr(term, "coefficient", term) for term in d.terms.values())
-            for missed in filter(None, (part.missed() for part in steered if hasattr(part, "missed"))):
+            misses = [part.missed() for part in steered if hasattr(part, "missed")]
+            for missed in filter(None, [*misses, _short_of_k(d, self.record)]):
                 warnings.warn(f"{self.name + ': ' if self.name else ''}{missed}", stacklevel=4)
             if self.path is not None:
                 native.save(d, self.path)
 
     def result(self) -> Run:
         """How it ended."""
-        why = None if self.error is None else str(self.error)
+        error, why = self.error, None
+        if error is not None:  # the text of a KeyError is a bare key
+            why = str(error) if isinstance(error, SaekitError) else f"{type(error).__name__}: {error}"
         return Run(
             self.trainer.dictionary,
             self.path,
@@ -291,3 +307,45 @@ def _prepare(path: Path, settings: dict[str, Any], trainer: Trainer) -> None:
 def _diverged(dictionary: Dictionary) -> bool:
     """Whether a weight is NaN or so large that its products overflow."""
     return any(not p.detach().abs().max() < OVERFLOWS for p in dictionary.parameters())
+
+
+class Beginning:
+    """The first batches of a stream, which normalisations and starts are taken from.
+
+    Dictionaries trained together take them from one pass, whose batches are held where they fit into
+    BEGINNING_BYTES; each gets the rows that it would get alone.
+    """
+
+    def __init__(self, source: Source, jobs: Sequence[Job]):
+        self.source = source
+        self.points = tuple(dict.fromkeys(point for job in jobs for point in job.points))
+        self.held: list[Any] = []
+        self.stream: Iterator[Any] | None = None
+
+    def of(self, job: Job) -> Iterator[Any]:
+        """The batches that a job is prepared with: about NORMALISATION_ROWS rows, fewer where they are very wide."""
+        of_row = 4 * sum(self.source.width(point) for point in job.points)
+        most = min(NORMALISATION_ROWS, BEGINNING_BYTES // of_row)
+        have = (self.source.n_rows or NORMALISATION_ROWS) * job.rows // job.config.batch_size
+        n = max(1, -(-min(most, have) // job.rows))
+        of_all = 4 * sum(self.source.width(point) for point in self.points)
+        given = job.config.batch_size, job.config.seed
+        if n * job.rows * of_all > BEGINNING_BYTES:
+            return islice(self.source.batches(job.points, *given), n)
+        if self.stream is None:
+            self.stream = iter(self.source.batches(self.points, *given))
+        self.held += islice(self.stream, max(0, n - len(self.held)))
+        part = columns_of(self.source, self.points, job.points)
+        return (
+            batch if part is None or not isinstance(batch, Tensor) else batch[:, part]
+            for batch in self.held[:n]
+        )
+
+
+def columns_of(source: Source, points: Sequence[str], mine: Sequence[str]) -> Tensor | None:
+    """The columns of some hook points in rows of more of them; None where they are all, in the same order."""
+    if tuple(points) == tuple(mine):
+        return None
+    widths = [source.width(point) for point in points]
+    starts = dict(zip(points, np.cumsum([0, *widths]).tolist(), strict=False))
+    return torch.cat([torch.arange(starts[p], starts[p] + source.width(p)) for p in mine])

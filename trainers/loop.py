@@ -1,6 +1,7 @@
 """The one training loop: dictionaries of any kinds, fed step by step from one stream of activations."""
 
 import signal
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -16,7 +17,7 @@ from saekit.dictionaries import Dictionary
 from saekit.harvest import SequenceSource, SideBySide, StoredSequences, Stream, StreamSource
 from saekit.registry import nearest
 from saekit.trainers.config import TrainConfig
-from saekit.trainers.job import Job, Run
+from saekit.trainers.job import Beginning, Job, Run, columns_of
 from saekit.types import SaekitError
 
 
@@ -174,15 +175,18 @@ def _attempt(job: Job, action: Callable[[], None]) -> None:
     """Do a part of a job's work; its failure ends this job alone."""
     try:
         action()
-    except (SaekitError, OSError, ValueError, RuntimeError, ArithmeticError) as error:
+    except Exception as error:  # whatever a plug-in raises
         job.fail(error)
 
 
 def _run(jobs: Sequence[Job], source: Source) -> None:
     """Open every job, feed them all from one stream, close them."""
+    _check_peers([job.trainer.dictionary for job in jobs if job.looks_at_others])
     try:
+        beginning = Beginning(source, jobs)
         for job in jobs:
-            _attempt(job, partial(job.open, source))
+            _attempt(job, partial(job.open, beginning))
+        del beginning  # and what it holds
         if any(job.looks_at_others for job in jobs):
             _together(jobs)
         _loop(jobs, source)
@@ -197,7 +201,7 @@ def _loop(jobs: Sequence[Job], source: Source) -> None:
         return
     first, config = min(job.trainer.step_number for job in running), running[0].config
     points = tuple(dict.fromkeys(point for job in running for point in job.points))
-    own = {job.name: _columns(source, points, job.points) for job in running}
+    own = {job.name: columns_of(source, points, job.points) for job in running}
     batches = source.batches(points, config.batch_size, config.seed, first)
     with _interruptible() as stopped:
         for step in range(first, config.steps):
@@ -217,6 +221,20 @@ def _loop(jobs: Sequence[Job], source: Source) -> None:
                 return
 
 
+def _check_peers(dictionaries: Sequence[Dictionary]) -> None:
+    """Warn unless dictionaries that are drawn to each other can be told apart: from one start they stay one."""
+    if not dictionaries:
+        return
+    with torch.no_grad():
+        first, *others = (d.atoms.rows() for d in dictionaries)
+    if all(torch.equal(first, other) for other in others):
+        warnings.warn(
+            f"objective 'mutual' draws dictionaries trained together to each other, and there is {'one' if not others else 'one start for all'}, "
+            "so the term does nothing; train several that begin at seeds of their own (train_many, or --sweep seed=0,1)",
+            stacklevel=4,
+        )
+
+
 def _together(jobs: Sequence[Job]) -> None:
     """Bring runs that were interrupted between each other's checkpoints to one step: a peer must not be ahead."""
     alive = [job for job in jobs if job.error is None]
@@ -224,15 +242,6 @@ def _together(jobs: Sequence[Job]) -> None:
     for job in alive:
         if job.trainer.step_number > least:
             _attempt(job, partial(job.rewind, least))
-
-
-def _columns(source: Source, points: Sequence[str], mine: Sequence[str]) -> Tensor | None:
-    """The columns of some hook points in rows of more of them; None where they are all, in the same order."""
-    if tuple(points) == tuple(mine):
-        return None
-    widths = [source.width(point) for point in points]
-    starts = dict(zip(points, np.cumsum([0, *widths]).tolist(), strict=False))
-    return torch.cat([torch.arange(starts[p], starts[p] + source.width(p)) for p in mine])
 
 
 def _peers(jobs: Sequence[Job]) -> dict[str, tuple[Tensor, ...]]:

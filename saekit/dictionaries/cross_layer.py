@@ -227,11 +227,15 @@ def _part(config: Config, layer: int) -> Config:
 
     def share(choice: tuple[str, Any]) -> tuple[str, Any]:
         name, settings = choice
-        changes = {
+        changes: dict[str, Any] = {
             key: _share(key, getattr(settings, key), w.n_layers, name in OBJECTIVES)
             for key in ("k", "k_start", "k_aux", "k_inference")
             if getattr(settings, key, None) is not None
         }
+        for key in ("prefixes", "budgets"):
+            if getattr(settings, key, None) is not None:
+                totals = getattr(settings, key)
+                changes[key] = tuple(_share(key, total, w.n_layers, False) for total in totals)
         return name, dataclasses.replace(settings, **changes)
 
     return Config(

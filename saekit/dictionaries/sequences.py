@@ -80,6 +80,7 @@ class Sequences(Rows):
         parts, masks = [], []
         for batch in batches:
             if isinstance(batch, ActivationBatch):
+                check_padding(batch)
                 points = self.points if self.reads else list(batch.activations)
                 part, mask = torch.cat([batch.activations[p] for p in points], -1), batch.mask
             else:
@@ -170,6 +171,7 @@ class Sequences(Rows):
 
     def codes_of(self, batch: ActivationBatch, points: Sequence[str] | None = None) -> Codes:
         """Codes of the unmasked positions, read at ``points``; every position is looked at."""
+        check_padding(batch)
         x = torch.cat([batch.activations[point] for point in points or self.reads], -1).to(self.device)
         chosen = self._some(self.read(x), batch.mask.to(self.device))
         return self.selection(chosen, self._encoder_rows(), self.b_enc)
@@ -216,6 +218,22 @@ class Sequences(Rows):
         values = torch.einsum("bsi,fi->bfs", x, weight) + bias[:, None]
         heads = features // (self.n_features // self.n_qk)
         return self.wiring.patterns(x)[:, heads] * values[:, :, None]
+
+
+def check_padding(batch: ActivationBatch) -> None:
+    """Raise where padding (of no document, by the attention mask) comes before text: features would look at it.
+
+    What ``mask`` alone leaves out, as a BOS or a role of a chat, is text: the model looks at it, and so do they.
+    """
+    if batch.documents is None:
+        return
+    real = batch.documents >= 0
+    late = (real[:, 1:] & ~real[:, :-1]).any(1)
+    if late.any():
+        row = int(batch.documents[late].max(1).values.min())
+        raise SaekitError(
+            f"attention_mask has padding before text (row {row}), which features that look back would look at; pad on the right"
+        )
 
 
 REFUSED = {

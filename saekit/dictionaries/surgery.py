@@ -11,7 +11,7 @@ from torch import Tensor
 from saekit.dictionaries.config import CHOICES, Config, configure
 from saekit.dictionaries.dictionary import Dictionary
 from saekit.dictionaries.kinds import build
-from saekit.dictionaries.rows import as_rows
+from saekit.dictionaries.rows import Rows, as_rows
 from saekit.dictionaries.selection import SELECTIONS
 from saekit.kernels import threshold_encode
 from saekit.registry import nearest
@@ -21,7 +21,9 @@ NOT_THRESHOLDS = {
     "abstopk": "its codes have signs, and a threshold lets none below 0 through",
     "omp": "its codes have signs, and a threshold lets none below 0 through",
     "switch": "its codes depend on the router too",
+    "codebook": "its codes are 1, and a threshold's are the pre-activations",
 }
+NEAR = 0.05  # relative difference of the offsets at which two features still fire together
 GROUPED = {"groupmax": "groups", "switch": "experts"}  # of equal size, which dropping features breaks
 
 
@@ -98,19 +100,39 @@ def calibrate(dictionary: Dictionary, rows: Float[Tensor, "batch *seq d_in"], k:
 
 @torch.no_grad()
 def duplicates(dictionary: Dictionary, cosine: float = 0.99) -> Int[Tensor, " feature"]:
-    """For every feature the first one whose atom and encoder both have at least this cosine with its own; itself
-    where there is none before it."""
-    as_rows(dictionary, "duplicates()")
+    """For every feature the first one that it copies; itself where there is none before it.
+
+    A copy's atom and encoder both have at least this cosine with the other's. Where each feature decides by
+    itself at inference, the two also fire together: how far along its encoder's direction a row must lie for a
+    feature to fire, ``(threshold - bias) / ||encoder||``, differs by at most 5 % of the larger. Copies of
+    another size have the same offset.
+    """
+    dictionary = as_rows(dictionary, "duplicates()")
     if not -1 <= cosine <= 1:
         raise SaekitError(f"cosine = {cosine} must lie in -1..1; 0.99 finds near copies")
     sides = [torch.nn.functional.normalize(w, dim=-1) for w in (dictionary.W_dec, dictionary.W_enc.T)]
+    offsets = _offsets(dictionary)
     first = torch.arange(dictionary.n_features, device=dictionary.device)
     for start in range(0, len(first), 1024):
         block = slice(start, start + 1024)
         alike = torch.stack([side[block] @ side.T for side in sides]).amin(0) >= cosine
+        mine, theirs = offsets[block, None], offsets[None]
+        larger = torch.maximum(mine.abs(), theirs.abs())
+        alike &= (mine - theirs).abs() <= NEAR * larger + 1e-6  # by which 0 is rounded
         alike |= torch.eye(len(first), dtype=torch.bool, device=first.device)[block]
         first[block] = alike.int().argmax(1)
     return first[first[first]]  # a chain of two ends at its head
+
+
+def _offsets(dictionary: Rows) -> Float[Tensor, " feature"]:
+    """Where along its encoder's direction each feature begins to fire; 0 for all where features compete."""
+    weight, bias = dictionary.W_enc.T, dictionary.b_enc
+    if not getattr(dictionary.selection, "elementwise", False):
+        return torch.zeros_like(bias)
+    threshold = torch.zeros_like(bias)
+    if hasattr(dictionary.selection, "thresholds"):
+        weight, bias, threshold = dictionary.selection.thresholds(weight, bias)
+    return (threshold - bias) / torch.linalg.vector_norm(weight, dim=1).clamp(min=1e-12)
 
 
 @torch.no_grad()
@@ -126,7 +148,9 @@ def prune(
     dropped feature was active.
     """
     as_rows(dictionary, "prune()")
-    n_old, n_new = dictionary.n_features, int(keep.sum())
+    n_old = dictionary.n_features
+    if not isinstance(keep, Tensor):
+        raise SaekitError(f"keep is of type {type(keep).__name__}; give a tensor of {n_old} bools")
     if keep.dtype != torch.bool or keep.shape != (n_old,):
         raise SaekitError(
             f"keep is {keep.dtype} of shape {tuple(keep.shape)}; give one bool for each of n_features = {n_old}"
@@ -134,8 +158,11 @@ def prune(
     name = dictionary.config.selection[0]
     if name in GROUPED:
         raise SaekitError(f"selection {name!r} has {GROUPED[name]} of equal size, which pruning would break")
+    n_new = int(keep.sum())
     if n_new == 0:
         raise SaekitError("keep holds no feature; a dictionary needs one")
+    if onto is not None:
+        _check_onto(onto, n_old)
     remap = torch.full((n_old,), -1, device=keep.device)
     remap[keep] = torch.arange(n_new, device=keep.device)
     if onto is not None:
@@ -147,6 +174,19 @@ def prune(
         state[key] = value if fits else value[keep]
     new.load_state_dict(state)
     return _described(new, dictionary), remap
+
+
+def _check_onto(onto: Any, n: int) -> None:
+    """Raise unless it names a feature for each feature."""
+    if not isinstance(onto, Tensor) or onto.dtype not in (torch.int32, torch.int64) or onto.shape != (n,):
+        given = (
+            f"{onto.dtype} of shape {tuple(onto.shape)}" if isinstance(onto, Tensor) else type(onto).__name__
+        )
+        raise SaekitError(f"onto is {given}; give one index for each of n_features = {n}")
+    if not 0 <= onto.min() <= onto.max() < n:
+        raise SaekitError(
+            f"onto holds {int(onto.min())}..{int(onto.max())}; its indices must lie in 0..{n - 1}, as duplicates() gives them"
+        )
 
 
 @torch.no_grad()
@@ -167,7 +207,8 @@ def merge(
             f"selection {name!r} lets copies compete, so they can't be added up; calibrate() it first, or prune()"
         )
     n = dictionary.n_features
-    if onto.shape != (n,) or not 0 <= onto.min() <= onto.max() < n or not torch.equal(onto[onto], onto):
+    _check_onto(onto, n)
+    if not torch.equal(onto[onto], onto):
         raise SaekitError("onto must name for each feature one that stays: onto[onto] = onto")
     d = dictionary.to_inference()
     assert d.encoder is not None  # of its own

@@ -47,7 +47,8 @@ class Selected:
 
     ``dead``: codes of the dead features with the largest pre-activations (AuxK). ``on``:
     ``1[u > threshold]`` of every entry of the codes, differentiable in the threshold (JumpReLU).
-    ``gate``: what penalties fall on instead of the codes: ReLU of the gate's pre-activations (gated), sizes of maps. ``routes``: probability of each expert
+    ``gate``: what penalties fall on instead of the codes: ReLU of the gate's pre-activations (gated), codes of maps (MOLT). ``lengths``: norms of what
+    features write, where not those of their atoms. ``routes``: probability of each expert
     (switch).
     """
 
@@ -56,6 +57,7 @@ class Selected:
     on: Float[Tensor, " nnz"] | None = None
     gate: Codes | None = None
     routes: Float[Tensor, "rows expert"] | None = None
+    lengths: Float[Tensor, " feature"] | None = None
 
 
 @dataclass
@@ -105,7 +107,9 @@ class Forward:
 
         Where several sources are written, the norms in them are added up: ``|z| * sum_s ||d_s||``.
         """
-        values = codes.values.abs()
+        values, lengths = codes.values.abs(), self.selected.lengths
+        if lengths is not None:
+            return values * lengths[codes.indices.long()]
         if self.unit and len(self.parts) < 2:
             return values
         parts = self.atoms.split(self.parts, 1) if self.parts else (self.atoms,)

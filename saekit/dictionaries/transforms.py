@@ -62,13 +62,28 @@ class Transforms(Rows):
         self, x: Float[Tensor, "batch d_in"], y: Float[Tensor, "batch d_out"], selected: Selected,
         state: TrainState, passed: Tensor | None = None,
     ) -> tuple[dict[str, Tensor], Forward]:  # fmt: skip
-        """The terms of the objective; penalties fall on ``|z_i|`` times the norm of a map of unit vectors, sqrt(r)."""
+        """The terms of the objective; penalties fall on ``|z_i| ||U_i V_i||_F``, the size of what a feature does."""
         dead = None if selected.dead is None else self.expanded(selected.dead, x)
-        sizes = selected.codes.scale(self.ranks.to(x.dtype).sqrt())
         expanded = dataclasses.replace(
-            selected, codes=self.expanded(selected.codes, x), dead=dead, gate=sizes
+            selected,
+            codes=self.expanded(selected.codes, x),
+            dead=dead,
+            gate=selected.codes if selected.gate is None else selected.gate,
+            lengths=self.map_norms(),
         )
         return super().judge(x, y, expanded, state, passed)
+
+    def map_norms(self) -> Float[Tensor, " feature"]:
+        """``||U_i V_i||_F``, by ``sum_ab (u_a u_b)(v_a v_b)`` over the rows a, b of a map; differentiable."""
+        atoms, stop = self.atoms.rows(), self.ranks.cumsum(0)
+        norms = self.V.new_zeros(len(self.ranks))
+        for rank in self.ranks.unique().tolist():
+            of = (self.ranks == rank).nonzero()[:, 0]
+            rows = (stop[of] - rank)[:, None] + torch.arange(rank, device=stop.device)
+            u, v = atoms[rows], self.V[rows]
+            squared = ((u @ u.mT) * (v @ v.mT)).sum((1, 2))
+            norms = norms.index_put((of,), squared.clamp(min=1e-12).sqrt())
+        return norms
 
     def unit_weights(self) -> list[Tensor]:
         """Rows of both sides of the maps are kept at norm 1: their size is in the codes."""

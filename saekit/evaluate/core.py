@@ -6,9 +6,10 @@ that every ratio is a ratio of sums and every interval is over documents.
 
 import copy
 import dataclasses
+import os
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from saekit.dictionaries.cross_layer import CrossLayer
 from saekit.evaluate.measure import Measure, Resampler
 from saekit.harvest import HarvestConfig, Stream
 from saekit.hooks import Site, intervene, spliced
+from saekit.hub import load
 from saekit.models import load_model
 from saekit.replacement import Replacement
 from saekit.types import ActivationBatch, Codes, SaekitError
@@ -188,7 +190,7 @@ def controls_for(dictionary: Dictionary, codes: Codes, seed: int = 0) -> dict[st
 
 @torch.no_grad()
 def evaluate(
-    dictionary: "Dictionary | Sequence[Dictionary]",
+    dictionary: "Dictionary | str | os.PathLike | Iterable[Dictionary | str | os.PathLike]",
     model: Any = "code-lm",
     text: Any = "stdlib",
     *,
@@ -203,7 +205,7 @@ def evaluate(
     seed: int = 0,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> Report:
-    """Evaluate a dictionary in a model on held-out documents.
+    """Evaluate a dictionary, or the one in a folder, in a model on held-out documents.
 
     Gives l0, fvu, explained_variance, cosine, norm_ratio, dead_share and density; for a causal
     language model also ce_original / spliced / ablated / recovered and kl. Masked positions
@@ -214,7 +216,7 @@ def evaluate(
     Several dictionaries stand in for their modules all at once: see :func:`saekit.evaluate.together.evaluate_together`,
     which knows no ``hook_point``.
     """
-    if not isinstance(dictionary, Dictionary):
+    if isinstance(dictionary, Iterable) and not isinstance(dictionary, str):
         from saekit.evaluate.together import evaluate_together
 
         _check_together(hook_point, controls)
@@ -223,6 +225,7 @@ def evaluate(
             context=context, device=device, seed=seed, on_batch=on_batch,
         )  # fmt: skip
     check_ablation(ablation)
+    dictionary = dictionary_of(dictionary)
     view = load_model(model, device=device)
     stream, reads, writes = _opened(
         dictionary, view, text, hook_point, tokens=tokens, batch_rows=batch_rows, split=split,
@@ -265,6 +268,17 @@ def evaluate(
         "tokens": done, "ablation": ablation, "context": getattr(stream, "context", None), "seed": seed, "split": split if stream.named else "all",
     }  # fmt: skip
     return Report(measures, about)
+
+
+def dictionary_of(dictionary: Any) -> Dictionary:
+    """A dictionary, or the one that a folder holds, as that of a finished run."""
+    if isinstance(dictionary, str | os.PathLike):
+        return load(os.fspath(dictionary))
+    if not isinstance(dictionary, Dictionary):
+        raise SaekitError(
+            f"dictionary is of type {type(dictionary).__name__}; give a dictionary, the folder of one, or several of these"
+        )
+    return dictionary
 
 
 def check_ablation(ablation: str) -> None:

@@ -16,6 +16,16 @@ from saekit.types import Codes, SaekitError
 
 
 def _blocks(d: Dictionary, source: int, other: int) -> tuple[Tensor, Tensor]:
+    name, settings = d.config.wiring
+    if name != "crosscoder":
+        raise SaekitError(
+            f"the dictionary's wiring is {name!r}, whose features don't read and write each source; give a crosscoder"
+        )
+    terms = [term for term, _ in d.config.objective]
+    if settings.normalise == "none" and d.config.atoms[0] == "free" and terms == ["reconstruction"]:
+        raise SaekitError(
+            "the crosscoder has normalise = 'none', free atoms and reconstruction alone, as to_inference() and calibrate() leave it: norms are in each source's own units, which can't be compared; give the one that was trained"
+        )
     parts = d.wiring.parts_out
     for name, index in (("source", source), ("other", other)):
         if not 0 <= index < len(parts):
@@ -32,7 +42,8 @@ def norm_difference(d: Dictionary, source: int = 1, other: int = 0) -> Float[Ten
     """``(1 + (||d_source|| - ||d_other||) / max of the two) / 2`` of each feature, in [0, 1].
 
     1 is a feature of ``source`` alone, 0 one of ``other`` alone, 1/2 one that both have alike. The norms are
-    those in normalised space, so that a model whose activations are larger doesn't seem to own everything.
+    those in normalised space, so that a model whose activations are larger doesn't seem to own everything: a
+    crosscoder whose normalisation has been folded into its weights is refused.
     """
     a, b = (torch.linalg.vector_norm(block, dim=1) for block in _blocks(d, source, other))
     return (1 + (a - b) / torch.maximum(a, b).clamp(min=1e-12)) / 2

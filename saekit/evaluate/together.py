@@ -1,7 +1,8 @@
 """What a language model loses when dictionaries stand in for its modules all at once."""
 
+import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 
 from saekit import metrics
 from saekit.dictionaries import Dictionary
-from saekit.evaluate.core import MAX_DOCUMENTS, Report, check_ablation, controls_for
+from saekit.evaluate.core import MAX_DOCUMENTS, Report, check_ablation, controls_for, dictionary_of
 from saekit.evaluate.measure import Measure, Resampler
 from saekit.harvest import HarvestConfig, Stream
 from saekit.hooks import intervene
@@ -26,7 +27,7 @@ UNITS = {
 
 @torch.no_grad()
 def evaluate_together(
-    dictionaries: Sequence[Dictionary],
+    dictionaries: "Iterable[Dictionary | str | os.PathLike]",
     model: Any = "code-lm",
     text: Any = "stdlib",
     *,
@@ -48,12 +49,13 @@ def evaluate_together(
     same places. ``l0`` is the sum of all, on the original's activations. Masked positions are not replaced.
     """
     check_ablation(ablation)
+    found = [dictionary_of(d) for d in dictionaries]
     view = load_model(model, device=device)
     if not view.predicts_tokens:
         raise SaekitError(
             f"model {view.name!r} predicts no tokens, and CE and KL are all that dictionaries are measured by together; evaluate them one by one"
         )
-    whole = Replacement(view, [d.to(view.device) for d in dictionaries])
+    whole = Replacement(view, [d.to(view.device) for d in found])
     lengths = [d.context for d in whole.dictionaries if d.context is not None]
     context = min(lengths, default=None) if context is None else context
     config = HarvestConfig(
@@ -100,7 +102,7 @@ def evaluate_together(
         )
     about = {
         "model": view.identity(), "text": stream.text_identity(), "hook_point": ", ".join(whole.writes), "documents": len(index),
-        "tokens": done, "ablation": ablation, "context": stream.context, "seed": seed, "split": split if stream.named else "all",
+        "tokens": done, "ablation": ablation, "context": getattr(stream, "context", None), "seed": seed, "split": split if stream.named else "all",
     }  # fmt: skip
     return Report(_measures(sums, np.concatenate(owners), min(len(index), MAX_DOCUMENTS), seed), about)
 

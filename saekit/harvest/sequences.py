@@ -150,6 +150,7 @@ class StoredSequences:
     def __init__(self, store: Store):
         self.store, self.hook_points = store, store.hook_points
         self.rows_per_item: int = store.manifest["seq"]
+        self._documented = all("documents" in shard.header for shard in store.shards)
         self._starts = np.cumsum([0, *(len(s.array("mask")) // self.rows_per_item for s in store.shards)])
         self.n_rows = int(self._starts[-1])
 
@@ -168,14 +169,19 @@ class StoredSequences:
         for rows in shuffled_rows(self.n_rows, batch_size, seed, start):
             found = [self._sequence(row, hook_points) for row in rows.tolist()]
             activations = {name: torch.stack([s[0][name] for s in found]) for name in hook_points}
-            yield ActivationBatch(activations, torch.stack([s[1] for s in found]))
+            mask = torch.stack([s[1]["mask"] for s in found]).bool()
+            documents = torch.stack([s[1]["documents"] for s in found]).long() if self._documented else None
+            yield ActivationBatch(activations, mask, documents=documents)
 
-    def _sequence(self, row: int, hook_points: Sequence[str]) -> tuple[dict[str, Tensor], Tensor]:
+    def _sequence(self, row: int, hook_points: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         at = int(np.searchsorted(self._starts, row, side="right")) - 1
         first = (row - int(self._starts[at])) * self.rows_per_item
         own, shard = slice(first, first + self.rows_per_item), self.store.shards[at]
-        mask = torch.from_numpy(np.array(shard.array("mask")[own])).bool()
-        return {name: shard.rows(name, own) for name in hook_points}, mask
+        about = ("mask", "documents") if self._documented else ("mask",)
+        return (
+            {name: shard.rows(name, own) for name in hook_points},
+            {name: torch.from_numpy(np.array(shard.array(name)[own])) for name in about},
+        )
 
     def identity(self) -> dict[str, Any]:
         """That of the store."""

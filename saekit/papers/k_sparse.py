@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from saekit.dictionaries import Dictionary, create
 from saekit.papers.claims import Claim, Reproduction, Tell, figure
@@ -37,7 +38,7 @@ def _error(d: Dictionary, data: Digits) -> float:
 
 
 def support_recovery(beyond: bool, seed: int, rows: int = 500) -> float:
-    """Share of sparse sums of atoms whose k largest products with the atoms are their support.
+    """Share of sparse sums of atoms whose active features, in a dictionary with these atoms, are their support.
 
     The atoms are the unit vectors and the Walsh functions in 256 dimensions, of coherence mu = 1/16. The
     theorem promises the support where ``k mu <= z_k / (2 z_1)``; ``beyond`` takes ten times that k.
@@ -46,7 +47,7 @@ def support_recovery(beyond: bool, seed: int, rows: int = 500) -> float:
 
     g = torch.Generator().manual_seed(seed)
     atoms = torch.cat([torch.eye(256), torch.from_numpy(hadamard(256)).float() / 16])
-    hits = 0
+    planted: dict[int, list[tuple[Tensor, Tensor]]] = {}  # supports and their sums, by k
     for _ in range(rows):
         ratio = 0.5 + 0.5 * torch.rand((), generator=g).item()  # z_k over z_1
         k = max(1, int(8 * ratio))  # k / 16 <= ratio / 2
@@ -54,9 +55,18 @@ def support_recovery(beyond: bool, seed: int, rows: int = 500) -> float:
         z = ratio + (1 - ratio) * torch.rand(k, generator=g)
         z[0], z[-1] = 1.0, ratio
         support = torch.randperm(512, generator=g)[:k]
-        found = (atoms @ (z @ atoms[support])).topk(k).indices
-        hits += set(found.tolist()) == set(support.tolist())
-    return hits / rows
+        planted.setdefault(k, []).append((support, z @ atoms[support]))
+    return sum(_recovered(atoms, k, rows_of_k) for k, rows_of_k in planted.items()) / rows
+
+
+@torch.no_grad()
+def _recovered(atoms: Tensor, k: int, planted: list[tuple[Tensor, Tensor]]) -> int:
+    """How many rows activate exactly their support in a dictionary of these atoms."""
+    d = create("k_sparse", d_in=atoms.shape[1], n_features=len(atoms), k=k, normalise="none")
+    d.atoms.weight.copy_(atoms)
+    supports, sums = (torch.stack(part) for part in zip(*planted, strict=True))
+    found, _ = d.encode(sums).rectangular()
+    return int((found.sort(1).values == supports.sort(1).values).all(1).sum())
 
 
 def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:

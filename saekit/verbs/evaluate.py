@@ -16,7 +16,7 @@ def table(report: Any) -> str:
     from rich.console import Console
     from rich.table import Table
 
-    names = list(next(iter(report.values())).control)
+    names = list(dict.fromkeys(name for m in report.values() for name in m.control))
     out = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("metric", "value", "95 % interval", "unit", "n", *names):
         out.add_column(column, justify="left" if column in ("metric", "unit") else "right")

@@ -1,6 +1,7 @@
 """Where dictionaries are trained: the hook points of a store or a model that an option names."""
 
 import fnmatch
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,7 +37,7 @@ def open_source(
             raise SaekitError(
                 f"store {shown!r} holds several hook points; choose with --hook-point or --hook-points: {', '.join(store.hook_points)}"
             )
-        found = _places(wiring, one or ",".join(store.hook_points), many, store.hook_points)
+        found = _places(wiring, one, many, store.hook_points)
         for reads, writes in found.values():
             for point in wiring.points(reads, writes):
                 store.check(point)
@@ -46,24 +47,55 @@ def open_source(
             "neither --acts nor --hook-point is given; name a store, or where in the model to read"
         )
     view = load_model(model, device=device)
-    found = _places(wiring, one or "", many, view.hook_points())
+    found = _places(wiring, one, many, view.hook_points())
     points = list(dict.fromkeys(p for reads, writes in found.values() for p in wiring.points(reads, writes)))
     stream = harvest(view, text, points, tokens=None)
     return as_source(stream, wiring.kind == "sequences"), found
 
 
-def _places(wiring: Any, one: str, many: str | None, known: Sequence[str]) -> dict[str, Place]:
+def _places(wiring: Any, one: str | None, many: str | None, known: Sequence[str]) -> dict[str, Place]:
     """One place, or with ``many``, a glob, a place for each hook point (of a transcoder: module) that it matches."""
+    if one:
+        return {"": _as_given(wiring, one.split(","))}
     if not many:
-        return {"": wiring.sites(one.split(","))}
+        return {"": wiring.sites(known)}
     pairs = wiring.takes in ("module", "modules")
     names = list(dict.fromkeys(name.partition(":")[0] if pairs else name for name in known))
     found = fnmatch.filter(names, many)
     if not found:
         raise SaekitError(f"--hook-points {many!r} matches nothing{nearest(many, names)}")
+    if wiring.takes == "modules":
+        _check_unbroken(many, found)
     if wiring.takes in ("all", "modules"):
         return {"": wiring.sites(found)}
     return {name.replace(":", "-"): wiring.sites([name]) for name in found}
+
+
+def _as_given(wiring: Any, given: list[str]) -> Place:
+    """The place of hook points named one by one: their order is meant, so one that can't be is refused, not mended."""
+    place = wiring.sites(given)
+    for side in [place[0] + place[1]] if wiring.takes == "module" else place:
+        at = [given.index(point if point in given else point.partition(":")[0]) for point in side]
+        for i, (first, second) in enumerate(itertools.pairwise(side)):
+            if at[i] > at[i + 1]:
+                raise SaekitError(
+                    f"--hook-point {','.join(given)!r} names {second!r} before {first!r}, and the model runs the latter first; swap them"
+                )
+    return place
+
+
+def _check_unbroken(glob: str, found: Sequence[str]) -> None:
+    """Raise where a glob for a dictionary over blocks misses one between them."""
+    from saekit.dictionaries.wiring.cross_layer import block_of
+
+    stems, numbers = zip(*map(block_of, found), strict=True)
+    missing = sorted(set(range(min(numbers), max(numbers))) - set(numbers))
+    if missing and len(set(stems)) == 1:
+        block = f"{stems[0]}{missing[0]}"
+        inside = found[0].removeprefix(f"{stems[0]}{numbers[0]}")
+        raise SaekitError(
+            f"--hook-points {glob!r} matches {', '.join(found)} and skips {block + inside!r}; harvest it, or name the layers with --hook-point"
+        )
 
 
 def widths(source: Any, place: Place, wiring: Any) -> dict[str, Any]:

@@ -226,7 +226,8 @@ def _sweep(
             raise SaekitError(f"--sweep gives {name} twice; leave one out")
         each[name] = {key: value for key, value in chosen.items() if key in trains}
         mine = {key: value for key, value in chosen.items() if key not in trains}
-        dictionaries[name] = _create({**fields, **mine}, seed)
+        own_seed = _checked_seed(mine.pop("seed", seed))
+        dictionaries[name] = _create({**fields, **mine}, own_seed)
         # one frozen control for each width, k and normalisation among them
         shape = {key: value for key, value in mine.items() if key in ("n_features", "k", "normalise")}
         beside = _run_name({"frozen": "", **shape})
@@ -234,6 +235,13 @@ def _sweep(
             dictionaries[beside] = _frozen({**fields, **shape}, seed, wiring)
             each[beside] = AS_MADE
     return dictionaries, each
+
+
+def _checked_seed(seed: Any) -> int:
+    """A seed of the sweep: that of a dictionary's start, while the stream stays that of --seed."""
+    if not isinstance(seed, int) or seed < 0:
+        raise SaekitError(f"--sweep seed: {seed!r} must be a whole number of at least 0")
+    return seed
 
 
 def _run_name(chosen: dict[str, Any]) -> str:
@@ -246,7 +254,7 @@ def _axis(item: str) -> tuple[str, list[Any]]:
     name, sign, values = item.partition("=")
     if not sign or not values:
         raise SaekitError(f"--sweep {item!r} has no values; write --sweep {name}=A,B,C")
-    if name in ("steps", "batch_size", "seed", "d_in"):
+    if name in ("steps", "batch_size", "d_in"):
         raise SaekitError(f"--sweep {item!r}: all runs share one stream, so {name} is the same for all")
     out = []
     for value in values.split(","):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from saekit.types import SaekitError
 
+SPREAD = 0.05  # of a start at the candidates: what each mixture holds of all others together
 CONCENTRATION = 0.1  # of the Dirichlet law: near a vertex of the hull, but not at it
 
 
@@ -25,7 +26,8 @@ class ArchetypalConfig:
 
     ``delta`` is in units of a typical row's norm; 0 keeps atoms inside.
 
-    ``start``: "identity" begins feature i at candidate i, "random" at a random mixture.
+    ``start``: "identity" begins feature i at candidate i, but for a twentieth that is spread over all, "random" at a
+    random mixture.
     """
 
     candidates: int | None = None
@@ -62,6 +64,8 @@ class Archetypal(nn.Module):
         if config.start == "identity":
             mixture = torch.eye(n, candidates)
             mixture[candidates:, :] = 1 / candidates
+            # a share of 0 lies where the ReLU has no slope, and would never learn
+            mixture = (1 - SPREAD) * mixture + SPREAD / candidates
         else:
             draws = torch.rand(n, candidates, generator=generator).clamp(min=1e-12)
             mixture = draws ** (1 / CONCENTRATION)  # beta(a, 1) parts: their shares are near a Dirichlet's

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from saekit.dictionaries.objective.coefficient import check_coefficient
 from saekit.dictionaries.training import Forward
 from saekit.kernels import squared_error
 from saekit.types import SaekitError
@@ -26,6 +27,7 @@ class AuxKConfig:
     def __post_init__(self):
         if self.k_aux is not None and self.k_aux < 1:
             raise SaekitError(f"k_aux = {self.k_aux} must be at least 1; leave it out for d_out / 2")
+        check_coefficient("coefficient", self.coefficient)
 
 
 class AuxK(nn.Module):

@@ -22,6 +22,18 @@ AVERAGE = 20  # steps that the controller's view of L0 looks back on
 PROPORTIONAL, INTEGRAL = 1.0, 0.02
 
 
+def check_coefficient(name: str, value: float) -> None:
+    """Raise unless it can weigh a term: a negative weight would reward what the term is there to lower."""
+    if not 0 <= value < math.inf:
+        raise SaekitError(f"{name} = {value} must be a number of at least 0")
+
+
+def check_share(name: str, value: float) -> None:
+    """Raise unless it is a share of the run, as warm-ups are."""
+    if not 0 <= value <= 1:
+        raise SaekitError(f"{name} = {value} must lie in 0..1; it is a share of the run")
+
+
 @dataclass(frozen=True)
 class PenaltyConfig:
     """``coefficient`` of the penalty, reached after ``warmup`` (a share of the run).
@@ -36,13 +48,11 @@ class PenaltyConfig:
     descent: float = 0.3
 
     def __post_init__(self):
-        if not 0 <= self.coefficient < float("inf"):
-            raise SaekitError(f"coefficient = {self.coefficient} must be a number of at least 0")
+        check_coefficient("coefficient", self.coefficient)
         if self.k is not None and not (self.k > 0 and self.coefficient > 0):
             raise SaekitError(f"k = {self.k} and coefficient = {self.coefficient} must be above 0")
-        for name, share in (("warmup", self.warmup), ("descent", self.descent)):
-            if not 0 <= share <= 1:
-                raise SaekitError(f"{name} = {share} must lie in 0..1; it is a share of the run")
+        check_share("warmup", self.warmup)
+        check_share("descent", self.descent)
 
     def check(self, n_features: int) -> None:
         """Raise unless so many features can be active."""

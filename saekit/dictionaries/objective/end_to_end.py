@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from saekit.dictionaries.objective.coefficient import check_coefficient
 from saekit.dictionaries.training import Forward
 from saekit.types import SaekitError
 
@@ -23,8 +24,10 @@ class EndToEndConfig:
     later: float = 0.0
 
     def __post_init__(self):
-        if self.kl < 0 or self.later < 0 or not self.kl + self.later:
-            raise SaekitError(f"kl = {self.kl} and later = {self.later} must be at least 0, and one above")
+        check_coefficient("kl", self.kl)
+        check_coefficient("later", self.later)
+        if not self.kl + self.later:
+            raise SaekitError("kl = 0 and later = 0 leave nothing to minimise; choose one above 0")
 
 
 class EndToEnd(nn.Module):

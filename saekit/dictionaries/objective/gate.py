@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from saekit.dictionaries.objective.coefficient import check_coefficient
 from saekit.dictionaries.training import Forward
 from saekit.kernels import squared_error
 
@@ -14,6 +15,9 @@ class GateConfig:
     """``coefficient`` of the term."""
 
     coefficient: float = 1.0
+
+    def __post_init__(self):
+        check_coefficient("coefficient", self.coefficient)
 
 
 class Gate(nn.Module):

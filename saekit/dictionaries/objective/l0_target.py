@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from saekit.dictionaries.objective.coefficient import AVERAGE
+from saekit.dictionaries.objective.coefficient import AVERAGE, check_coefficient, check_share
 from saekit.dictionaries.training import Forward, TrainState
 from saekit.types import Codes, SaekitError
 
@@ -19,6 +19,10 @@ class L0TargetConfig:
     k: float
     coefficient: float = 1.0
     warmup: float = 0.05
+
+    def __post_init__(self):
+        check_coefficient("coefficient", self.coefficient)
+        check_share("warmup", self.warmup)
 
     def check(self, n_features: int) -> None:
         """Raise unless so many features can be active."""

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from saekit.dictionaries.objective.coefficient import check_coefficient
 from saekit.dictionaries.training import Forward
 
 
@@ -14,6 +15,9 @@ class LoadBalanceConfig:
     """``coefficient`` of the term."""
 
     coefficient: float = 0.01
+
+    def __post_init__(self):
+        check_coefficient("coefficient", self.coefficient)
 
 
 class LoadBalance(nn.Module):

@@ -3,7 +3,7 @@
 The first features must stand for what is general, since they have to serve without the rest; so a
 child's feature can't absorb its parent. Prefixes are fixed, or drawn anew each step (Nabeshima's
 variant: lengths by a Pareto law, so that every length counts and none is a border). Drawn prefixes are
-of the features in the order of their importance, ``E[z^2]``, so a general feature needn't move to a
+of the features in the order of their importance, ``E[(z |d|)^2]``, so a general feature needn't move to a
 low index to be in them.
 """
 
@@ -74,7 +74,9 @@ class Matryoshka(nn.Module):
         c, n = forward.codes, len(forward.atoms)
         indices, atoms, prefixes = c.indices, forward.atoms, self.config.fixed(n)
         if self.config.random:
-            order = self.importance.argsort(descending=True, stable=True)
+            with torch.no_grad():
+                order = self.importance * forward.atoms.square().sum(-1)
+            order = order.argsort(descending=True, stable=True)
             indices, atoms, prefixes = (
                 order.argsort().int()[indices.long()],
                 atoms[order],
@@ -88,7 +90,7 @@ class Matryoshka(nn.Module):
 
     @torch.no_grad()
     def observe(self, codes: Codes, state: TrainState) -> None:
-        """Follow the importance of features."""
+        """Follow ``E[z^2]``; the norms of the atoms are taken as they are when prefixes are drawn."""
         if self.config.random:
             now = torch.zeros_like(self.importance).index_add_(0, codes.indices.long(), codes.values.square())
             self.importance.lerp_(now / max(1, codes.rows), 1 / MEMORY)

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from saekit.dictionaries.objective.coefficient import check_coefficient, check_share
 from saekit.dictionaries.training import Forward
 
 
@@ -19,6 +20,10 @@ class MutualConfig:
 
     coefficient: float = 1.0
     warmup: float = 0.05
+
+    def __post_init__(self):
+        check_coefficient("coefficient", self.coefficient)
+        check_share("warmup", self.warmup)
 
 
 class Mutual(nn.Module):

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from saekit.dictionaries.objective.coefficient import check_coefficient
 from saekit.dictionaries.training import Forward
 from saekit.types import SaekitError
 
@@ -26,6 +27,7 @@ class OrthogonalityConfig:
     def __post_init__(self):
         if self.chunk < 2:
             raise SaekitError(f"chunk = {self.chunk} must be at least 2; atoms are compared within it")
+        check_coefficient("coefficient", self.coefficient)
 
 
 class Orthogonality(nn.Module):

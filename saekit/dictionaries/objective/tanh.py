@@ -1,5 +1,6 @@
 """Tanh: a penalty that counts large codes and taxes small ones (Anthropic, January 2025 update)."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from saekit.dictionaries.objective.coefficient import Coefficient, PenaltyConfig
 from saekit.dictionaries.training import Forward, TrainState
-from saekit.types import Codes
+from saekit.types import Codes, SaekitError
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,13 @@ class TanhConfig(PenaltyConfig):
     """A :class:`PenaltyConfig` whose penalty saturates at codes of about ``1 / slope``."""
 
     slope: float = 4.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.slope < math.inf:
+            raise SaekitError(
+                f"slope = {self.slope} must be a number above 0; codes of about 1 / slope count"
+            )
 
 
 class Tanh(nn.Module):

@@ -3,6 +3,7 @@
 Ameisen et al. and Lindsey et al. 2025 (transformer-circuits.pub). A per-layer transcoder is its diagonal case.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -45,6 +46,12 @@ class CrossLayerConfig:
             )
 
 
+def block_of(hook_point: str) -> tuple[str, int]:
+    """What stands before the first number of a hook point's name, and the number; ``("", 0)`` without one."""
+    found = re.match(r"(.*?\.)(\d+)(?=[.:]|$)", hook_point)
+    return (found[1], int(found[2])) if found else ("", 0)
+
+
 class CrossLayerWiring(nn.Module):
     """A row is the inputs of all layers, then their outputs."""
 
@@ -84,7 +91,10 @@ class CrossLayerWiring(nn.Module):
 
     @staticmethod
     def sites(hook_points: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """``(reads, writes)``: inputs and outputs of modules, or the hook points read, then those written."""
+        """``(reads, writes)``: inputs and outputs of modules, or the hook points read, then those written.
+
+        Both in the order of the blocks, which is the order that the model runs them in.
+        """
         if not any(":" in point or "hook_" in point for point in hook_points):  # modules
             hook_points = [f"{point}:{side}" for side in ("in", "out") for point in hook_points]
         if all(point.endswith((":in", ":out")) for point in hook_points):
@@ -97,7 +107,38 @@ class CrossLayerWiring(nn.Module):
             raise SaekitError(
                 f"a cross-layer transcoder reads as many hook points as it writes, and {', '.join(hook_points)} are given; name modules, or the inputs and then the outputs"
             )
-        return reads, writes
+        return _by_block(reads), _by_block(writes)
 
-    points = staticmethod(Transcoder.points)
+    @staticmethod
+    def points(reads: Sequence[str], writes: Sequence[str]) -> tuple[str, ...]:
+        """The hook points whose columns make a row of training data; raises unless both go from block to block."""
+        for side in (reads, writes):
+            wanted = _by_block(side)
+            if wanted != tuple(side):
+                raise SaekitError(
+                    f"hook points {', '.join(side)} are not in the order of their blocks, in which layers write to later ones; give {', '.join(wanted)}"
+                )
+        numbers = _blocks((*reads, *writes))
+        for at, (read, write) in enumerate(zip(reads, writes, strict=False)):
+            if numbers and numbers[at] != numbers[len(reads) + at]:
+                raise SaekitError(
+                    f"layer {at} reads {read!r} and writes {write!r}, which are of different blocks; name as many hook points of each block to read as to write"
+                )
+        return Transcoder.points(reads, writes)
+
     split = Transcoder.split
+
+
+def _blocks(hook_points: Sequence[str]) -> list[int]:
+    """The block number of each, as of ``blocks.3.mlp:in``; none where names have none or count different things."""
+    found = [block_of(point) for point in hook_points]
+    return [number for _, number in found] if len({stem for stem, _ in found}) == 1 and found[0][0] else []
+
+
+def _by_block(hook_points: Sequence[str]) -> tuple[str, ...]:
+    """In the order of their blocks; as they are where names don't tell."""
+    numbers = _blocks(hook_points)
+    if not numbers:
+        return tuple(hook_points)
+    order = sorted(range(len(numbers)), key=numbers.__getitem__)
+    return tuple(hook_points[i] for i in order)

@@ -9,6 +9,12 @@ from torch import Tensor, nn
 from saekit.types import SaekitError
 
 
+def backwards(read: str, write: str) -> bool:
+    """Whether these are the output and the input of one module, which a forward pass meets the other way round."""
+    module, _, side = read.rpartition(":")
+    return side == "out" and write == f"{module}:in"
+
+
 class Pair(nn.Module):
     """A row is the input's columns, then the output's; the config has ``d_in``, ``d_out`` and ``normalise``."""
 
@@ -28,14 +34,15 @@ class Pair(nn.Module):
 
     @staticmethod
     def sites(hook_points: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """``(reads, writes)``: two hook points in this order, or the input and the output of one module."""
+        """``(reads, writes)``: two hook points in this order, or the input and the output of one module, in any."""
         if len(hook_points) == 1 and not hook_points[0].endswith((":in", ":out")):
             return (f"{hook_points[0]}:in",), (f"{hook_points[0]}:out",)
         if len(hook_points) != 2:
             raise SaekitError(
                 f"a transcoder needs a hook point to read and one to write, or one module, and {len(hook_points)} are given: {', '.join(hook_points)}; name two, or a module as in blocks.1.mlp"
             )
-        return (hook_points[0],), (hook_points[1],)
+        first, second = hook_points
+        return ((second,), (first,)) if backwards(first, second) else ((first,), (second,))
 
     @staticmethod
     def shape(reads: Sequence[int], writes: Sequence[int]) -> dict[str, int]:
@@ -48,7 +55,12 @@ class Pair(nn.Module):
 
     @staticmethod
     def points(reads: Sequence[str], writes: Sequence[str]) -> tuple[str, ...]:
-        """The hook points whose columns make a row of training data."""
+        """The hook points whose columns make a row of training data; what is read after it is written raises."""
+        for read, write in zip(reads, writes, strict=False):
+            if backwards(read, write):
+                raise SaekitError(
+                    f"{read!r} is read and {write!r} written, but a module's output comes after its input; swap them"
+                )
         return (*reads, *writes)
 
     def split(

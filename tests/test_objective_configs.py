@@ -1,0 +1,68 @@
+"""Terms of an objective refuse settings without meaning, before any work."""
+
+import math
+
+import pytest
+
+import saekit
+from saekit.dictionaries.objective import OBJECTIVES
+from saekit.types import SaekitError
+
+WEIGHTS = [
+    *((term, "coefficient", {}) for term in ("auxk", "l1", "l0", "p_annealed", "tanh", "gate", "load_balance")),
+    *((term, "coefficient", {}) for term in ("orthogonality", "mutual")),
+    ("l0_target", "coefficient", {"k": 4.0}),
+    ("end_to_end", "kl", {}),
+    ("end_to_end", "later", {}),
+]  # fmt: skip
+WARMUPS = [*((term, {}) for term in ("l1", "l0", "p_annealed", "tanh", "mutual")), ("l0_target", {"k": 4.0})]
+NO_WEIGHT = (-0.5, math.nan, math.inf, -math.inf)
+OTHERS = [
+    ("tanh", {"slope": 0.0}, "slope = 0.0 must be a number above 0"),
+    ("tanh", {"slope": math.nan}, "slope = nan must"),
+    ("tanh", {"slope": math.inf}, "slope = inf must"),
+    ("end_to_end", {"kl": 0.0}, "kl = 0 and later = 0 leave nothing to minimise"),
+    ("hierarchical", {"budgets": ()}, "must rise from at least 1"),
+    ("hierarchical", {"budgets": (0, 2)}, "must rise from at least 1"),
+    ("hierarchical", {"budgets": (2, 2)}, "must rise from at least 1"),
+    ("hierarchical", {"budgets": (4, 2)}, "must rise from at least 1"),
+]
+
+
+@pytest.mark.parametrize(("term", "field", "others"), WEIGHTS)
+def test_weights_are_numbers_of_at_least_0(term: str, field: str, others: dict) -> None:
+    config = OBJECTIVES[term].Config
+    for value in NO_WEIGHT:
+        with pytest.raises(SaekitError, match=f"{field} = {value} must be a number of at least 0"):
+            config(**{field: value}, **others)
+    for value in (0, 0.0, 3.5):
+        also = {"kl": 1.0} if field == "later" else {"later": 1.0} if field == "kl" else {}
+        assert getattr(config(**{field: value}, **others, **also), field) == value
+
+
+@pytest.mark.parametrize(("term", "others"), WARMUPS)
+def test_warm_ups_are_shares_of_the_run(term: str, others: dict) -> None:
+    for value in (-0.1, 1.1, 500, math.nan):
+        with pytest.raises(SaekitError, match=f"warmup = {value} must lie in 0..1"):
+            OBJECTIVES[term].Config(warmup=value, **others)
+    for value in (0, 0.5, 1):
+        assert OBJECTIVES[term].Config(warmup=value, **others).warmup == value
+
+
+@pytest.mark.parametrize(("term", "options", "words"), OTHERS)
+def test_other_settings_without_meaning_are_refused(term: str, options: dict, words: str) -> None:
+    with pytest.raises(SaekitError, match=words):
+        OBJECTIVES[term].Config(**options)
+
+
+def test_every_term_that_has_a_weight_is_in_the_tables() -> None:
+    def having(field: str) -> set[str]:
+        return {term for term in OBJECTIVES.table if field in OBJECTIVES[term].Config.__dataclass_fields__}
+
+    assert {term for term, field, _ in WEIGHTS if field == "coefficient"} == having("coefficient")
+    assert {term for term, _ in WARMUPS} == having("warmup")
+
+
+def test_create_refuses_them_too() -> None:
+    with pytest.raises(SaekitError, match=r"coefficient = -1\.0 must"):
+        saekit.create("topk", d_in=8, n_features=16, k=2, **{"auxk.coefficient": -1.0})
