@@ -137,9 +137,9 @@ def test_all_combinations_keep_the_contract(
 
 
 def test_a_meaningless_combination_is_refused_with_its_reason() -> None:
-    for c in itertools.product(*FACTORS):
-        if c[4] != "scale" or c[3] == "l0_target":  # normalisation excludes nothing; l0_target wants k first
-            continue
+    # normalisation excludes nothing; l0_target wants k first
+    every = [c for c in itertools.product(*FACTORS) if c[4] == "scale" and c[3] != "l0_target"]
+    for c in every[::7]:  # a stride that no factor's size divides
         if meaningful(*c):
             make(*c)
         else:
