@@ -42,5 +42,5 @@ def run_many(
     if found and front:
         lines.append(f"* on the front; {draw(found, Path(out) / 'sweep.html').resolve()}")
     result(data, as_json, "\n".join(lines))
-    if not found:
+    if data["failed"]:
         sys.exit(1)
