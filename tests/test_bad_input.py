@@ -229,8 +229,8 @@ def test_a_full_disk_is_one_sentence_and_leaves_only_whole_shards(good: Path, fu
     # where the size is not known before: the shard that did not fit leaves nothing behind
     blind = subprocess.run([*harvesting, "--tokens", "0"], capture_output=True, text=True, **limits)
     assert blind.returncode == 2, blind.stderr
-    lines = [line for line in blind.stderr.splitlines() if not line.startswith("harvest: ")]  # of progress, if slow
-    assert "can't be written" in sentence(blind.stdout, "\n".join(lines), 0)
+    said = [line for line in blind.stderr.splitlines(True) if not line.startswith("harvest: ")]  # slow
+    assert "can't be written" in sentence(blind.stdout, "".join(said), 0)
     assert leftovers(folder / "acts") == []
 
 
