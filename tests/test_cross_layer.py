@@ -8,6 +8,7 @@ from commandline import saekit as command
 
 import saekit
 from saekit.dictionaries import TrainState, calibrate, prune
+from saekit.kernels import collect
 from saekit.types import Codes, SaekitError
 from saekit.verbs.places import _places
 
@@ -186,3 +187,27 @@ def test_one_command_trains_one_over_all_layers(tmp_path: Path) -> None:
     assert float(report["l0"]) <= 16 and "random" in report["ce_recovered"].control
     bad = command(*train[:4], "--k", "7", "--hook-points", "blocks.*.mlp", "--out", str(tmp_path / "bad"))
     assert bad.returncode == 2 and "can't be shared out" in bad.stderr and not (tmp_path / "bad").exists()
+
+
+def test_what_a_step_holds_grows_with_the_layers_and_not_with_their_pairs() -> None:
+    held = {}
+    for layers in (4, 16):
+        d = saekit.create("clt", d_in=32, n_layers=layers, n_features=64 * layers, k=2 * layers, seed=0)
+        batch = torch.randn(256, 2 * 32 * layers)
+        d.prepare(batch)
+        seen: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor, seen: dict[int, int] = seen) -> torch.Tensor:
+            if tensor.dim() == 2 and len(tensor) == 256:  # dense rows
+                seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with collect(d.parameters()) as factors:
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                total = d.loss(batch, TrainState()).total
+            total.backward()
+        for gradient in factors.values():
+            for *_, matrix in gradient.terms:
+                keep(matrix)
+        held[layers] = sum(seen.values()) / (256 * 4 * 32 * layers)
+    assert held[16] == held[4] < 3.2  # inputs, the error, its gradient, and the codes

@@ -78,10 +78,11 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, grad):
     offsets, indices, values, weight = ctx.saved_tensors
-    grad = grad.contiguous()
-    grad_values = _sample(offsets, indices, weight, grad) if ctx.needs_input_grad[2] else None
+    grad_values = None
+    if ctx.needs_input_grad[2]:
+        grad_values = _sample(offsets, indices, weight, grad.contiguous())
     grad_weight = None
-    if ctx.needs_input_grad[3]:
+    if ctx.needs_input_grad[3]:  # a view of a wider gradient is kept as such until the optimizer needs it
         grad_weight = weight_gradient(ctx.into, offsets, indices, values, grad, weight.shape[0])
     return None, None, grad_values, grad_weight
 

@@ -1,9 +1,10 @@
 """A cross-layer transcoder: one transcoder for each layer, which also writes to all later layers.
 
-The error of the sum of all their outputs is what is minimised. Its gradient for one layer's part is that of the
-part's own error against what the others have left of the target, so every part is an ordinary dictionary with
-any selection, atoms and terms. Held are codes, the decoders, and an output and an error of each part; nothing is
-ever dense in the features.
+The error of the sum of all their outputs is what is minimised. Every part is an ordinary dictionary with any
+selection, atoms and terms. Held are codes, the decoders, one error of all layers, and the output of one part at a
+time; nothing is ever dense in the features. Where errors are nested (matryoshka, hierarchical) or revive dead
+features (auxk), every part has one of its own: its gradient is that of the part's error against what the others
+have left of the target.
 """
 
 import copy
@@ -25,6 +26,21 @@ from saekit.kernels import sparse_decode
 from saekit.types import ActivationBatch, Codes, Loss, SaekitError
 
 OWN = ("mutual", "end_to_end")  # terms that look at a whole decoder or a whole output
+
+
+class _Add(torch.autograd.Function):
+    """Add to some columns, in place; the gradient of what was added is a view of that of the sum."""
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, part: Tensor, at: slice) -> Tensor:
+        ctx.at = at
+        ctx.mark_dirty(total)
+        total[:, at] += part
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        return grad, grad[:, ctx.at], None
 
 
 class CrossLayer(Dictionary):
@@ -131,7 +147,7 @@ class CrossLayer(Dictionary):
         """What the layers' codes write together, without the bias."""
         y = self.b_dec.new_zeros(shares[0].rows, self.d_out)
         for layer, (part, c) in enumerate(zip(self.parts, shares, strict=True)):
-            y[:, self._columns(layer)] += sparse_decode(c.offsets, c.indices, c.values, part.W_dec)
+            y = _Add.apply(y, sparse_decode(c.offsets, c.indices, c.values, part.W_dec), self._columns(layer))
         return y
 
     def loss(
@@ -144,16 +160,21 @@ class CrossLayer(Dictionary):
         states = [self._state(state, layer) for layer in range(self.layers)]
         pairs = list(zip(self.parts, inputs, states, strict=True))
         chosen = [part.select(x.contiguous(), s) for part, x, s in pairs]
-        with torch.no_grad():
-            error = self._sum([c.codes for c in chosen]) + self.b_dec - y
         fit = self.config.objective[0][0]
-        terms: dict[str, Tensor] = {fit: (error + self.b_dec - self.b_dec.detach()).square().sum(1).mean()}
+        shared = fit == "reconstruction"
+        with torch.set_grad_enabled(shared):
+            error = self._sum([c.codes for c in chosen]) + self.b_dec - y
+        terms: dict[str, Tensor] = {fit: error.square().sum(1).mean()}
+        if not shared:  # parts teach their decoders and codes, below
+            terms[fit] = (error + self.b_dec - self.b_dec.detach()).square().sum(1).mean()
+        error = error.detach()
         for layer, ((part, x, s), selected) in enumerate(zip(pairs, chosen, strict=True)):
-            c = selected.codes.detach()
-            with torch.no_grad():  # what the other parts leave of the target for this one
-                left = sparse_decode(c.offsets, c.indices, c.values, part.W_dec)
-                left -= error[:, self._columns(layer)]
-            mine, _ = part.judge(x, left, selected, s)
+            at = self._columns(layer)
+            if shared and "gate" not in part.terms:  # no other term reads what is to be written
+                mine, _ = part.judge(x, y[:, at], selected, s, error=error[:, at])
+            else:
+                left = self._left(layer, selected.codes.detach(), error)
+                mine, _ = part.judge(x, left, selected, s, error=error[:, at] if shared else None)
             for name, term in mine.items():
                 # a part's own error is counted already: it only teaches
                 term = term - term.detach() if name == fit else term
@@ -161,6 +182,12 @@ class CrossLayer(Dictionary):
         fvu = error.square().sum() / (y - y.mean(0)).square().sum()
         codes = Codes.beside([c.codes.detach() for c in chosen])
         return Loss(torch.stack(list(terms.values())).sum(), terms, codes, fvu)
+
+    @torch.no_grad()
+    def _left(self, layer: int, codes: Codes, error: Tensor) -> Tensor:
+        """What the other parts leave of the target for a layer's."""
+        left = sparse_decode(codes.offsets, codes.indices, codes.values, self.parts[layer].W_dec)
+        return left.sub_(error[:, self._columns(layer)])
 
     def _state(self, state: TrainState, layer: int) -> TrainState:
         first, stop = self._features(layer)

@@ -130,14 +130,18 @@ class Rows(Dictionary):
 
     def judge(
         self, x: Float[Tensor, "batch *blocks d_in"], y: Float[Tensor, "batch d_out"], selected: Selected,
-        state: TrainState, passed: Tensor | None = None,
+        state: TrainState, passed: Tensor | None = None, error: Tensor | None = None,
     ) -> tuple[dict[str, Tensor], Forward]:  # fmt: skip
-        """The terms of the objective for a selection; ``y`` is what the features have to write."""
+        """The terms of the objective for a selection; ``y`` is what the features have to write.
+
+        Where ``error`` is given, the fit has been judged already, and the other terms are left.
+        """
         forward = Forward(
             x, y, selected, self.atoms.rows(), self._encoder_rows(), self.b_dec, state, self.atoms.unit,
-            self.norm_out.invert, passed, self.wiring.parts_out,
+            self.norm_out.invert, passed, self.wiring.parts_out, error=error,
         )  # fmt: skip
-        return {name: term(forward) for name, term in self.terms.items()}, forward
+        judged = {name: term for name, term in self.terms.items() if error is None or not term.fit}
+        return {name: term(forward) for name, term in judged.items()}, forward
 
     def unit_weights(self) -> list[Tensor]:
         """The weights whose rows an optimizer has to keep on the sphere."""
