@@ -20,7 +20,7 @@ from saekit.testbed.states import STATES, StateLanguage, tokens_of
 from saekit.trainers.finetune import finetune
 from saekit.types import Codes
 
-BASE_STEPS, STEPS, WALKS, SEQUENCES = 500, 300, 4096, 64
+BASE_STEPS, STEPS, WALKS, SEQUENCES = 500, 500, 4096, 64
 CODES = {"attn.c_proj:in": (64, states.HEADS), "mlp:out": (128, 1)}  # codes of each group, and groups
 OFTEN, PRECISION, SWAPS = 10, 0.9, 200
 PLACES = [f"blocks.{layer}.{place}" for layer in range(states.LAYERS) for place in CODES]
