@@ -104,14 +104,20 @@ def test_eval_dashboard_and_doctor_on_the_demos_run(demo, tmp_path: Path) -> Non
         assert done.returncode == 0 and word in done.stdout, done.stderr
 
 
-def test_the_readmes_example_runs(tmp_path: Path) -> None:
-    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+@pytest.mark.parametrize("blocks", [1, pytest.param(None, marks=pytest.mark.slow)])
+def test_the_readmes_code_runs(blocks: int | None, tmp_path: Path) -> None:
+    found = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    code = "\n".join(found[:blocks])
     for large, small in (
         ("500_000", "20_000"),
         ("steps=120", "steps=4"),
+        ("steps=60", "steps=2"),
+        ("points), 500)", "points), 2)"),
+        ("n_features=4096", "n_features=512"),
         ('saekit.evaluate(d, model, "stdlib")', 'saekit.evaluate(d, model, "stdlib", tokens=2048)'),
+        ("saekit.evaluate([heads, mlp], model)", "saekit.evaluate([heads, mlp], model, tokens=2048)"),
     ):
-        assert large in code
+        assert blocks or large in code
         code = code.replace(large, small)
     done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -127,7 +127,6 @@ ALONE = ("synth-sae-bench", "synth-sae-bench-16k", "planted-peers")  # not all h
 MISSED = {
     "transcoders": "nats by which its CE lies above the SAE's",
     "codebook-features": "share of the mass by which the next digit differs",
-    "hierarchical-topk": "the largest of these ratios over every k",
     "k-sparse": "the same at the k where it gains least",
     "archetypal": "agreement of seeds above that of TopK from the same candidates",
 }

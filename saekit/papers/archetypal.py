@@ -15,7 +15,7 @@ from saekit.testbed.digits import digits
 from saekit.types import SaekitError
 
 WIDTH, K, STEPS, BATCH, LR = 100, 5, 1500, 128, 3e-3
-MIXTURE_LR = 1e-3  # of archetypal ones: faster mixtures explain more and agree less
+MIXTURE_LR = 7e-4  # of archetypal ones: faster mixtures explain more and agree less
 DELTA = 0.01
 MINE, THEIRS = "archetypal from the candidates", "TopK from the candidates"
 
