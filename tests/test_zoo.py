@@ -293,7 +293,10 @@ def test_a_sweep_is_many_runs_and_a_front(small_store, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     rows = {row["name"]: row for row in json.loads(done.stdout)["runs"]}
     kinds = {f"k-{k}_architecture-{a}" for k in (2, 8) for a in ("topk", "relu")}
+    untrained = {name: rows.pop(name) for name in ("random_k-2", "random_k-8")}
     assert set(rows) == kinds | {"frozen_k-2", "frozen_k-8"}
+    assert all(untrained[f"random_k-{k}"]["l0"] == k for k in (2, 8))
+    assert untrained["random_k-2"]["fvu"] > rows["k-2_architecture-topk"]["fvu"]
     assert rows["k-2_architecture-topk"]["front"] and (out / "sweep.html").stat().st_size > 10_000
     for name in rows:
         assert saekit.load(out / name).n_features == 64

@@ -1,22 +1,55 @@
 """The front of a sweep: error over L0 of runs that shared a stream, as a page and as rows."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from saekit import metrics
 from saekit.activations import write_atomic
+from saekit.evaluate.core import controls_for
 from saekit.trainers import Run
 from saekit.trainers.log import read
+from saekit.trainers.loop import as_source
 
 SHARE = 0.1  # of a run's log lines, its last, that are averaged
 
 
-def rows(runs: Mapping[str, Run]) -> list[dict[str, Any]]:
+@torch.no_grad()
+def untrained(runs: Mapping[str, Run], source: Any, batch_size: int, seed: int) -> list[dict[str, Any]]:
+    """For each frozen control a row of the random dictionary of its shape, on one batch of the stream."""
+    out: list[dict[str, Any]] = []
+    for name, run in runs.items():
+        d = run.dictionary
+        if not run.finished or d.config.atoms[0] != "frozen":
+            continue
+        points = d.wiring.points(d.reads, d.writes)
+        stream = as_source(source, d.wiring.kind == "sequences")
+        batch = d.gather([next(stream.batches(points, batch_size, seed + 1))])
+        random = controls_for(d, d.loss(batch).codes)["random"]
+        loss = random.loss(batch)
+        silent = (loss.codes.firing_counts() == 0).float().mean().item()
+        name = name.replace("frozen", "random")
+        out.append(
+            {
+                "name": name,
+                "out": None,
+                "l0": metrics.l0(loss.codes),
+                "fvu": loss.fvu.item(),
+                "dead_share": silent,
+            }
+        )
+    return out
+
+
+def rows(runs: Mapping[str, Run], controls: Sequence[Mapping[str, Any]] = ()) -> list[dict[str, Any]]:
     """One row per finished run: its name, and the means of its last log lines; ``front`` where no other beats it.
 
     A run is on the front when no other is at most as large in L0 and FVU, and smaller in one of them.
+    ``controls`` are rows of :func:`untrained`.
     """
-    out = []
+    out = [dict(row) for row in controls]
     for name, run in runs.items():
         if not run.finished or run.path is None:
             continue

@@ -14,7 +14,7 @@ def run_many(
     as_json: bool, each: Mapping[str, Mapping[str, Any]], front: bool,
 ) -> None:  # fmt: skip
     """Train them, and print a table; with ``front``, of runs at one place, also a figure of error over L0."""
-    from saekit.report.sweep import draw, rows
+    from saekit.report.sweep import draw, rows, untrained
     from saekit.trainers import train_many
 
     total, began = options["steps"], time.monotonic()
@@ -29,7 +29,8 @@ def run_many(
     if not all(run.finished or run.error for run in runs.values()):
         say(f"stopped; saved in {out}: the same command goes on from there")
         sys.exit(130)
-    found = rows(runs)
+    controls = untrained(runs, source, options["batch_size"], options["seed"]) if front else []
+    found = rows(runs, controls)
     data = {
         "runs": found,
         "failed": {n: r.error for n, r in runs.items() if r.error},
