@@ -21,6 +21,7 @@ from saekit.dictionaries import Dictionary, calibrate
 from saekit.kernels import sparse_decode
 from saekit.papers import peers as script
 from saekit.papers.claims import Claim, Reproduction, Tell, bars
+from saekit.papers.controls import FROZEN, RANDOM, untrained
 from saekit.papers.planted import make
 from saekit.papers.training import fit
 from saekit.testbed.planted import PlantedConfig, PlantedWorld
@@ -53,7 +54,8 @@ def reproduce(seeds: Sequence[int], tell: Tell, peers: str) -> Reproduction:
     _check(peers)
     world = PlantedWorld(WORLD)
     found: dict[str, dict[str, dict[str, list[float]]]] = {kind: {} for kind in KINDS}
-    total, done = len(seeds) * len(KINDS) * (1 + len(script.PEERS)), 0
+    plain: dict[str, dict[str, list[float]]] = {FROZEN: {}, RANDOM: {}}
+    total, done = len(seeds) * (len(KINDS) * (1 + len(script.PEERS)) + 1), 0
     for seed in seeds:
         with tempfile.TemporaryDirectory() as folder:
             files = _write(world, seed, Path(folder))
@@ -68,8 +70,15 @@ def reproduce(seeds: Sequence[int], tell: Tell, peers: str) -> Reproduction:
                     for key, value in scores.items():
                         found[kind].setdefault(toolkit, {}).setdefault(key, []).append(value)
                     done += 1
+            tell(done, total, f"controls, seed {seed}")
+            frozen = make(world, "frozen", LATENTS, seed, k=K)
+            fit(frozen, _source(files), STEPS, BATCH, seed=seed)
+            for name, d in ((FROZEN, frozen), (RANDOM, untrained(frozen))):
+                for key, value in _measured(world, d.to_inference(), files).items():
+                    plain[name].setdefault(key, []).append(value)
+            done += 1
     tell(done, total, "done")
-    return _report(found, seeds)
+    return _report(found, plain, seeds)
 
 
 def _check(python: str) -> None:
@@ -95,22 +104,31 @@ def _write(world: PlantedWorld, seed: int, folder: Path) -> dict[str, str]:
 
 
 def _ours(world: PlantedWorld, kind: str, seed: int, files: dict[str, str]) -> dict[str, float]:
+    began = time.perf_counter()
+    options, training = SETTINGS[kind]
+    d = make(world, kind, LATENTS, seed, k=K, **options)
+    fit(d, _source(files), STEPS, BATCH, seed=seed, **training)
+    seconds = time.perf_counter() - began
+    held_out = torch.from_numpy(np.load(files["held_out"]))
+    own = metrics.l0(d.encode(held_out))
+    at: Dictionary = d.to_inference() if kind == "topk" else calibrate(d, held_out, K)
+    return {**_measured(world, at, files), "seconds": seconds, "own_l0": own}
+
+
+def _source(files: dict[str, str]) -> DrawnSource:
+    """The rows of the file, batch by batch, in their order."""
     batches = script.Batches(files["rows"], BATCH)
 
     def draw(rows: int, step: int, seed: int) -> Tensor:
         return batches[step]
 
-    began = time.perf_counter()
-    options, training = SETTINGS[kind]
-    d = make(world, kind, LATENTS, seed, k=K, **options)
-    fit(d, DrawnSource(draw, WORLD.d_in, "planted"), STEPS, BATCH, seed=seed, **training)
-    seconds = time.perf_counter() - began
-    held_out = torch.from_numpy(np.load(files["held_out"]))
-    own = metrics.l0(d.encode(held_out))
-    at: Dictionary = d.to_inference() if kind == "topk" else calibrate(d, held_out, K)
+    return DrawnSource(draw, WORLD.d_in, "planted")
+
+
+def _measured(world: PlantedWorld, at: Dictionary, files: dict[str, str]) -> dict[str, float]:
+    """Scores of a folded dictionary."""
     codes = at.encode(torch.from_numpy(np.load(files["evaluation"])))
-    scores = _scores(world, at.W_dec.detach(), at.b_dec.detach(), codes)
-    return {**scores, "seconds": seconds, "own_l0": own}
+    return _scores(world, at.W_dec.detach(), at.b_dec.detach(), codes)
 
 
 def _theirs(
@@ -152,7 +170,9 @@ def _scores(world: PlantedWorld, decoder: Tensor, bias: Tensor, codes: Codes) ->
     }
 
 
-def _report(found: dict[str, dict[str, dict[str, list[float]]]], seeds: Sequence[int]) -> Reproduction:
+def _report(
+    found: dict[str, dict[str, dict[str, list[float]]]], plain: dict[str, dict[str, list[float]]], seeds: Sequence[int]
+) -> Reproduction:  # fmt: skip
     claims, notes = [], []
     for kind, by_toolkit in found.items():
         mine = by_toolkit["saekit"]
@@ -183,6 +203,11 @@ def _report(found: dict[str, dict[str, dict[str, list[float]]]], seeds: Sequence
         claims=claims,
         figure=bars("Recovery and reconstruction at equal L0", "score", {toolkit: {f"{kind}: {key}": found[kind][toolkit][key] for kind in KINDS for key in KEYS} for toolkit in toolkits}),
         notes=notes,
+        controls={
+            f"{kind}: {key}": {name: scores[key] for name, scores in (by_toolkit | plain).items()}
+            for kind, by_toolkit in found.items()
+            for key in KEYS
+        },
     )  # fmt: skip
 
 
