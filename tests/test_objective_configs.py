@@ -66,3 +66,11 @@ def test_every_term_that_has_a_weight_is_in_the_tables() -> None:
 def test_create_refuses_them_too() -> None:
     with pytest.raises(SaekitError, match=r"coefficient = -1\.0 must"):
         saekit.create("topk", d_in=8, n_features=16, k=2, **{"auxk.coefficient": -1.0})
+
+
+@pytest.mark.parametrize(("preset", "options"), [("p_annealing", {}), ("topk", {"k_start": 16})])
+def test_what_falls_over_a_run_needs_its_length(preset: str, options: dict[str, int]) -> None:
+    d = saekit.create(preset, d_in=16, n_features=64, k=4, **options)
+    with pytest.raises(SaekitError, match="steps is not given"):
+        saekit.Trainer(d)
+    assert saekit.Trainer(d, steps=10).steps == 10

@@ -11,14 +11,23 @@ from saekit.dictionaries import Dictionary, TrainState
 from saekit.harvest import ContinuedBatch
 from saekit.kernels import serial
 from saekit.trainers import dead, optim
-from saekit.types import ActivationBatch
+from saekit.types import ActivationBatch, SaekitError
+
+
+def _check_endless(dictionary: Dictionary) -> None:
+    """Raise where something would fall over a run whose length is unknown."""
+    names = [name for name, _ in dictionary.config.objective]
+    k_start = getattr(dictionary.config.selection[1], "k_start", None)
+    if k_start is not None or "p_annealed" in names:
+        what = f"k_start = {k_start}" if k_start is not None else "objective 'p_annealed'"
+        raise SaekitError(f"steps is not given, and {what} falls over the run; give steps=...")
 
 
 class Trainer:
     """One dictionary in training. ``step`` takes a batch and returns metrics that stay on the device.
 
     Without :func:`train` it takes its normalisation from the first batch and, with ``steps`` left
-    out, a constant rate after warm-up.
+    out, a constant rate after warm-up; what is annealed over the run then has no end, and is refused.
     """
 
     def __init__(
@@ -45,6 +54,8 @@ class Trainer:
         self.resample_every, self.seed = resample_every, seed
         if resample_every is not None:
             dead.check_resampling(dictionary)
+        if steps is None:
+            _check_endless(dictionary)
         self.step_number = 0
         self.silent = torch.zeros(dictionary.n_features, dtype=torch.int64, device=dictionary.device)
         self.optimizer = optim.Adam(
