@@ -60,7 +60,7 @@ class Transforms(Rows):
 
     def judge(
         self, x: Float[Tensor, "batch d_in"], y: Float[Tensor, "batch d_out"], selected: Selected,
-        state: TrainState, passed: Tensor | None = None,
+        state: TrainState, passed: Tensor | None = None, error: Tensor | None = None,
     ) -> tuple[dict[str, Tensor], Forward]:  # fmt: skip
         """The terms of the objective; penalties fall on ``|z_i| ||U_i V_i||_F``, the size of what a feature does."""
         dead = None if selected.dead is None else self.expanded(selected.dead, x)
@@ -71,7 +71,7 @@ class Transforms(Rows):
             gate=selected.codes if selected.gate is None else selected.gate,
             lengths=self.map_norms(),
         )
-        return super().judge(x, y, expanded, state, passed)
+        return super().judge(x, y, expanded, state, passed, error)
 
     def map_norms(self) -> Float[Tensor, " feature"]:
         """``||U_i V_i||_F``, by ``sum_ab (u_a u_b)(v_a v_b)`` over the rows a, b of a map; differentiable."""
