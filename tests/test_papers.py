@@ -123,7 +123,7 @@ ALONE = ("synth-sae-bench", "synth-sae-bench-16k", "planted-peers")  # not all h
 MISSED = {
     "transcoders": "nats by which its CE lies above the SAE's",
     "k-sparse": "the same at the k where it gains least",
-    "archetypal": "agreement of seeds above that of TopK from the same candidates",
+    "archetypal": "agreement",
 }
 
 
