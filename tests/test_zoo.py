@@ -29,7 +29,10 @@ def make(name: str, **options) -> saekit.Dictionary:
     return saekit.create(name, **{"d_in": 32, "n_features": 128, "k": 4, "seed": 0, **options})
 
 
-@pytest.mark.parametrize("name", ["topk", "batchtopk", "jumprelu", "relu", "gated", "p_annealing", "tanh"])
+STEERED = [pytest.param(name, marks=pytest.mark.slow) for name in ("relu", "gated", "p_annealing", "tanh")]
+
+
+@pytest.mark.parametrize("name", ["topk", "batchtopk", "jumprelu", *STEERED])
 def test_requested_l0_is_met_and_few_features_die_far_off_centre(name: str, rows: torch.Tensor) -> None:
     d = make(name, n_features=64)
     run = saekit.train(d, rows, steps=1200 if name == "tanh" else 700, batch_size=512, lr=2e-3)
