@@ -164,9 +164,9 @@ class CrossLayer(Dictionary):
         shared = fit == "reconstruction"
         with torch.set_grad_enabled(shared):
             error = self._sum([c.codes for c in chosen]) + self.b_dec - y
+        if not shared:  # the bias learns here, decoders and codes from the parts below
+            error = error + (self.b_dec - self.b_dec.detach())
         terms: dict[str, Tensor] = {fit: error.square().sum(1).mean()}
-        if not shared:  # parts teach their decoders and codes, below
-            terms[fit] = (error + self.b_dec - self.b_dec.detach()).square().sum(1).mean()
         error = error.detach()
         for layer, ((part, x, s), selected) in enumerate(zip(pairs, chosen, strict=True)):
             at = self._columns(layer)
