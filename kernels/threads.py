@@ -26,14 +26,14 @@ def count():
 
 
 @contextmanager
-def serial():
+def serial(most=None):
     """Keep torch's own operations of this thread out of OpenMP, for the time of a training step.
 
     The setting is OpenMP's own, which each thread has for itself; only a thread that first uses
-    torch meanwhile takes it over.
+    torch meanwhile takes it over. Kernels use ``most`` threads, or as many as torch did.
     """
     outside = count()
-    _serial.outside = outside
+    _serial.outside = most or outside
     torch.set_num_threads(1)
     try:
         yield

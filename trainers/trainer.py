@@ -13,6 +13,10 @@ from saekit.kernels import serial
 from saekit.trainers import dead, optim
 from saekit.types import ActivationBatch, SaekitError
 
+SMALL = (
+    1 << 28
+)  # multiplications of an encoder: below it two threads wait for each other longer than they help
+
 
 def _check_endless(dictionary: Dictionary) -> None:
     """Raise where something would fall over a run whose length is unknown."""
@@ -85,7 +89,7 @@ class Trainer:
         state = TrainState(self.step_number, self.steps, self.seed, self.dead, peers, downstream)
         # torch's threads would spin beside the kernels' own
         alone = d.device.type == "cpu" and downstream is None and d.wiring.kind != "sequences"
-        with serial() if alone else nullcontext():
+        with serial(1 if batch.numel() * d.n_features <= SMALL else None) if alone else nullcontext():
             return self._step(batch, rate, state)
 
     @property
