@@ -15,6 +15,12 @@ def nearest(name: str, known: "list[str] | dict[str, Any]", n: int = 3) -> str:
     return "; known: " + ", ".join(shown) + (", ..." if len(known) > len(shown) else "")
 
 
+def load(place: str) -> Any:
+    """What ``"module:attr"`` names."""
+    module, attr = place.split(":")
+    return getattr(importlib.import_module(module), attr)
+
+
 class Registry:
     """One table: ``name -> "module:attr"``. Adding a row is adding a line to the dict."""
 
@@ -36,5 +42,4 @@ class Registry:
     def __getitem__(self, name: str) -> Any:
         if name not in self.table:
             raise ValueError(f"{self.kind} {name!r} is unknown{nearest(name, self.table)}")
-        module, attr = self.table[name].split(":")
-        return getattr(importlib.import_module(module), attr)
+        return load(self.table[name])

@@ -1,8 +1,10 @@
 """The frame of ``saekit reproduce``; the claims themselves are run by ``pytest -m slow``."""
 
+import importlib
 import inspect
 import json
 import math
+import multiprocessing
 import os
 import signal
 import sys
@@ -16,7 +18,7 @@ from commandline import saekit as command
 import saekit
 from saekit import metrics
 from saekit.activations import DrawnSource
-from saekit.papers import PAPERS, training
+from saekit.papers import PAPERS, row, training
 from saekit.papers.claims import Claim, Reproduction, bars, figure
 from saekit.papers.controls import FROZEN, RANDOM, untrained
 from saekit.verbs.reproduce import table
@@ -83,8 +85,61 @@ def test_an_untrained_control_is_the_frozen_one_without_its_encoder() -> None:
 
 @pytest.mark.parametrize("name", list(PAPERS))
 def test_every_table_names_both_controls(name: str) -> None:
-    source = inspect.getsource(inspect.getmodule(PAPERS[name]))
+    source = inspect.getsource(importlib.import_module(PAPERS.table[name].split(":")[0]))
     assert all(word in source for word in ("FROZEN", "RANDOM", "controls="))
+
+
+TOY = "toy_row:ROW"
+
+
+def ran(folder: Path) -> list[int]:
+    return sorted(int(line.split()[0]) for line in (folder / "ran").read_text().splitlines())
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TOY_ROW", str(tmp_path))
+    return tmp_path
+
+
+def test_seeds_run_side_by_side_and_are_judged_in_their_order(toy: Path) -> None:
+    told: list[tuple[int, int | None]] = []
+    found = row.run(TOY, [5, 1, 4], toy, lambda done, total, note: told.append((done, total)))
+    assert found.claims[0].ours == [25, 1, 16] and found.notes == ["[[5, -5], [1, -1], [4, -4]]"]
+    processes = {line.split()[1] for line in (toy / "ran").read_text().splitlines()}
+    assert len(processes) == min(3, torch.get_num_threads()) and not (toy / "seeds").exists()
+    assert told[-1] == (6, 6) and told == sorted(told)
+
+
+def test_a_seed_that_fails_leaves_the_others_to_go_on_from(toy: Path) -> None:
+    (toy / "fail").touch()
+    with pytest.raises(saekit.SaekitError, match="seed = 2 fails"):
+        row.run(TOY, [1, 2], toy, lambda *_: None)
+    (toy / "fail").unlink()
+    assert row.run(TOY, [1, 2, 0], toy, lambda *_: None).claims[0].ours == [1, 4, 0]
+    assert ran(toy).count(2) == 2 and ran(toy).count(0) == 1
+
+
+def test_a_row_that_was_stopped_goes_on_and_leaves_no_process(toy: Path) -> None:
+    (toy / "wait").touch()
+
+    def stop(done: int, total: int | None, note: str) -> None:
+        if note == "seed 0: done":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        row.run(TOY, [0, 3], toy, stop)
+    assert multiprocessing.active_children() == []
+    (toy / "wait").unlink()
+    assert row.run(TOY, [0, 3], toy, lambda *_: None).claims[0].ours == [0, 9]
+    assert ran(toy).count(0) == 1
+
+
+def test_what_another_row_measured_is_not_taken(toy: Path) -> None:
+    (toy / "seeds").mkdir()
+    for seed, text in enumerate(('{"of": "another", "found": {}}', "[]", "{", '{"found": {}}')):
+        (toy / f"seeds/{seed}.json").write_text(text)
+    assert row.run(TOY, range(4), toy, lambda *_: None).claims[0].ours == [0, 1, 4, 9]
 
 
 def run(*arguments: str) -> Done:

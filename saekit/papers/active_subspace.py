@@ -1,7 +1,6 @@
 """Active-subspace initialisation: features that begin where the data is don't die (2508.16929)."""
 
 import math
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -14,6 +13,7 @@ from saekit.activations import DrawnSource
 from saekit.dictionaries import create
 from saekit.papers.claims import Claim, Reproduction, Tell, bars
 from saekit.papers.controls import FROZEN, RANDOM, untrained
+from saekit.papers.row import Found, Row
 from saekit.papers.training import fit
 
 D, ACTIVE, FEATURES, WIDTH, K = 64, 16, 128, 1024, 8
@@ -42,27 +42,29 @@ def _draw(directions: Tensor, rows: int, step: int, seed: int) -> Float[Tensor, 
     return size @ directions + NOISE * torch.randn(rows, D, generator=g)
 
 
-def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
+def measure(seed: int, tell: Tell) -> Found:
     """Dead features and error from both beginnings and with both optimizers, without AuxK."""
-    dead: dict[str, list[float]] = {name: [] for name in (*KINDS, RANDOM)}
-    error: dict[str, list[float]] = {name: [] for name in dead}
-    for i, seed in enumerate(seeds):
-        directions = _directions(seed)
-        source = DrawnSource(partial(_draw, directions), D, "subspace")
-        x = _draw(directions, 8192, 1 << 30, 0)
-        for j, (name, options) in enumerate(KINDS.items()):
-            preset = "frozen" if name == FROZEN else "topk"
-            d = create(preset, d_in=D, n_features=WIDTH, k=K, seed=seed, objective=("reconstruction",))
-            run = fit(
-                d, source, STEPS, BATCH, seed=seed, lr=1e-3, decay=0.0, dead_after=LAST * BATCH, **options
-            )
-            dead[name].append(run.metrics["dead_share"])
-            error[name].append(metrics.fvu(x, d(x).detach()))
-            tell(i * len(KINDS) + j + 1, len(seeds) * len(KINDS), name)
-        random = untrained(d)  # the last of them is the frozen one
-        last = torch.cat([_draw(directions, BATCH, step, seed) for step in range(STEPS - LAST, STEPS)])
-        dead[RANDOM].append(metrics.dead_share(metrics.density(random.encode(last))))
-        error[RANDOM].append(metrics.fvu(x, random(x)))
+    directions = _directions(seed)
+    source = DrawnSource(partial(_draw, directions), D, "subspace")
+    x = _draw(directions, 8192, 1 << 30, 0)
+    dead, error = {}, {}
+    for j, (name, options) in enumerate(KINDS.items()):
+        preset = "frozen" if name == FROZEN else "topk"
+        d = create(preset, d_in=D, n_features=WIDTH, k=K, seed=seed, objective=("reconstruction",))
+        run = fit(d, source, STEPS, BATCH, seed=seed, lr=1e-3, decay=0.0, dead_after=LAST * BATCH, **options)
+        dead[name] = run.metrics["dead_share"]
+        error[name] = metrics.fvu(x, d(x).detach())
+        tell(j + 1, len(KINDS), name)
+    random = untrained(d)  # the last of them is the frozen one
+    last = torch.cat([_draw(directions, BATCH, step, seed) for step in range(STEPS - LAST, STEPS)])
+    dead[RANDOM] = metrics.dead_share(metrics.density(random.encode(last)))
+    error[RANDOM] = metrics.fvu(x, random(x))
+    return {"dead": dead, "FVU": error}
+
+
+def judge(found: Found) -> Reproduction:
+    """Dead features by start, and the errors of both."""
+    dead, error = found["dead"], found["FVU"]
     plain, started = "random, Adam", "active subspace, Adam"
     apart = [abs(math.log(a / b)) for a, b in zip(error[started], error[plain], strict=True)]
     return Reproduction(
@@ -74,6 +76,9 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
             Claim(f"share that did not fire in the last {LAST} steps, active subspace", "below 1 %", dead[started], "<=", 0.01, dead["active subspace, SparseAdam"], "active subspace, SparseAdam"),
             Claim("FVU with the active subspace against the random start (absolute log ratio)", "lower error at 1M features", apart, "<=", math.log(1.15), error[plain], "FVU of the random start"),
         ],
-        figure=bars("Dead features and error by start and optimizer", "share", {"dead": dead, "FVU": error}),
-        controls={"dead": dead, "FVU": error},
+        figure=bars("Dead features and error by start and optimizer", "share", found),
+        controls=found,
     )  # fmt: skip
+
+
+ROW = Row(measure, judge)

@@ -1,7 +1,6 @@
 """Archetypal dictionaries: atoms near the data's hull make trainings agree (2502.12892)."""
 
 import itertools
-from collections.abc import Sequence
 
 import torch
 
@@ -10,6 +9,7 @@ from saekit.dictionaries import Dictionary, create
 from saekit.evaluate.stability import stability
 from saekit.papers.claims import Claim, Reproduction, Tell, bars
 from saekit.papers.controls import FROZEN, RANDOM, untrained
+from saekit.papers.row import Found, Row
 from saekit.papers.training import fit_all
 from saekit.testbed.digits import digits
 from saekit.types import SaekitError
@@ -51,35 +51,41 @@ def _dictionaries(x: torch.Tensor, points: torch.Tensor, seed: int) -> dict[str,
     return made
 
 
-def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
-    """Agreement of seeds, and reconstruction, of archetypal and TopK dictionaries of digits."""
-    if len(seeds) < 2:
-        raise SaekitError(
-            f"seeds = {len(seeds)}: this paper is about their agreement; give --seeds 2 or more"
-        )
+def check(n_seeds: int) -> None:
+    """Raise unless there are seeds that can agree."""
+    if n_seeds < 2:
+        raise SaekitError(f"seeds = {n_seeds}: this paper is about their agreement; give --seeds 2 or more")
+
+
+def measure(seed: int, tell: Tell) -> Found:
+    """Atoms of archetypal and TopK dictionaries of digits, from candidates of this seed and from common ones."""
     data = digits(0)
     x = torch.cat([data.train, data.test])
-    common = _candidates(x, 0)
-    own: dict[str, list[Dictionary]] = {}
-    shared: dict[str, list[Dictionary]] = {}
-    for i, seed in enumerate(seeds):
-        for table, points in ((own, _candidates(x, 100 + seed)), (shared, common)):
-            ds = _dictionaries(x, points, seed)
-            if table is shared:
-                ds = {name: ds[name] for name in (MINE, THEIRS)}
-            slow = {name: {"lr": MIXTURE_LR} for name in ds if name.startswith("archetypal")}
-            fit_all(ds, x, STEPS, BATCH, seed=seed, lr=LR, each=slow)
-            for name, d in ds.items():
-                table.setdefault(name, []).append(d)
-        tell(i + 1, len(seeds), "seeds")
-    own[RANDOM] = [untrained(d) for d in own[FROZEN]]
+    found: Found = {}
+    for j, (name, chosen) in enumerate((("own", 100 + seed), ("shared", 0))):
+        ds = _dictionaries(x, _candidates(x, chosen), seed)
+        if name == "shared":
+            ds = {kind: ds[kind] for kind in (MINE, THEIRS)}
+        slow = {kind: {"lr": MIXTURE_LR} for kind in ds if kind.startswith("archetypal")}
+        fit_all(ds, x, STEPS, BATCH, seed=seed, lr=LR, each=slow)
+        if name == "own":
+            ds[RANDOM] = untrained(ds[FROZEN])
+            found["r2"] = {kind: metrics.explained_variance(x, d(x).detach()) for kind, d in ds.items()}
+        found[name] = {kind: d.W_dec.detach().tolist() for kind, d in ds.items()}
+        tell(j + 1, 2, f"{name} candidates")
+    return found
 
-    def agree(ds: list[Dictionary]) -> list[float]:
-        return [stability(a.W_dec.detach(), b.W_dec.detach()) for a, b in itertools.combinations(ds, 2)]
 
-    stable = {name: agree(ds) for name, ds in own.items()}
-    confounded = {name: agree(ds) for name, ds in shared.items()}
-    r2 = {name: [metrics.explained_variance(x, d(x).detach()) for d in ds] for name, ds in own.items()}
+def judge(found: Found) -> Reproduction:
+    """Agreement of each pair of seeds."""
+
+    def agree(decoders: list[list[list[float]]]) -> list[float]:
+        atoms = map(torch.tensor, decoders)
+        return [stability(a, b) for a, b in itertools.combinations(atoms, 2)]
+
+    stable = {name: agree(decoders) for name, decoders in found["own"].items()}
+    confounded = {name: agree(decoders) for name, decoders in found["shared"].items()}
+    r2 = found["r2"]
 
     def gain(table: dict[str, list[float]], a: str, b: str) -> list[float]:
         return [x - y for x, y in zip(table[a], table[b], strict=True)]
@@ -101,3 +107,6 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
         ],
         controls={"agreement": stable, "explained variance": r2},
     )  # fmt: skip
+
+
+ROW = Row(measure, judge, check=check)

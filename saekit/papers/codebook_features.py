@@ -14,6 +14,7 @@ from saekit.hooks import intervene
 from saekit.models import Model, load_model
 from saekit.papers.claims import Claim, Reproduction, Tell, bars
 from saekit.papers.controls import FROZEN, RANDOM
+from saekit.papers.row import Found, Row
 from saekit.replacement import Replacement
 from saekit.testbed import states
 from saekit.testbed.states import STATES, StateLanguage, tokens_of
@@ -117,30 +118,33 @@ def _scores(replacement: Replacement, language: StateLanguage, walks: Tensor) ->
     }
 
 
-def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
+def measure(seed: int, tell: Tell) -> Found:
     """A small model of a language of states, trained on with codebooks at every head and MLP."""
-    found: dict[str, dict[str, list[float]]] = {name: {} for name in ("codebooks", FROZEN, RANDOM)}
-    base: list[float] = []
-    for i, seed in enumerate(seeds):
-        language, g = StateLanguage.draw(seed), torch.Generator().manual_seed(5000 + seed)
-        model = states.trained(language, BASE_STEPS, seed)
-        train, walks = language.walks(WALKS, g), language.walks(1000, g)
-        base.append(language.accuracy(_logits(model, tokens_of(walks), None), walks))
-        for name in found:
-            own = load_model(copy.deepcopy(model.module), name="states")
-            replacement = Replacement(own, _codebooks(seed))
-            stream = harvest(own, list(tokens_of(train).split(SEQUENCES)), PLACES, tokens=None)
-            for d in replacement.dictionaries if name == FROZEN else ():
+    language, g = StateLanguage.draw(seed), torch.Generator().manual_seed(5000 + seed)
+    model = states.trained(language, BASE_STEPS, seed)
+    train, walks = language.walks(WALKS, g), language.walks(1000, g)
+    base = language.accuracy(_logits(model, tokens_of(walks), None), walks)
+    found: Found = {}
+    for i, name in enumerate(("codebooks", FROZEN, RANDOM)):
+        tell(1 + i, 4, name)
+        own = load_model(copy.deepcopy(model.module), name="states")
+        replacement = Replacement(own, _codebooks(seed))
+        stream = harvest(own, list(tokens_of(train).split(SEQUENCES)), PLACES, tokens=None)
+        for d in replacement.dictionaries if name == FROZEN else ():
+            d.prepare(d.gather([next(iter(stream))]))
+            d.atoms.weight.requires_grad_(False)
+        if name == RANDOM:
+            for d in replacement.dictionaries:
                 d.prepare(d.gather([next(iter(stream))]))
-                d.atoms.weight.requires_grad_(False)
-            if name == RANDOM:
-                for d in replacement.dictionaries:
-                    d.prepare(d.gather([next(iter(stream))]))
-            else:
-                finetune(replacement, stream, STEPS, batch_size=SEQUENCES, seed=seed)
-            for key, value in _scores(replacement, language, walks).items():
-                found[name].setdefault(key, []).append(value)
-            tell(3 * i + 1 + list(found).index(name), 3 * len(seeds), "models")
+        else:
+            finetune(replacement, stream, STEPS, batch_size=SEQUENCES, seed=seed)
+        found[name] = _scores(replacement, language, walks)
+    return {"base": base, "found": found}
+
+
+def judge(found: Found) -> Reproduction:
+    """Accuracy, codes and swaps of the trained codebooks against those of the data."""
+    base, found = found["base"], found["found"]
     mine = found["codebooks"]
     ratio = [a / b for a, b in zip(mine["accuracy"], base, strict=True)]
     random = found[RANDOM]
@@ -156,3 +160,6 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
         figure=bars("Codebooks in a model of states", "share", {name: found[name] for name in found}),
         controls={key: {n: m[key] for n, m in found.items()} for key in mine},
     )  # fmt: skip
+
+
+ROW = Row(measure, judge)

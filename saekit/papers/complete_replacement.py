@@ -11,6 +11,7 @@ from saekit.layers import attention
 from saekit.models import load_model
 from saekit.papers.claims import Claim, Reproduction, Tell, bars
 from saekit.papers.controls import FROZEN, RANDOM
+from saekit.papers.row import Found, Row
 from saekit.papers.training import fit_all
 
 LAYERS, CONTEXT = 4, 128  # of code-lm
@@ -30,34 +31,39 @@ def _dictionaries(layers: Sequence[Any], seed: int, frozen: bool) -> dict[str, D
     return out
 
 
-def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
+def measure(seed: int, tell: Tell) -> Found:
     """All MLPs and attention layers of code-lm replaced at once, with and without error terms."""
     model = load_model("code-lm")
     layers = [attention(model, f"blocks.{layer}.attn") for layer in range(LAYERS)]
     points = [f"blocks.{i}.{m}:{s}" for i in range(LAYERS) for m in ("attn", "mlp") for s in ("in", "out")]
-    found: dict[str, dict[str, list[float]]] = {name: {} for name in ("trained", FROZEN, RANDOM)}
+    found: dict[str, dict[str, float]] = {name: {} for name in ("trained", FROZEN, RANDOM)}
     with tempfile.TemporaryDirectory() as folder:
         store = harvest(
             model, "stdlib", points, out=f"{folder}/acts", tokens=TOKENS, dtype="bf16", context=CONTEXT
         )
-        for i, seed in enumerate(seeds):
-            for name in ("trained", FROZEN):
-                ds = _dictionaries(layers, seed, frozen=name == FROZEN)
-                fit_all(ds, store, STEPS, SEQUENCES, seed=seed)
-                report = evaluate_together(
-                    list(ds.values()),
-                    model,
-                    "stdlib",
-                    tokens=16_384,
-                    context=CONTEXT,
-                    controls=name == "trained",
-                    ablation="mean",  # zeros everywhere leave 35 nats, against which anything recovers much
-                )
-                for key, m in report.items():
-                    found[name].setdefault(key, []).append(float(m))
-                    if "random" in m.control:
-                        found[RANDOM].setdefault(key, []).append(m.control["random"])
-            tell(i + 1, len(seeds), "seeds")
+        for i, name in enumerate(("trained", FROZEN)):
+            tell(1 + 2 * i, 5, f"{name}: training")
+            ds = _dictionaries(layers, seed, frozen=name == FROZEN)
+            fit_all(ds, store, STEPS, SEQUENCES, seed=seed)
+            tell(2 + 2 * i, 5, f"{name}: evaluating")
+            report = evaluate_together(
+                list(ds.values()),
+                model,
+                "stdlib",
+                tokens=16_384,
+                context=CONTEXT,
+                controls=name == "trained",
+                ablation="mean",  # zeros everywhere leave 35 nats, against which anything recovers much
+            )
+            for key, m in report.items():
+                found[name][key] = float(m)
+                if "random" in m.control:
+                    found[RANDOM][key] = m.control["random"]
+    return found
+
+
+def judge(found: Found) -> Reproduction:
+    """The replaced model's loss against the random control's, and what error terms leave of it."""
     own = found["trained"]
     over = [a - b for a, b in zip(own["ce_recovered"], found[RANDOM]["ce_recovered"], strict=True)]
     under = [a / b for a, b in zip(own["kl"], found[RANDOM]["kl"], strict=True)]
@@ -75,3 +81,6 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
         figure=bars("Cross-entropy of the replaced model", "nats per token", {"code-lm": {"original": own["ce_original"], "means in all places": own["ce_ablated"], **{n: m["ce_replaced"] for n, m in found.items()}}}),
         controls={key: {n: m[key] for n, m in found.items() if key in m} for key in ("kl", "ce_replaced", "ce_recovered", "l0")},
     )  # fmt: skip
+
+
+ROW = Row(measure, judge)

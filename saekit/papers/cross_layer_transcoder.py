@@ -1,7 +1,6 @@
 """Cross-layer transcoders: less error at equal L0, and shorter chains (Ameisen et al. 2025)."""
 
 import tempfile
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from saekit.models import load_model
 from saekit.papers.claims import Claim, Reproduction, Tell, bars
 from saekit.papers.controls import FROZEN, RANDOM
 from saekit.papers.planted import STRIDE
+from saekit.papers.row import Found, Row
 from saekit.papers.training import fit, fit_all
 from saekit.testbed.chain import Chain, ChainConfig, path_length
 
@@ -24,6 +24,7 @@ TOKENS, STEPS, BATCH = 200_000, 150, 2048
 CHAIN_WIDTH, CHAIN_STEPS = 32, 2000
 LENGTHS = ("MLPs' own weights", "transcoders", "CLT")
 PER_LAYER, CLT = "per-layer transcoders", "CLT"
+KEYS = {"fvu": "FVU", "l0": "L0", "ce_recovered": "CE recovered", "kl": "KL"}
 
 
 def _chain_lengths(seed: int) -> dict[str, float]:
@@ -73,36 +74,38 @@ def _spliced(d: Dictionary, points: tuple[list[str], list[str]]) -> Dictionary:
     return d
 
 
-def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
+def measure(seed: int, tell: Tell) -> Found:
     """A CLT beside per-layer transcoders on code-lm's MLPs, and both on the hand-built chain."""
     model = load_model("code-lm")
     reads = [f"blocks.{layer}.mlp:in" for layer in range(LAYERS)]
     writes = [f"blocks.{layer}.mlp:out" for layer in range(LAYERS)]
     shape: dict[str, Any] = {"d_in": 256, "n_layers": LAYERS, "n_features": LAYERS * WIDTH, "k": LAYERS * K}
-    found: dict[str, dict[str, list[float]]] = {n: {} for n in (CLT, PER_LAYER, FROZEN, RANDOM)}
-    chains: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         store = harvest(model, "stdlib", [*reads, *writes], out=f"{folder}/acts", tokens=TOKENS, dtype="bf16")
-        for i, seed in enumerate(seeds):
-            ds = {
-                CLT: create("clt", seed=seed, **shape),
-                PER_LAYER: create("clt", reach=1, seed=seed, **shape),
-            }
-            ds[FROZEN] = create("clt", seed=seed, atoms="frozen", **shape)
-            fit_all({n: _spliced(d, (reads, writes)) for n, d in ds.items()}, store, STEPS, BATCH, seed=seed)
-            beside = {name: ds[name] for name in (PER_LAYER, FROZEN)}
-            report = evaluate(ds[CLT], model, "stdlib", tokens=16_384, controls=beside, seed=seed)
-            for key in ("fvu", "l0", "ce_recovered", "kl"):
-                every = {
-                    CLT: float(report[key]),
-                    RANDOM: report[key].control["random"],
-                    **report[key].control,
-                }
-                for name in found:
-                    found[name].setdefault(key, []).append(every[name])
-            for name, length in _chain_lengths(seed).items():
-                chains.setdefault(name, []).append(length)
-            tell(i + 1, len(seeds), "seeds")
+        tell(1, 4, "training")
+        ds = {
+            CLT: create("clt", seed=seed, **shape),
+            PER_LAYER: create("clt", reach=1, seed=seed, **shape),
+            FROZEN: create("clt", seed=seed, atoms="frozen", **shape),
+        }
+        fit_all({n: _spliced(d, (reads, writes)) for n, d in ds.items()}, store, STEPS, BATCH, seed=seed)
+        tell(2, 4, "evaluating")
+        beside = {name: ds[name] for name in (PER_LAYER, FROZEN)}
+        report = evaluate(ds[CLT], model, "stdlib", tokens=16_384, controls=beside, seed=seed)
+    tell(3, 4, "chains")
+    controls = {PER_LAYER: PER_LAYER, FROZEN: FROZEN, RANDOM: "random"}
+    return {
+        "found": {
+            CLT: {key: float(report[key]) for key in KEYS},
+            **{name: {key: report[key].control[of] for key in KEYS} for name, of in controls.items()},
+        },
+        "chains": _chain_lengths(seed),
+    }
+
+
+def judge(found: Found) -> Reproduction:
+    """Error of the CLT against per-layer transcoders', and path lengths in the chain."""
+    found, chains = found["found"], found["chains"]
     ratio = [a / b for a, b in zip(found[CLT]["fvu"], found[PER_LAYER]["fvu"], strict=True)]
     return Reproduction(
         title="A cross-layer transcoder replaces all MLPs with less error, and shortens chains",
@@ -115,5 +118,8 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
             Claim("chain: error of the CLT (FVU)", "no number", chains["FVU"], "<=", 0.05),
         ],
         figure=bars("Path length and error", "features on the path, or FVU", {"chain": {n: chains[n] for n in LENGTHS}, "code-lm, FVU": {n: found[n]["fvu"] for n in (CLT, PER_LAYER)}}),
-        controls={name: {n: m[key] for n, m in found.items()} for key, name in {"fvu": "FVU", "l0": "L0", "ce_recovered": "CE recovered", "kl": "KL"}.items()},
+        controls={name: {n: m[key] for n, m in found.items()} for key, name in KEYS.items()},
     )  # fmt: skip
+
+
+ROW = Row(measure, judge)

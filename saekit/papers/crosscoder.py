@@ -1,6 +1,5 @@
 """Crosscoders for model diffing: what is of one model alone, and what only looks so (2504.02922)."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from saekit.evaluate.diffing import norm_difference, specific
 from saekit.papers.claims import Claim, Reproduction, Tell, bars
 from saekit.papers.controls import FROZEN, RANDOM, untrained
 from saekit.papers.planted import STRIDE
+from saekit.papers.row import Found, Row
 from saekit.papers.training import fit_all
 from saekit.testbed.two_models import TwoModels, TwoModelsConfig
 
@@ -53,38 +53,41 @@ def _scores(world: TwoModels, d: Dictionary, x: Tensor) -> dict[str, float]:
     return out
 
 
-def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
+def measure(seed: int, tell: Tell) -> Found:
     """Private features of two planted models, by BatchTopK and L1 crosscoders."""
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in (*KINDS, FROZEN, RANDOM)}
-    for i, seed in enumerate(seeds):
-        world = TwoModels(TwoModelsConfig(seed=seed))
-        c = world.config
+    world = TwoModels(TwoModelsConfig(seed=seed))
+    c = world.config
 
-        def draw(rows: int, step: int, seed: int, world: TwoModels = world) -> Tensor:
-            return world.batch(rows, step + seed * STRIDE)
+    def draw(rows: int, step: int, seed: int) -> Tensor:
+        return world.batch(rows, step + seed * STRIDE)
 
-        shape: dict[str, Any] = {"d_in": (c.d, c.d), "n_features": WIDTH, "seed": seed}
-        ds = {name: create("crosscoder", **shape, **options) for name, options in KINDS.items()}
-        ds[FROZEN] = create("frozen", wiring="crosscoder", k=K, **shape)
-        fit_all(ds, DrawnSource(draw, 2 * c.d, "two models"), STEPS, BATCH, seed=seed, lr=LR)
-        x = world.batch(20_000, (1 << 30) + seed)
-        ds[RANDOM] = untrained(ds[FROZEN])
-        for name, d in ds.items():
-            found[name].append(_scores(world, d, x))
-        tell(i + 1, len(seeds), "seeds")
-    of = {name: {key: [m[key] for m in ms] for key in ms[0]} for name, ms in found.items()}
-    batch, l1 = of["BatchTopK"], of["L1"]
+    shape: dict[str, Any] = {"d_in": (c.d, c.d), "n_features": WIDTH, "seed": seed}
+    ds = {name: create("crosscoder", **shape, **options) for name, options in KINDS.items()}
+    ds[FROZEN] = create("frozen", wiring="crosscoder", k=K, **shape)
+    fit_all(ds, DrawnSource(draw, 2 * c.d, "two models"), STEPS, BATCH, seed=seed, lr=LR)
+    x = world.batch(20_000, (1 << 30) + seed)
+    ds[RANDOM] = untrained(ds[FROZEN])
+    return {name: _scores(world, d, x) for name, d in ds.items()}
+
+
+def judge(found: Found) -> Reproduction:
+    """Private sets of BatchTopK against L1's, with latent scaling and by norms alone."""
+    c = TwoModelsConfig()
+    batch, l1 = found["BatchTopK"], found["L1"]
     false = [1 - p for p in l1["precision, norms"]]
     shown = ("precision, norms", "recall, norms", "precision, latent scaling", "recall, latent scaling")
     return Reproduction(
         title="A crosscoder finds what two models don't share",
         source="Lindsey et al. 2024 (transformer-circuits.pub); Minder et al. 2025, arXiv 2504.02922",
-        setting=f"two models of {c.d} dimensions with {c.shared} planted features in common, of strength {c.weakest} to 1 in the first, and {c.private} of their own each; {WIDTH} latents, {STEPS} steps of {BATCH} rows; L1 steered to L0 {L1['k']}, BatchTopK at {K} (the truth: {c.p * len(world.base):.1f} with both models' own)",
+        setting=f"two models of {c.d} dimensions with {c.shared} planted features in common, of strength {c.weakest} to 1 in the first, and {c.private} of their own each; {WIDTH} latents, {STEPS} steps of {BATCH} rows; L1 steered to L0 {L1['k']}, BatchTopK at {K} (the truth: {c.p * (c.shared + 2 * c.private):.1f} with both models' own)",
         claims=[
             Claim("BatchTopK with latent scaling: precision of the private sets", "BatchTopK mostly lacks L1's artefacts", batch["precision, latent scaling"], ">=", 0.95, l1["precision, latent scaling"], "L1 with latent scaling"),
             Claim("BatchTopK with latent scaling: recall of the private sets", "no number", batch["recall, latent scaling"], ">=", 0.95, l1["recall, latent scaling"], "L1 with latent scaling"),
             Claim("L1, by norms alone: share of false ones among the features it calls private", "complete shrinkage and latent decoupling (figures)", false, ">", 0.1, [1 - p for p in batch["precision, norms"]], "BatchTopK"),
         ],
-        figure=bars("Private features found", "share", {name: {key: of[name][key] for key in shown} for name in KINDS}),
-        controls={key: {name: m[key] for name, m in of.items()} for key in of["L1"]},
+        figure=bars("Private features found", "share", {name: {key: found[name][key] for key in shown} for name in KINDS}),
+        controls={key: {name: m[key] for name, m in found.items()} for key in l1},
     )  # fmt: skip
+
+
+ROW = Row(measure, judge)

@@ -1,7 +1,6 @@
 """End-to-end training: the last tokens on the model's own loss close part of the gap (2405.12241, 2503.17272)."""
 
 import tempfile
-from collections.abc import Sequence
 
 from saekit.dictionaries import create
 from saekit.dictionaries.surgery import with_objective
@@ -10,38 +9,45 @@ from saekit.harvest import ContinuedSource, SequenceSource, harvest
 from saekit.models import load_model
 from saekit.papers.claims import Claim, Reproduction, Tell, bars
 from saekit.papers.controls import FROZEN, RANDOM, untrained
+from saekit.papers.row import Found, Row
 from saekit.papers.training import fit
 
 POINT, WIDTH, K = "blocks.1.hook_resid_post", 1024, 16
 TOKENS, STEPS, BATCH = 400_000, 200, 2048
 POOL = 1 << 21  # so that all tokens for tuning are held and drawn from
 TUNE_STEPS, SEQUENCES, RATE = 120, 4, 1e-3
+KEYS = ("ce_original", "ce_spliced", "ce_recovered", "kl", "fvu", "l0")
 KINDS = {"MSE alone": ("reconstruction", "auxk"), "MSE and KL": ("reconstruction", "end_to_end")}
 
 
-def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
+def measure(seed: int, tell: Tell) -> Found:
     """A TopK dictionary of code-lm's residual stream, then the same tokens more with and without KL."""
     model = load_model("code-lm")
-    found: dict[str, dict[str, list[float]]] = {name: {} for name in ("before", *KINDS, FROZEN, RANDOM)}
     stream = harvest(model, "stdlib", [POINT], tokens=2_000_000)
     sources = {"MSE alone": SequenceSource(stream, POOL), "MSE and KL": ContinuedSource(stream, POOL)}
     with tempfile.TemporaryDirectory() as folder:
         store = harvest(model, "stdlib", [POINT], out=f"{folder}/acts", tokens=TOKENS, dtype="bf16")
-        for i, seed in enumerate(seeds):
-            shape = {"d_in": 256, "n_features": WIDTH, "k": K, "seed": seed}
-            d, frozen = create("topk", **shape), create("frozen", **shape)
-            fit(d, store, STEPS, BATCH, seed=seed, control=frozen)
-            dictionaries = {"before": d, FROZEN: frozen, RANDOM: untrained(frozen)}
-            for name, objective in KINDS.items():
-                tuned = with_objective(d, objective)
-                fit(tuned, sources[name], TUNE_STEPS, SEQUENCES, lr=RATE, decay=1.0, seed=seed)
-                tuned.card["data"] = d.card["data"]  # one mask for all: that of the store's limits on norms
-                dictionaries[name] = tuned
-            for name, one in dictionaries.items():
-                report = evaluate(one, model, "stdlib", tokens=16_384, controls=False)
-                for key in ("ce_original", "ce_spliced", "ce_recovered", "kl", "fvu", "l0"):
-                    found[name].setdefault(key, []).append(float(report[key]))
-            tell(i + 1, len(seeds), "seeds")
+        tell(1, 5, "training")
+        shape = {"d_in": 256, "n_features": WIDTH, "k": K, "seed": seed}
+        d, frozen = create("topk", **shape), create("frozen", **shape)
+        fit(d, store, STEPS, BATCH, seed=seed, control=frozen)
+        dictionaries = {"before": d, FROZEN: frozen, RANDOM: untrained(frozen)}
+        for i, (name, objective) in enumerate(KINDS.items()):
+            tell(2 + i, 5, f"tuning on {name}")
+            tuned = with_objective(d, objective)
+            fit(tuned, sources[name], TUNE_STEPS, SEQUENCES, lr=RATE, decay=1.0, seed=seed)
+            tuned.card["data"] = d.card["data"]  # one mask for all: that of the store's limits on norms
+            dictionaries[name] = tuned
+        tell(4, 5, "evaluating")
+        reports = {
+            name: evaluate(one, model, "stdlib", tokens=16_384, controls=False)
+            for name, one in dictionaries.items()
+        }
+    return {name: {key: float(report[key]) for key in KEYS} for name, report in reports.items()}
+
+
+def judge(found: Found) -> Reproduction:
+    """The share of the gap that each tuning closes."""
     before = found["before"]
 
     def closed(name: str) -> list[float]:
@@ -61,7 +67,7 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
         ],
         figure=bars("Cross-entropy behind the dictionary", "nats per token", {name: {"CE": found[name]["ce_spliced"], "KL": found[name]["kl"]} for name in ("before", *KINDS)}, yaxis={"rangemode": "tozero"}),
         notes=[
-            f"CE {sum(before['ce_original']) / len(seeds):.3f} unchanged. FVU rises where KL falls: the error moves to directions that the model doesn't read. "
+            f"CE {sum(before['ce_original']) / len(before['ce_original']):.3f} unchanged. FVU rises where KL falls: the error moves to directions that the model doesn't read. "
             "The frozen decoder has seen the tokens of the dictionary before tuning."
         ],
         controls={
@@ -69,3 +75,6 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
             for measure, key in {"ce_spliced": "CE", "ce_recovered": "CE recovered", "kl": "KL", "fvu": "FVU", "l0": "L0"}.items()
         },
     )  # fmt: skip
+
+
+ROW = Row(measure, judge)

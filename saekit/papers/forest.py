@@ -26,7 +26,7 @@ def trained(
     return d
 
 
-def measure(forest: Forest, d: Dictionary) -> dict[str, float]:
+def standing(forest: Forest, d: Dictionary) -> dict[str, float]:
     """How the dictionary's features stand to the forest's.
 
     ``matched``: mean cosine of true features with theirs (Hungarian). ``absorption``: mean over children

@@ -1,7 +1,5 @@
 """JumpReLU: thresholds learn through pseudo-gradients that are right on average (2407.14435)."""
 
-from collections.abc import Sequence
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -11,11 +9,13 @@ from saekit.dictionaries import Dictionary, TrainState
 from saekit.papers.claims import Claim, Reproduction, Tell, bars
 from saekit.papers.controls import FROZEN, RANDOM, untrained
 from saekit.papers.planted import make, stream
+from saekit.papers.row import Found, Row
 from saekit.papers.training import fit_all
 from saekit.testbed.planted import PlantedConfig, PlantedWorld
 
 WIDTH, STEPS, BATCH = 256, 1500, 512
 TARGETS = (4, 8, 16)
+ROWS = 1 << 19  # for the gradients of thresholds
 BANDWIDTH = 0.05  # of the test of gradients: narrow enough for the limit, wide enough for many rows
 
 
@@ -56,47 +56,50 @@ def threshold_gradients(
     return mine, theirs
 
 
-def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
+def measure(seed: int, tell: Tell) -> Found:
     """L0 on target over a range of targets, and pseudo-gradients against differences of the loss."""
     world = PlantedWorld(PlantedConfig(seed=1))
     x = world.evaluation_set(16384)[0]
-    wide = [world.batch(1 << 16, (1 << 30) - 8 + i)[0] for i in range(8)]
-    off: dict[int, list[float]] = {k: [] for k in TARGETS}
-    fvu: dict[str, dict[str, list[float]]] = {"JumpReLU": {}, "TopK": {}}
-    plain: dict[str, list[float]] = {FROZEN: [], RANDOM: []}
-    relative, cosine = [], []
-    for i, seed in enumerate(seeds):
-        ds = {
-            f"{name}-{k}": make(world, name, WIDTH, seed, k=k)
-            for k in TARGETS
-            for name in ("jumprelu", "topk")
-        }
-        ds[FROZEN] = make(world, "frozen", WIDTH, seed, k=8)
-        fit_all(ds, stream(world), STEPS, BATCH, seed=seed)
-        ds[RANDOM] = untrained(ds[FROZEN])
-        for k in TARGETS:
-            mine = ds[f"jumprelu-{k}"]
-            off[k].append(abs(metrics.l0(mine.encode(x)) / k - 1))
-            for name, d in (("JumpReLU", mine), ("TopK", ds[f"topk-{k}"])):
-                fvu[name].setdefault(f"L0 {k}", []).append(metrics.fvu(x, d(x).detach()))
-        for name, values in plain.items():
-            values.append(metrics.fvu(x, ds[name](x).detach()))
-        penalty = float(ds["jumprelu-8"].terms["l0"].coefficient.value)
-        pairs = [threshold_gradients(ds["jumprelu-8"], rows, penalty) for rows in wide]
-        a, b = (torch.stack(side).mean(0) for side in zip(*pairs, strict=True))
-        relative.append(((a - b).norm() / b.norm()).item())
-        cosine.append(torch.nn.functional.cosine_similarity(a, b, dim=0).item())
-        tell(i + 1, len(seeds), "seeds")
+    kinds = {"JumpReLU": "jumprelu", "TopK": "topk"}
+    ds = {
+        f"{name} {k}": make(world, preset, WIDTH, seed, k=k)
+        for k in TARGETS
+        for name, preset in kinds.items()
+    }
+    ds[FROZEN] = make(world, "frozen", WIDTH, seed, k=8)
+    fit_all(ds, stream(world), STEPS, BATCH, seed=seed)
+    ds[RANDOM] = untrained(ds[FROZEN])
+    fvu = {name: metrics.fvu(x, d(x).detach()) for name, d in ds.items()}
+    tell(1, 2, "gradients of thresholds")
+    penalty = float(ds["JumpReLU 8"].terms["l0"].coefficient.value)
+    wide = (world.batch(ROWS // 8, (1 << 30) - 8 + i)[0] for i in range(8))
+    pairs = [threshold_gradients(ds["JumpReLU 8"], rows, penalty) for rows in wide]
+    a, b = (torch.stack(side).mean(0) for side in zip(*pairs, strict=True))
+    return {
+        "off": {str(k): abs(metrics.l0(ds[f"JumpReLU {k}"].encode(x)) / k - 1) for k in TARGETS},
+        "fvu": {name: {f"L0 {k}": fvu[f"{name} {k}"] for k in TARGETS} for name in kinds},
+        "plain": {name: fvu[name] for name in (FROZEN, RANDOM)},
+        "relative": ((a - b).norm() / b.norm()).item(),
+        "cosine": torch.nn.functional.cosine_similarity(a, b, dim=0).item(),
+    }
+
+
+def judge(found: Found) -> Reproduction:
+    """L0 against its targets, error against TopK's, and both gradients."""
+    fvu = found["fvu"]
     ratios = [a / b for a, b in zip(fvu["JumpReLU"]["L0 8"], fvu["TopK"]["L0 8"], strict=True)]
     return Reproduction(
         title="JumpReLU's thresholds are learned by gradients that are right on average",
         source="Rajamanoharan et al. 2024, arXiv 2407.14435",
-        setting=f"512 planted features in 64 dimensions, {WIDTH} latents, {STEPS} steps of {BATCH} rows; L0 penalty steered to its target; gradients over {sum(map(len, wide))} rows, bandwidth {BANDWIDTH}",
+        setting=f"512 planted features in 64 dimensions, {WIDTH} latents, {STEPS} steps of {BATCH} rows; L0 penalty steered to its target; gradients over {ROWS} rows, bandwidth {BANDWIDTH}",
         claims=[
-            *[Claim(f"mean L0 against a target of {k} (share off)", "the paper sweeps the coefficient instead", off[k], "<=", 0.05) for k in TARGETS],
-            Claim("threshold pseudo-gradients against differences of the smoothed loss (relative error over all thresholds)", "equal in expectation", relative, "<=", 0.1, cosine, "cosine"),
+            *[Claim(f"mean L0 against a target of {k} (share off)", "the paper sweeps the coefficient instead", found["off"][str(k)], "<=", 0.05) for k in TARGETS],
+            Claim("threshold pseudo-gradients against differences of the smoothed loss (relative error over all thresholds)", "equal in expectation", found["relative"], "<=", 0.1, found["cosine"], "cosine"),
             Claim("FVU over that of TopK at L0 8", "at or below TopK at equal L0 (figure)", ratios, "<=", 1.1),
         ],
         figure=bars("Error by L0", "FVU", fvu),
-        controls={"FVU at L0 8": {name: by_l0["L0 8"] for name, by_l0 in fvu.items()} | plain},
+        controls={"FVU at L0 8": {name: by_l0["L0 8"] for name, by_l0 in fvu.items()} | found["plain"]},
     )  # fmt: skip
+
+
+ROW = Row(measure, judge)

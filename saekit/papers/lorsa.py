@@ -1,6 +1,5 @@
 """Lorsa: low-rank sparse attention takes superposed attention units apart (2504.20938)."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from saekit.harvest import harvest
 from saekit.layers import attention
 from saekit.papers.claims import Claim, Reproduction, Tell, bars
 from saekit.papers.controls import FROZEN, RANDOM
+from saekit.papers.row import Found, Row
 from saekit.papers.training import fit, fit_all
 from saekit.testbed import heads, induction
 
@@ -106,17 +106,18 @@ def _after_previous(d: Any, x: Tensor, periods: Tensor) -> Tensor:
     return (mass[:, heads] * active).sum(0) / often.clamp(min=1) * (often >= OFTEN)
 
 
-def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
+def measure(seed: int, tell: Tell) -> Found:
     """Planted units that one dense head would superpose, and the induction layer of a small trained model."""
     model = induction.trained(INDUCTION_STEPS)
-    planted: dict[str, dict[str, list[float]]] = {}
-    induced: dict[str, dict[str, list[float]]] = {}
-    for i, seed in enumerate(seeds):
-        for into, scores in ((planted, _planted(seed)), (induced, _induced(model, seed))):
-            for name, measures in scores.items():
-                for key, value in measures.items():
-                    into.setdefault(name, {}).setdefault(key, []).append(value)
-        tell(i + 1, len(seeds), "seeds")
+    tell(1, 3, "planted units")
+    planted = _planted(seed)
+    tell(2, 3, "induction layer")
+    return {"planted": planted, "induced": _induced(model, seed)}
+
+
+def judge(found: Found) -> Reproduction:
+    """Planted units against those of frozen atoms, and the induction layer against its heads copied."""
+    planted, induced = found["planted"], found["induced"]
     mine, frozen, real = planted["Lorsa"], planted[FROZEN], induced["Lorsa"]
     looks = "attention after the previous occurrence"
     return Reproduction(
@@ -137,3 +138,6 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
             **{f"induction: {key}": {n: m[key] for n, m in induced.items()} for key in real},
         },
     )  # fmt: skip
+
+
+ROW = Row(measure, judge)

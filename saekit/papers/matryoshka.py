@@ -1,17 +1,17 @@
 """Matryoshka: nested prefixes keep parents' features from being absorbed by their children's (2503.17547)."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from saekit.papers.claims import Claim, Reproduction, Tell, bars
 from saekit.papers.controls import FROZEN, RANDOM, untrained
-from saekit.papers.forest import measure, trained
+from saekit.papers.forest import standing, trained
+from saekit.papers.row import Found, Row
 from saekit.testbed.forest import Forest, ForestConfig
 
 STEPS = 4000
 
 
-def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
+def measure(seed: int, tell: Tell) -> Found:
     """An L1 dictionary with and without random prefixes on Nabeshima's tree."""
     forest = Forest(ForestConfig())
     # L1 alone reaches its L0 only by absorption, which needs fewer codes; see the note
@@ -21,15 +21,18 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
         "Matryoshka": ("relu", nested),
         FROZEN: ("frozen", {"k": round(forest.l0)}),
     }
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in (*kinds, RANDOM)}
-    for i, seed in enumerate(seeds):
-        for j, (name, (preset, options)) in enumerate(kinds.items()):
-            d = trained(forest, preset, seed, {"steps": STEPS, "lr": 3e-3}, **options)
-            found[name].append(measure(forest, d))
-            if name == FROZEN:
-                found[RANDOM].append(measure(forest, untrained(d)))
-            tell(len(kinds) * i + j + 1, len(kinds) * len(seeds), name)
-    of = {key: {name: [m[key] for m in ms] for name, ms in found.items()} for key in found["L1"][0]}
+    found: Found = {}
+    for j, (name, (preset, options)) in enumerate(kinds.items()):
+        d = trained(forest, preset, seed, {"steps": STEPS, "lr": 3e-3}, **options)
+        found[name] = standing(forest, d)
+        tell(j + 1, len(kinds), name)
+    found[RANDOM] = standing(forest, untrained(d))  # the last of them is the frozen one
+    return found
+
+
+def judge(found: Found) -> Reproduction:
+    """How far parents are absorbed with prefixes and without."""
+    of = {key: {name: values[key] for name, values in found.items()} for key in found["L1"]}
     ours, plain = ({key: rows[name] for key, rows in of.items()} for name in ("Matryoshka", "L1"))
     shown = {name: {key: of[key][name] for key in ("absorption", "recall", "matched")} for name in found}
     return Reproduction(
@@ -45,8 +48,11 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
         ],
         figure=bars("Absorption on a tree of planted features", "cosine, or share of rows", shown),
         notes=[
-            f"L0: Matryoshka {sum(ours['l0']) / len(seeds):.2f}, plain L1 {sum(plain['l0']) / len(seeds):.2f}, the truth {forest.l0:.2f}. "
+            f"L0: Matryoshka {sum(ours['l0']) / len(ours['l0']):.2f}, plain L1 {sum(plain['l0']) / len(plain['l0']):.2f}, the truth {Forest(ForestConfig()).l0:.2f}. "
             "Plain L1 has a lower L0 because absorption saves the parent's code; its coefficient is fixed at 0.5."
         ],
         controls=of,
     )  # fmt: skip
+
+
+ROW = Row(measure, judge)

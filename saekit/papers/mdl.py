@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from saekit.evaluate.mdl import coarsest_precision, description_length
 from saekit.papers.claims import Claim, Reproduction, Tell, figure
 from saekit.papers.controls import FROZEN, RANDOM, untrained
 from saekit.papers.planted import cut
+from saekit.papers.row import Found, Row
 from saekit.papers.training import fit, fit_all
 from saekit.testbed.digits import digits
 from saekit.types import Codes
@@ -70,28 +70,37 @@ def length(points: list[tuple[float, float]], variance: float) -> float:
     return math.nan
 
 
-def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
+def measure(seed: int, tell: Tell) -> Found:
     """Bits per digit by the width of the dictionary, at equal distortion."""
-    at: dict[float, dict[int, list[float]]] = {v: {w: [] for w in WIDTHS} for v in (VARIANCE, *OTHERS)}
-    plain: dict[str, list[tuple[float, float]]] = {"TopK": [], FROZEN: [], RANDOM: []}
-    for i, seed in enumerate(seeds):
-        data = digits(seed)
-        for j, width in enumerate(WIDTHS):
-            points = curve(width, seed, data.train, data.test)
-            for variance, table in at.items():
-                table[width].append(length(points, variance))
-            tell(i * len(WIDTHS) + j + 1, len(seeds) * len(WIDTHS), f"{width} features")
-        for name, point in ({"TopK": max(points)} | controls(seed, data.train, data.test)).items():
-            plain[name].append(point)
+    data = digits(seed)
+    at: Found = {str(v): {} for v in (VARIANCE, *OTHERS)}
+    for j, width in enumerate(WIDTHS):
+        points = curve(width, seed, data.train, data.test)
+        for variance in (VARIANCE, *OTHERS):
+            at[str(variance)][str(width)] = length(points, variance)
+        tell(j + 1, len(WIDTHS) + 1, f"{width} features")
+    plain = {"TopK": max(points)} | controls(seed, data.train, data.test)
+    return {
+        "at": at,
+        "plain": {name: list(point) for name, point in plain.items()},
+        "bernoulli": bernoulli(seed),
+    }
+
+
+def judge(found: Found) -> Reproduction:
+    """The width of the shortest description, and how much longer it is at both ends."""
+    at: dict[float, dict[int, list[float]]] = {
+        v: {w: found["at"][str(v)][str(w)] for w in WIDTHS} for v in (VARIANCE, *OTHERS)
+    }
     lengths = at[VARIANCE]
     mean = {w: sum(v) / len(v) for w, v in lengths.items()}
     best = min((w for w in WIDTHS if math.isfinite(mean[w])), key=lambda w: mean[w])
     narrow, wide = (
-        [lengths[end][i] / lengths[best][i] for i in range(len(seeds))] for end in (WIDTHS[0], WIDTHS[-1])
+        [a / b for a, b in zip(lengths[end], lengths[best], strict=True)] for end in (WIDTHS[0], WIDTHS[-1])
     )
     inner = [
         float(min(WIDTHS, key=lambda w: lengths[w][i]) not in (WIDTHS[0], WIDTHS[-1]))
-        for i in range(len(seeds))
+        for i in range(len(lengths[best]))
     ]
     elsewhere = {v: {w: sum(b) / len(b) for w, b in at[v].items()} for v in OTHERS}
     return Reproduction(
@@ -102,7 +111,7 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
             Claim("the shortest description is at an inner width (1 is yes)", "MNIST: neither whole digits nor pixels (figure)", inner, ">=", 1.0, [float(best)], "that width, by the means"),
             Claim(f"{WIDTHS[0]} features over the shortest", "longer at both ends (figure)", narrow, ">=", 1.1),
             Claim(f"{WIDTHS[-1]} features over the shortest", "longer at both ends (figure)", wide, ">=", 1.1),
-            Claim("length of planted independent features against their entropy (share off)", "an identity in expectation", [bernoulli(s) for s in seeds], "<=", 0.02),
+            Claim("length of planted independent features against their entropy (share off)", "an identity in expectation", found["bernoulli"], "<=", 0.02),
         ],
         figure=figure("Bits to describe a digit", "features", "bits per digit", {"description length": (WIDTHS, [mean[w] for w in WIDTHS])}, xaxis={"type": "log"}),
         notes=[
@@ -111,5 +120,8 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
             "On the digits that they were trained on, 1024 features at k = 2 explain 82 % in 17 bits: they know 1797 images by heart.",
             f"Table: {WIDTHS[-1]} features, at the k up to {KS[-1]} that explains most. A control that stays below {VARIANCE:.0%} there has no length at that distortion.",
         ],
-        controls={key: {name: [p[at] for p in points] for name, points in plain.items()} for at, key in enumerate(("most variance explained", "bits per digit"))},
+        controls={key: {name: [p[part] for p in points] for name, points in found["plain"].items()} for part, key in enumerate(("most variance explained", "bits per digit"))},
     )  # fmt: skip
+
+
+ROW = Row(measure, judge)

@@ -1,6 +1,7 @@
 """Mutual feature regularisation: dictionaries trained together are drawn to common features (2411.01220)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -11,12 +12,14 @@ from saekit.evaluate.stability import mmcs
 from saekit.papers.claims import Claim, Reproduction, Tell, figure
 from saekit.papers.controls import FROZEN, RANDOM, untrained
 from saekit.papers.planted import make, stream
+from saekit.papers.row import Found, Row
 from saekit.papers.training import fit_all
 from saekit.testbed.planted import PlantedConfig, PlantedWorld
 from saekit.testbed.recovery import mcc
 
 WIDTH, K, STEPS, BATCH, PEERS = 96, 3, 800, 256, 2
 ALPHAS = (0.0, 0.03, 0.1, 0.3, 1.0)
+MEASURES = ("MMCS", "MCC", "FVU")
 
 
 def scores(
@@ -29,50 +32,52 @@ def scores(
     return shared, truth, sum(metrics.fvu(x, d(x).detach()) for d in ds) / PEERS
 
 
-def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
+def _world() -> PlantedWorld:
+    config = PlantedConfig(n_features=64, d_in=24, roots=0, correlation=0.0, p_max=0.1, p_min=0.02, seed=1)
+    return PlantedWorld(config)
+
+
+def measure(seed: int, tell: Tell) -> Found:
     """Pairs of TopK dictionaries, trained together at several strengths of the regularisation."""
-    world = PlantedWorld(
-        PlantedConfig(n_features=64, d_in=24, roots=0, correlation=0.0, p_max=0.1, p_min=0.02, seed=1)
-    )
+    world = _world()
     x = world.evaluation_set(8192)[0]
-    shared: dict[float, list[float]] = {a: [] for a in ALPHAS}
-    truth: dict[float, list[float]] = {a: [] for a in ALPHAS}
-    error: dict[float, list[float]] = {a: [] for a in ALPHAS}
-    tables = (shared, truth, error)
-    plain: dict[str, list[tuple[float, float, float]]] = {FROZEN: [], RANDOM: []}
-    for i, seed in enumerate(seeds):
-        for j, alpha in enumerate(ALPHAS):
-            term = {"mutual.coefficient": alpha}
-            ds = {
-                f"peer-{p}": make(
-                    world,
-                    "topk",
-                    WIDTH,
-                    PEERS * seed + p,
-                    k=K,
-                    objective=("reconstruction", "mutual"),
-                    **term,
-                )
-                for p in range(PEERS)
-            }
-            fit_all(ds, stream(world), STEPS, BATCH, seed=seed)
-            for table, value in zip(tables, scores(world, x, list(ds.values())), strict=True):
-                table[alpha].append(value)
-            tell(i * len(ALPHAS) + j + 1, len(seeds) * len(ALPHAS), f"alpha = {alpha:g}")
-        frozen = {f"peer-{p}": make(world, "frozen", WIDTH, PEERS * seed + p, k=K) for p in range(PEERS)}
-        fit_all(frozen, stream(world), STEPS, BATCH, seed=seed)
-        plain[FROZEN].append(scores(world, x, list(frozen.values())))
-        plain[RANDOM].append(scores(world, x, [untrained(d) for d in frozen.values()]))
+
+    def pair(preset: str, **options: Any) -> list[Dictionary]:
+        ds = {f"peer-{p}": make(world, preset, WIDTH, PEERS * seed + p, k=K, **options) for p in range(PEERS)}
+        fit_all(ds, stream(world), STEPS, BATCH, seed=seed)
+        return list(ds.values())
+
+    found = {}
+    for j, alpha in enumerate(ALPHAS):
+        term = {"mutual.coefficient": alpha}
+        ds = pair("topk", objective=("reconstruction", "mutual"), **term)
+        found[_name(alpha)] = scores(world, x, ds)
+        tell(j + 1, len(ALPHAS) + 1, _name(alpha))
+    frozen = pair("frozen")
+    found[FROZEN] = scores(world, x, frozen)
+    found[RANDOM] = scores(world, x, [untrained(d) for d in frozen])
+    return {key: {name: v[at] for name, v in found.items()} for at, key in enumerate(MEASURES)}
+
+
+def _name(alpha: float) -> str:
+    return f"alpha = {alpha:g}"
+
+
+def judge(found: Found) -> Reproduction:
+    """Likeness, recovery and error by strength."""
+    shared, truth, error = ({a: found[key][_name(a)] for a in ALPHAS} for key in MEASURES)
     mean = {a: sum(v) / len(v) for a, v in shared.items()}
     rises = [b - a for a, b in zip(mean.values(), list(mean.values())[1:], strict=False)]
     low, high = ALPHAS[0], ALPHAS[-1]
+    shown = (_name(low), _name(high), FROZEN, RANDOM)
+    config = _world().config
     recovered = [b - a for a, b in zip(truth[low], truth[high], strict=True)]
     worse = [b / a for a, b in zip(error[low], error[high], strict=True)]
     names = {"between the two (MMCS)": shared, "with the truth (MCC)": truth, "FVU": error}
     return Reproduction(
         title="Dictionaries trained together become alike",
         source="Marks, Paren, Krueger and Barez 2024, arXiv 2411.01220",
-        setting=f"{world.config.n_features} planted features in {world.config.d_in} dimensions; {PEERS} TopK dictionaries of {WIDTH} latents, k = {K}, {STEPS} steps of {BATCH} rows from one stream; alpha of {', '.join(f'{a:g}' for a in ALPHAS)} on a loss of about d_out * FVU",
+        setting=f"{config.n_features} planted features in {config.d_in} dimensions; {PEERS} TopK dictionaries of {WIDTH} latents, k = {K}, {STEPS} steps of {BATCH} rows from one stream; alpha of {', '.join(f'{a:g}' for a in ALPHAS)} on a loss of about d_out * FVU",
         claims=[
             Claim(f"likeness of the two at alpha = {high:g} less that at {low:g} (MMCS)", "the term's purpose", [b - a for a, b in zip(shared[low], shared[high], strict=True)], ">", 0.0),
             Claim("likeness of the two rises with every step of alpha (smallest rise of mean MMCS)", "the term's purpose", [min(rises)], ">", 0.0, [mean[a] for a in ALPHAS], "MMCS by alpha, mean"),
@@ -83,8 +88,8 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
             f"Recovery of the truth changes by {sum(recovered) / len(recovered):+.3f} (MCC, alpha = {high:g} less 0; per seed {', '.join(f'{v:+.3f}' for v in recovered)}), the error by a factor of {sum(worse) / len(worse):.3f}. "
             "The paper reports higher likeness to the truth on synthetic data; that gain is not claimed here."
         ],
-        controls={
-            key: {f"alpha = {a:g}": table[a] for a in (low, high)} | {name: [v[at] for v in values] for name, values in plain.items()}
-            for at, (key, table) in enumerate(zip(("MMCS", "MCC", "FVU"), tables, strict=True))
-        },
+        controls={key: {name: table[name] for name in shown} for key, table in found.items()},
     )  # fmt: skip
+
+
+ROW = Row(measure, judge)

@@ -1,13 +1,12 @@
 """p-annealing: an L1 penalty that becomes one near L0 (2408.00113)."""
 
-from collections.abc import Sequence
-
 import torch
 
 from saekit import metrics
 from saekit.papers.claims import Claim, Reproduction, Tell, bars
 from saekit.papers.controls import FROZEN, RANDOM, untrained
 from saekit.papers.planted import make, stream
+from saekit.papers.row import Found, Row
 from saekit.papers.training import fit_all
 from saekit.testbed.planted import PlantedConfig, PlantedWorld
 
@@ -15,25 +14,26 @@ WIDTH, K, STEPS, BATCH = 256, 8, 1500, 512
 
 
 @torch.no_grad()
-def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
+def measure(seed: int, tell: Tell) -> Found:
     """p-annealed beside L1 at equal L0 on planted features."""
     world = PlantedWorld(PlantedConfig(seed=1))
     x = world.evaluation_set(16384)[0]
     kinds = {"p-annealed": "p_annealing", "L1": "relu", "gated": "gated", FROZEN: "frozen"}
-    l0: dict[str, list[float]] = {name: [] for name in (*kinds, RANDOM)}
-    fvu: dict[str, list[float]] = {name: [] for name in l0}
-    ends = []
-    for i, seed in enumerate(seeds):
-        ds = {name: make(world, preset, WIDTH, seed, k=K) for name, preset in kinds.items()}
-        with torch.enable_grad():
-            fit_all(ds, stream(world), STEPS, BATCH, seed=seed)
-        ds[RANDOM] = untrained(ds[FROZEN])
-        for name, d in ds.items():
-            l0[name].append(metrics.l0(d.encode(x)))
-            fvu[name].append(metrics.fvu(x, d(x)))
-        term = ds["p-annealed"].terms["p_annealed"]
-        ends.append(term.power(int(term.stage)))
-        tell(i + 1, len(seeds), "seeds")
+    ds = {name: make(world, preset, WIDTH, seed, k=K) for name, preset in kinds.items()}
+    with torch.enable_grad():
+        fit_all(ds, stream(world), STEPS, BATCH, seed=seed)
+    ds[RANDOM] = untrained(ds[FROZEN])
+    term = ds["p-annealed"].terms["p_annealed"]
+    return {
+        "l0": {name: metrics.l0(d.encode(x)) for name, d in ds.items()},
+        "fvu": {name: metrics.fvu(x, d(x)) for name, d in ds.items()},
+        "end": term.power(int(term.stage)),
+    }
+
+
+def judge(found: Found) -> Reproduction:
+    """Error and L0 of p-annealed against L1's."""
+    l0, fvu = found["l0"], found["fvu"]
     return Reproduction(
         title="p-annealing lowers the error of an L1 dictionary at the same L0",
         source="Karvonen et al. 2024, arXiv 2408.00113",
@@ -41,8 +41,11 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
         claims=[
             Claim("mean L0 against its target (share off)", "the paper sweeps the coefficient instead", [abs(v / K - 1) for v in l0["p-annealed"]], "<=", 0.05),
             Claim("FVU over that of L1 at the same L0", "better loss recovered than L1 at equal L0 (figure)", [a / b for a, b in zip(fvu["p-annealed"], fvu["L1"], strict=True)], "<", 1.0, [a / b for a, b in zip(fvu["gated"], fvu["L1"], strict=True)], "gated over L1"),
-            Claim("p at the end", "0.2", ends, "<=", 0.2001),
+            Claim("p at the end", "0.2", found["end"], "<=", 0.2001),
         ],
         figure=bars("Error at equal L0", "FVU", {"FVU": fvu}),
         controls={"FVU": fvu, "L0": l0},
     )  # fmt: skip
+
+
+ROW = Row(measure, judge)

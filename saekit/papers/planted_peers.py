@@ -1,5 +1,6 @@
 """Our dictionaries against other toolkits' own on one planted stream: recovery, reconstruction and time."""
 
+import itertools
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from saekit.papers import peers as script
 from saekit.papers.claims import Claim, Reproduction, Tell, bars
 from saekit.papers.controls import FROZEN, RANDOM, untrained
 from saekit.papers.planted import make
+from saekit.papers.row import Found, Row
 from saekit.papers.training import fit
 from saekit.testbed.planted import PlantedConfig, PlantedWorld
 from saekit.testbed.recovery import recovery
@@ -46,43 +48,37 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # of the diction
 RATES = {"saelens": 1e-3, "dictionary_learning": None}
 
 
-def reproduce(seeds: Sequence[int], tell: Tell, peers: str) -> Reproduction:
+def measure(seed: int, tell: Tell, peers: str) -> Found:
     """Train every kind in every toolkit on the same rows, and compare at equal L0.
 
     ``peers`` is the python of an environment that has sae-lens and dictionary-learning.
     """
-    _check(peers)
     world = PlantedWorld(WORLD)
-    found: dict[str, dict[str, dict[str, list[float]]]] = {kind: {} for kind in KINDS}
-    plain: dict[str, dict[str, list[float]]] = {FROZEN: {}, RANDOM: {}}
-    total, done = len(seeds) * (len(KINDS) * (1 + len(script.PEERS)) + 1), 0
-    for seed in seeds:
-        with tempfile.TemporaryDirectory() as folder:
-            files = _write(world, seed, Path(folder))
-            for kind in KINDS:
-                for toolkit in ("saekit", *script.PEERS):
-                    tell(done, total, f"{kind} by {toolkit}, seed {seed}")
-                    scores = (
-                        _ours(world, kind, seed, files)
-                        if toolkit == "saekit"
-                        else _theirs(world, toolkit, kind, seed, files, peers)
-                    )
-                    for key, value in scores.items():
-                        found[kind].setdefault(toolkit, {}).setdefault(key, []).append(value)
-                    done += 1
-            tell(done, total, f"controls, seed {seed}")
-            frozen = make(world, "frozen", LATENTS, seed, k=K)
-            fit(frozen, _source(files), STEPS, BATCH, seed=seed)
-            for name, d in ((FROZEN, frozen), (RANDOM, untrained(frozen))):
-                for key, value in _measured(world, d.to_inference(), files).items():
-                    plain[name].setdefault(key, []).append(value)
-            done += 1
-    tell(done, total, "done")
-    return _report(found, plain, seeds)
+    toolkits = ("saekit", *script.PEERS)
+    total = len(KINDS) * len(toolkits) + 1
+    found: Found = {kind: {} for kind in KINDS}
+    with tempfile.TemporaryDirectory() as folder:
+        files = _write(world, seed, Path(folder))
+        for i, (kind, toolkit) in enumerate(itertools.product(KINDS, toolkits)):
+            tell(i, total, f"{kind} by {toolkit}")
+            found[kind][toolkit] = (
+                _ours(world, kind, seed, files)
+                if toolkit == "saekit"
+                else _theirs(world, toolkit, kind, seed, files, peers)
+            )
+        tell(total - 1, total, "controls")
+        frozen = make(world, "frozen", LATENTS, seed, k=K)
+        fit(frozen, _source(files), STEPS, BATCH, seed=seed)
+        plain = {
+            name: _measured(world, d.to_inference(), files)
+            for name, d in ((FROZEN, frozen), (RANDOM, untrained(frozen)))
+        }
+    return {"found": found, "plain": plain}
 
 
-def _check(python: str) -> None:
+def check(n_seeds: int, peers: str) -> None:
     """Raise unless the environment has every toolkit."""
+    python = peers
     code = "from importlib.util import find_spec; print(*[m for m in ('sae_lens', 'dictionary_learning') if not find_spec(m)])"
     ran = subprocess.run([python, "-c", code], capture_output=True, text=True)
     if ran.returncode or ran.stdout.strip():
@@ -170,9 +166,9 @@ def _scores(world: PlantedWorld, decoder: Tensor, bias: Tensor, codes: Codes) ->
     }
 
 
-def _report(
-    found: dict[str, dict[str, dict[str, list[float]]]], plain: dict[str, dict[str, list[float]]], seeds: Sequence[int]
-) -> Reproduction:  # fmt: skip
+def judge(found: Found) -> Reproduction:
+    """Scores and times against the best of the others."""
+    found, plain = found["found"], found["plain"]
     claims, notes = [], []
     for kind, by_toolkit in found.items():
         mine = by_toolkit["saekit"]
@@ -180,7 +176,7 @@ def _report(
         for key in KEYS:
             best = max(others, key=lambda t: statistics.mean(by_toolkit[t][key]))
             theirs = by_toolkit[best][key]
-            error = math.sqrt((_variance(mine[key]) + _variance(theirs)) / len(seeds))
+            error = math.sqrt((_variance(mine[key]) + _variance(theirs)) / len(theirs))
             ahead = [a - b for a, b in zip(mine[key], theirs, strict=True)]
             claims.append(
                 Claim(f"{kind}: our {key} less that of the best other, no further below it than one standard error", "no paper", ahead, ">=", -error, theirs, best)
@@ -213,3 +209,6 @@ def _report(
 
 def _variance(values: Sequence[float]) -> float:
     return statistics.variance(values) if len(values) > 1 else 0.0
+
+
+ROW = Row(measure, judge, timed=True, check=check)

@@ -1,7 +1,5 @@
 """Sparse but wrong: an L0 that is off mixes correlated features, and the decoder tells (2508.16560)."""
 
-from collections.abc import Sequence
-
 import torch
 
 from saekit import metrics
@@ -9,51 +7,63 @@ from saekit.evaluate.geometry import decoder_projection, mean_decoder_cosine
 from saekit.papers.claims import Claim, Reproduction, Tell, figure
 from saekit.papers.controls import FROZEN, RANDOM, untrained
 from saekit.papers.planted import make, stream
+from saekit.papers.row import Found, Row
 from saekit.papers.training import fit_all
 from saekit.testbed.planted import PlantedConfig, PlantedWorld
 from saekit.testbed.recovery import mcc
 
 WIDTH, STEPS, BATCH = 50, 1500, 512
-SHARE = 0.3  # of the latents: the rank at which the projection is read
+RANK = 15  # of the 50 latents: where the projection is read
 SAME = 1e-3  # FVU: errors no farther apart say nothing
 
 
-@torch.no_grad()
-def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
-    """BatchTopK dictionaries at every k around the true L0, on correlated features."""
+def _world() -> tuple[PlantedWorld, list[int]]:
+    """Correlated features, and the k around their true L0."""
     world = PlantedWorld(
         PlantedConfig(n_features=50, d_in=100, exponent=0.5, p_max=0.34, p_min=0.05, rank=10, correlation=0.2, roots=0, magnitude_mean=(1.0, 1.0), magnitude_std=(0.0, 0.0), bias=0.0, seed=3)
     )  # fmt: skip
+    steps = (-2, -1, 0, 1, 2, 3, 4, 6)
+    return world, sorted({max(2, round(float(world.rates.sum()) + step)) for step in steps})
+
+
+@torch.no_grad()
+def measure(seed: int, tell: Tell) -> Found:
+    """BatchTopK dictionaries at every k around the true L0, on correlated features."""
+    world, ks = _world()
     x = world.evaluation_set(8192)[0]
+    ds = {str(k): make(world, "batchtopk", WIDTH, seed, k=k) for k in ks}
+    ds[FROZEN] = make(world, "frozen", WIDTH, seed, k=_nearest(ks, float(world.rates.sum())))
+    with torch.enable_grad():
+        fit_all(ds, stream(world), STEPS, BATCH, seed=seed, lr=3e-3)
+    ds[RANDOM] = untrained(ds[FROZEN])
+    own = {str(k): ds[str(k)] for k in ks}
+    return {
+        "cosine": {k: mean_decoder_cosine(d.W_dec) for k, d in own.items()},
+        "projection": {k: decoder_projection(d.norm_in(x), d.W_dec, d.b_dec, RANK) for k, d in own.items()},
+        "MCC": {k: mcc(d.W_dec, world.directions) for k, d in ds.items()},
+        "FVU": {k: metrics.fvu(x, d(x)) for k, d in ds.items()},
+    }
+
+
+def _nearest(ks: list[int], l0: float) -> int:
+    return min(ks, key=lambda k: abs(k - l0))
+
+
+def judge(found: Found) -> Reproduction:
+    """The k at which each diagnostic is least, against the true L0."""
+    world, ks = _world()
     true_l0 = float(world.rates.sum())
-    ks = sorted({max(2, round(true_l0 + step)) for step in (-2, -1, 0, 1, 2, 3, 4, 6)})
-    rank = round(SHARE * WIDTH)
-    cosine: dict[int, list[float]] = {k: [] for k in ks}
-    projection: dict[int, list[float]] = {k: [] for k in ks}
-    recovered: dict[int, list[float]] = {k: [] for k in ks}
-    error: dict[int, list[float]] = {k: [] for k in ks}
-    nearest = min(ks, key=lambda k: abs(k - true_l0))
-    plain: dict[str, list[tuple[float, float]]] = {FROZEN: [], RANDOM: []}
-    for i, seed in enumerate(seeds):
-        ds = {f"k{k}": make(world, "batchtopk", WIDTH, seed, k=k) for k in ks}
-        ds[FROZEN] = make(world, "frozen", WIDTH, seed, k=nearest)
-        with torch.enable_grad():
-            fit_all(ds, stream(world), STEPS, BATCH, seed=seed, lr=3e-3)
-        for k in ks:
-            d = ds[f"k{k}"]
-            cosine[k].append(mean_decoder_cosine(d.W_dec))
-            projection[k].append(decoder_projection(d.norm_in(x), d.W_dec, d.b_dec, rank))
-            recovered[k].append(mcc(d.W_dec, world.directions))
-            error[k].append(metrics.fvu(x, d(x)))
-        for name, d in ((FROZEN, ds[FROZEN]), (RANDOM, untrained(ds[FROZEN]))):
-            plain[name].append((mcc(d.W_dec, world.directions), metrics.fvu(x, d(x))))
-        tell(i + 1, len(seeds), "seeds")
+    nearest = _nearest(ks, true_l0)
+    cosine, projection, recovered, error = (
+        {k: found[key][str(k)] for k in ks} for key in ("cosine", "projection", "MCC", "FVU")
+    )
+    n_seeds = range(len(error[nearest]))
 
     def off(table: dict[int, list[float]]) -> list[float]:
-        return [abs(min(ks, key=lambda k: table[k][i]) - true_l0) for i in range(len(seeds))]
+        return [abs(min(ks, key=lambda k: table[k][i]) - true_l0) for i in n_seeds]
 
-    best = [min(error[k][i] for k in ks) for i in range(len(seeds))]
-    by_error = [max(abs(k - true_l0) for k in ks if error[k][i] <= best[i] + SAME) for i in range(len(seeds))]
+    best = [min(error[k][i] for k in ks) for i in n_seeds]
+    by_error = [max(abs(k - true_l0) for k in ks if error[k][i] <= best[i] + SAME) for i in n_seeds]
     untold = f"the farthest k whose error is within {SAME} of the least"
     names = {
         "decoder cosine": cosine,
@@ -69,12 +79,15 @@ def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
         setting=f"50 correlated features in 100 dimensions, {true_l0:.1f} active on average; BatchTopK of {WIDTH} latents at k = {ks[0]} to {ks[-1]}, {STEPS} steps of {BATCH} rows, one stream for all",
         claims=[
             Claim("the k of the smallest mean |cosine| between atoms, against the true L0 (distance)", "minimal near the true L0 (figure)", off(cosine), "<=", 2.0, by_error, untold),
-            Claim(f"the k of the smallest decoder projection at rank {rank} per row, against the true L0 (distance)", "minimal near the true L0 (figure)", off(projection), "<=", 2.0, by_error, untold),
+            Claim(f"the k of the smallest decoder projection at rank {RANK} per row, against the true L0 (distance)", "minimal near the true L0 (figure)", off(projection), "<=", 2.0, by_error, untold),
         ],
         figure=figure("Diagnostics by k, each as a share of its largest value", "k", "share of the largest", {n: (ks, v) for n, v in scaled.items()}),
         notes=[f"True L0 {true_l0:.2f}. " + "; ".join(f"{n}: " + ", ".join(f"{k}: {v:.3f}" for k, v in zip(ks, values, strict=True)) for n, values in means.items()) + "."],
         controls={
-            f"{key} at k = {nearest}": {"BatchTopK": table[nearest]} | {name: [v[at] for v in values] for name, values in plain.items()}
-            for at, (key, table) in enumerate((("MCC", recovered), ("FVU", error)))
+            f"{key} at k = {nearest}": {"BatchTopK": found[key][str(nearest)]} | {name: found[key][name] for name in (FROZEN, RANDOM)}
+            for key in ("MCC", "FVU")
         },
     )  # fmt: skip
+
+
+ROW = Row(measure, judge)

@@ -1,7 +1,7 @@
 """SynthSAEBench: which dictionaries recover planted features, and which only reconstruct (2602.14687)."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from saekit.dictionaries import Dictionary
 from saekit.papers.claims import Claim, Reproduction, Tell, bars
 from saekit.papers.controls import FROZEN, RANDOM, untrained
 from saekit.papers.planted import make, stream
+from saekit.papers.row import Found, Row
 from saekit.papers.training import fit_all
 from saekit.testbed.planted import PlantedConfig, PlantedWorld, preset
 from saekit.testbed.recovery import recovery
@@ -43,6 +44,7 @@ class Size:
 
 # the true L0 is 7; at the paper's ratio, 25 of 34, that makes 5
 SMALL = Size(PlantedConfig(seed=1), latents=256, k=5, steps=3000, batch_size=512, rows=16_384)
+# the paper's own size, 200M samples for each kind: days on a laptop
 FULL = Size(preset("synthsaebench-16k"), latents=4096, k=20, steps=195_000, batch_size=1024, rows=200_000)
 
 
@@ -61,36 +63,27 @@ def scores(world: PlantedWorld, d: Dictionary, rows: int) -> dict[str, float]:
     }
 
 
-def run(size: Size, seeds: Sequence[int], tell: Tell) -> dict[str, dict[str, list[float]]]:
-    """Scores of every kind over the seeds; all kinds of a seed train on one stream."""
+def measure(size: Size, seed: int, tell: Tell) -> Found:
+    """Scores of every kind; all train on one stream."""
     world = PlantedWorld(size.world)
-    found: dict[str, dict[str, list[float]]] = {name: {} for name in (*KINDS, RANDOM)}
-    for i, seed in enumerate(seeds):
-        ds = {
-            name: make(world, kind, size.latents, seed, k=size.k, **options)
-            for name, (kind, options) in KINDS.items()
-        }
-        fit_all(ds, stream(world), size.steps, size.batch_size, seed=seed)
-        ds[RANDOM] = untrained(ds[FROZEN])
-        for name, d in ds.items():
-            for key, value in scores(world, d, size.rows).items():
-                found[name].setdefault(key, []).append(value)
-        tell(i + 1, len(seeds), "seeds")
-    return found
+    ds = {
+        name: make(world, kind, size.latents, seed, k=size.k, **options)
+        for name, (kind, options) in KINDS.items()
+    }
+    fit_all(ds, stream(world), size.steps, size.batch_size, seed=seed)
+    ds[RANDOM] = untrained(ds[FROZEN])
+    return {name: scores(world, d, size.rows) for name, d in ds.items()}
 
 
-def report(size: Size, seeds: Sequence[int], tell: Tell) -> Reproduction:
+def judge(size: Size, found: Found) -> Reproduction:
     """The published order as claims, whatever comes out."""
-    found = run(size, seeds, tell)
 
     def ahead(a: str, b: str, key: str = "f1") -> list[float]:
         return [x - y for x, y in zip(found[a][key], found[b][key], strict=True)]
 
     frozen = found[FROZEN]
-    best = [
-        max(found[name]["explained_variance"][i] for name in KINDS if name != "pursuit")
-        for i in range(len(seeds))
-    ]
+    others = [found[name]["explained_variance"] for name in KINDS if name != "pursuit"]
+    best = [max(values) for values in zip(*others, strict=True)]
     first = [a - b for a, b in zip(found["pursuit"]["explained_variance"], best, strict=True)]
     near = [abs(v) for v in ahead("BatchTopK", "JumpReLU")]
     keys = ("f1", "mcc", "explained_variance", "absorption")
@@ -111,11 +104,5 @@ def report(size: Size, seeds: Sequence[int], tell: Tell) -> Reproduction:
     )  # fmt: skip
 
 
-def reproduce(seeds: Sequence[int], tell: Tell) -> Reproduction:
-    """The bench at laptop scale."""
-    return report(SMALL, seeds, tell)
-
-
-def reproduce_full(seeds: Sequence[int], tell: Tell) -> Reproduction:
-    """The paper's own size: 16,384 features, 200M samples for each kind. Days on a laptop."""
-    return report(FULL, seeds, tell)
+ROW = Row(partial(measure, SMALL), partial(judge, SMALL))
+ROW_FULL = Row(partial(measure, FULL), partial(judge, FULL))

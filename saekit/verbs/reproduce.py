@@ -1,6 +1,5 @@
 """``saekit reproduce``: a paper's claim at laptop scale, with the paper's number, ours and the controls."""
 
-import inspect
 import json
 import textwrap
 import time
@@ -32,24 +31,28 @@ def reproduce(
 ) -> None:
     """Rerun a paper's claim at laptop scale: claim, paper's number, ours over seeds, control, holds or not.
 
+    Seeds run side by side, and each is kept until all are done: a run that was stopped goes on from there.
+
     Example: `saekit reproduce matryoshka`
     """
     from saekit.activations import write_atomic
     from saekit.papers import PAPERS
+    from saekit.papers.row import run
 
     if name is None:
         result(list(PAPERS), as_json, "\n".join(PAPERS))
         return
     if name not in PAPERS:
         raise SaekitError(f"paper {name!r} is unknown{nearest(name, PAPERS.table)}")
-    takes_peers = "peers" in inspect.signature(PAPERS[name]).parameters
-    if peers is not None and not takes_peers:
+    row = PAPERS[name]
+    if peers is not None and not row.takes_peers:
         raise SaekitError(f"paper {name!r} compares with no other toolkit; leave --peers out")
-    if takes_peers and (peers is None or not Path(peers).is_file()):
+    if row.takes_peers and (peers is None or not Path(peers).is_file()):
         raise SaekitError(
             f"peers {peers!r} is no file; give --peers the python of an environment with sae-lens and dictionary-learning, as in .peers/bin/python"
         )
-    options = {"peers": peers} if takes_peers else {}
+    options = {"peers": peers} if peers is not None else {}
+    row.check(seeds, **options)
     folder = Path(out or f"reproduce/{name}")
     began = time.monotonic()
     try:
@@ -58,8 +61,8 @@ def reproduce(
         raise SaekitError(
             f"out {str(folder)!r} can't be written: {error.strerror}; choose another folder"
         ) from None
-    with progress(name, "runs") as draw:
-        found = PAPERS[name](range(seed, seed + seeds), draw, **options)
+    with progress(name, "steps") as draw:
+        found = run(PAPERS.table[name], range(seed, seed + seeds), folder, draw, **options)
     data = {"name": name, "seeds": seeds, "seconds": time.monotonic() - began, **found.to_json()}
     write_atomic(folder / "result.json", json.dumps(finite(data), indent=1, default=_plain).encode())
     import plotly.graph_objects as go

@@ -1,0 +1,166 @@
+"""A row of ``saekit reproduce``: seeds are measured by themselves, side by side, and judged together.
+
+What a seed measured is kept in a file until all are judged: a run that was stopped goes on from there.
+"""
+
+import hashlib
+import importlib
+import inspect
+import json
+import multiprocessing
+import shutil
+import signal
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from saekit.activations import write_atomic
+from saekit.papers.claims import Reproduction, Tell
+from saekit.registry import load
+
+Found = dict[str, Any]
+_told: list[Any] = []  # of a worker: the queue to the process that draws
+
+
+@dataclass(frozen=True)
+class Row:
+    """``measure(seed, tell)`` returns what a seed gives, as JSON holds it: dicts whose leaves are numbers or lists.
+
+    ``judge(found)`` gets the same dicts with a list over the seeds at each leaf. ``tell(done, total, note)``
+    draws a seed's progress. Seeds of a row that compares times (``timed``) have the machine to themselves. A row
+    that compares with other toolkits also measures with ``peers``, the python of an environment they are in;
+    ``check`` gets the number of seeds and these options, and raises where the row can't be run so.
+    """
+
+    measure: Callable[..., Found]
+    judge: Callable[[Found], Reproduction]
+    timed: bool = False
+    check: Callable[..., None] = lambda n_seeds: None
+
+    @property
+    def takes_peers(self) -> bool:
+        """Whether it compares with other toolkits."""
+        return "peers" in inspect.signature(self.measure).parameters
+
+
+def gather(seeds: Sequence[Found]) -> Found:
+    """What the seeds measured, as one: a list over the seeds in place of each leaf."""
+    return {
+        key: gather([one[key] for one in seeds])
+        if isinstance(seeds[0][key], dict)
+        else [one[key] for one in seeds]
+        for key in seeds[0]
+    }
+
+
+def run(place: str, seeds: Sequence[int], folder: Path, tell: Tell, **options: str) -> Reproduction:
+    """Measure each seed of the row at ``place`` (``"module:attr"``), or take it from a stopped run's files in
+    ``folder``, and judge them."""
+    row: Row = load(place)
+    kept = folder / "seeds"
+    kept.mkdir(parents=True, exist_ok=True)
+    mark = _mark(place, options)
+    found = {seed: one for seed in seeds if (one := _read(_file(kept, seed), mark)) is not None}
+    left = [seed for seed in seeds if seed not in found]
+    threads = torch.get_num_threads()
+    workers = 1 if row.timed else min(len(left), threads)
+    progress = _Progress(tell, len(seeds), len(found))
+    if workers > 1:
+        _side_by_side(place, left, kept, mark, workers, threads // workers, progress, options)
+    else:
+        for seed in left:
+            _measure(place, seed, _file(kept, seed), mark, options, progress.of(seed))
+            progress.ended(seed)
+    ones = [_read(_file(kept, seed), mark) for seed in seeds]
+    result = row.judge(gather([one for one in ones if one is not None]))
+    shutil.rmtree(kept)
+    return result
+
+
+class _Progress:
+    """The seeds' progress as one; a seed that has not begun counts as long as the longest known."""
+
+    def __init__(self, tell: Tell, n_seeds: int, ended: int):
+        self.tell, self.n_seeds, self.already = tell, n_seeds, ended
+        self.shares: dict[int, float] = {}
+        self.total = 1
+
+    def of(self, seed: int) -> Tell:
+        def told(done: int, total: int | None, note: str) -> None:
+            self.total = max(self.total, total or 1)
+            self.shares[seed] = done / (total or self.total)
+            self._draw(f"seed {seed}: {note}")
+
+        return told
+
+    def ended(self, seed: int) -> None:
+        self.shares[seed] = 1.0
+        self._draw(f"seed {seed}: done")
+
+    def _draw(self, note: str) -> None:
+        done = self.already + sum(self.shares.values())
+        self.tell(round(done * self.total), self.n_seeds * self.total, note)
+
+
+def _side_by_side(
+    place: str, seeds: Sequence[int], kept: Path, mark: str, workers: int, threads: int, progress: _Progress, options: Any
+) -> None:  # fmt: skip
+    context = multiprocessing.get_context("spawn")
+    told = context.SimpleQueue()
+    with ProcessPoolExecutor(workers, context, _begin, (told, threads)) as pool:
+        running = {
+            pool.submit(_measure, place, seed, _file(kept, seed), mark, options): seed for seed in seeds
+        }
+        try:
+            while running:
+                ended, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
+                while not told.empty():
+                    seed, *said = told.get()
+                    progress.of(seed)(*said)
+                for future in ended:
+                    future.result()
+                    progress.ended(running.pop(future))
+        except BaseException:
+            for child in multiprocessing.active_children():
+                child.terminate()
+            raise
+
+
+def _begin(told: Any, threads: int) -> None:
+    """A worker's start: Ctrl-C is for the process that draws, which ends this one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(threads)
+    _told.append(told)
+
+
+def _measure(
+    place: str, seed: int, file: Path, mark: str, options: dict[str, str], tell: Tell | None = None
+) -> None:
+    def through(done: int, total: int | None, note: str) -> None:
+        _told[-1].put((seed, done, total, note))
+
+    found = load(place).measure(seed, tell or through, **options)
+    write_atomic(file, json.dumps({"of": mark, "found": found}).encode())
+
+
+def _file(kept: Path, seed: int) -> Path:
+    return kept / f"{seed}.json"
+
+
+def _mark(place: str, options: dict[str, str]) -> str:
+    """What a seed's file must have been measured by: this row's code and these options."""
+    source = inspect.getsource(importlib.import_module(place.split(":")[0]))
+    return hashlib.sha256(repr((version("saekit"), source, sorted(options.items()))).encode()).hexdigest()
+
+
+def _read(file: Path, mark: str) -> Found | None:
+    try:
+        said = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return said["found"] if isinstance(said, dict) and said.get("of") == mark else None
