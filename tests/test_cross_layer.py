@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from commandline import saekit as command
+from largest import Largest
 
 import saekit
 from saekit.dictionaries import TrainState, calibrate, prune
@@ -211,3 +212,25 @@ def test_what_a_step_holds_grows_with_the_layers_and_not_with_their_pairs() -> N
                 keep(matrix)
         held[layers] = sum(seen.values()) / (256 * 4 * 32 * layers)
     assert held[16] == held[4] < 3.2  # inputs, the error, its gradient, and the codes
+
+
+@pytest.mark.parametrize("selection", ["topk", "batchtopk", "jumprelu"])
+@pytest.mark.parametrize("wiring", ["clt", "crosscoder"])
+def test_no_tensor_has_an_entry_for_every_row_and_feature(wiring: str, selection: str) -> None:
+    """Of a cross-layer transcoder not even for those of one layer; neither in a step nor in a pass."""
+    rows, layers, n_features = 2048, 4, 2048
+    shape = {"clt": {"d_in": 8, "n_layers": layers}, "crosscoder": {"d_in": (8,) * layers}}[wiring]
+    own = (
+        {"selection": "jumprelu", "objective": ("reconstruction", "l0")}
+        if selection == "jumprelu"
+        else {"selection": selection, "k": 8}
+    )
+    d = saekit.create(wiring, n_features=n_features, seed=0, **shape, **own)
+    x = torch.randn(rows, d.wiring.columns, generator=torch.Generator().manual_seed(0))
+    trainer = saekit.Trainer(d, steps=10)
+    trainer.step(x)
+    with Largest() as largest:
+        trainer.step(x)
+        with torch.no_grad():
+            d(x[:, : layers * 8])
+    assert largest.numel < rows * n_features / (layers if wiring == "clt" else 1), largest.numel

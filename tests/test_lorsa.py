@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from commandline import saekit as command
+from families import FAMILIES, model
 from torch import Tensor
 
 import saekit
@@ -108,8 +109,11 @@ def layer():
     return attention(load_model("code-lm"), "blocks.1.attn")
 
 
-def test_an_attention_layer_is_a_lorsa_of_signed_pairs(layer) -> None:
+@pytest.mark.parametrize("case", ["code-lm", *FAMILIES])
+def test_an_attention_layer_is_a_lorsa_of_signed_pairs(case: str) -> None:
     """With a feature for each sign of each dimension of each head, and all of them on, the layer itself."""
+    m = load_model("code-lm") if case == "code-lm" else model(*FAMILIES[case])
+    layer = attention(m, m.site("blocks.1.hook_attn_out").path)
     heads, d_head = len(layer.W_O), layer.W_V.shape[1]
     n = 2 * heads * d_head
     d = saekit.create(
@@ -122,13 +126,14 @@ def test_an_attention_layer_is_a_lorsa_of_signed_pairs(layer) -> None:
         objective=("reconstruction",),
     )
     with torch.no_grad():
-        read = torch.cat([layer.W_V, -layer.W_V], 1)
+        W_V, b_V = (v.repeat_interleave(heads // len(v), 0) for v in (layer.W_V, layer.b_V))  # shared ones
+        read = torch.cat([W_V, -W_V], 1)
         write = torch.cat([layer.W_O, -layer.W_O], 2).movedim(2, 1)
         d.encoder.copy_(read.flatten(0, 1))
-        d.b_enc.copy_(torch.cat([layer.b_V, -layer.b_V], 1).flatten())
+        d.b_enc.copy_(torch.cat([b_V, -b_V], 1).flatten())
         d.atoms.weight.copy_(write.flatten(0, 1))
         d.b_dec.copy_(layer.b_O)
-    x = torch.randn(3, 50, 256, generator=torch.Generator().manual_seed(0)) + 1
+    x = torch.randn(3, 40, d.d_in, generator=torch.Generator().manual_seed(0)) + 1
     error = (d(x) - layer(x)).norm() / layer(x).norm()
     assert error < 1e-4, error
 

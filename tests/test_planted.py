@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
+from largest import Largest
 
 from saekit.testbed import recovery as R
 from saekit.testbed.planted import PRESETS, PlantedConfig, PlantedWorld, preset, sparse_bernoulli
@@ -234,21 +234,6 @@ def test_adam_steps_push_directions_apart():
     assert overlap(300, 48, 64) < 0.5 * overlap(0, 48, 64)
     # more features than dimensions: not below the Welch bound n^2 / d - n
     assert 512**2 / 64 - 512 - 1e-2 < overlap(100, 512, 64) < overlap(0, 512, 64)
-
-
-class Largest(TorchDispatchMode):
-    """Records the largest tensor that any operation returns."""
-
-    def __init__(self):
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, torch.Tensor):
-                self.numel = max(self.numel, tensor.numel())
-        return out
 
 
 @pytest.mark.parametrize("correlation", [0.1, 0.0])
