@@ -29,24 +29,41 @@ def peak(*arguments: str) -> int:
     return highest
 
 
+SMALL = ("--n-features", "1024", "--k", "8", "--batch-size", "1024")
+MLP = ("--hook-point", "blocks.1.mlp:in", "--hook-point", "blocks.1.mlp:out")
+RESID = ("--hook-point", "blocks.1.hook_resid_post")
+# hook points to harvest, how many stores of them a training reads, and the training
+JOBS: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
+    "rows": (RESID, 1, ("topk", *SMALL)),
+    "pairs": (MLP, 1, ("transcoder", *SMALL)),
+    "sequences": (
+        ("--hook-point", "blocks.1.attn:in", "--hook-point", "blocks.1.attn:out"),
+        1,
+        ("lorsa", "--n-features", "256", "--k", "8", "--batch-size", "4"),
+    ),
+    "two stores": (RESID, 2, ("crosscoder", *SMALL)),
+}
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is Linux's")
-def test_peak_anonymous_memory_of_harvest_and_training_stays_from_1x_to_10x_the_tokens(
-    tmp_path: Path,
+@pytest.mark.parametrize(
+    ("job", "times"), [("rows", 4), *(pytest.param(job, 10, marks=pytest.mark.slow) for job in JOBS)]
+)
+def test_peak_anonymous_memory_of_harvest_and_training_does_not_grow_with_the_tokens(
+    job: str, times: int, tmp_path: Path
 ) -> None:
-    small, large = "40000", "400000"
-    where = {n: str(tmp_path / n) for n in (small, large)}
-    point = ("--hook-point", "blocks.1.hook_resid_post")
-
-    def harvested(tokens: str, turn: int) -> int:
-        return peak("harvest", "code-lm", *point, "--tokens", tokens, "--out", f"{where[tokens]}{turn}")
-
-    harvests = [harvested(n, 0) for n in (small, large)]
-    assert harvests[1] <= 1.05 * harvests[0], harvests
-    options = ("--n-features", "1024", "--k", "8", "--batch-size", "1024")
-    trainings = [
-        peak("train", "topk", "--acts", f"{where[n]}0", *options, "--out", f"{where[n]}-run")
-        for n in (small, large)
+    points, stores, train = JOBS[job]
+    counts = ("40000", str(times * 40000))
+    folders = {n: [str(tmp_path / f"{n}-{i}") for i in range(stores)] for n in counts}
+    harvests = [
+        max(peak("harvest", "code-lm", *points, "--tokens", n, "--out", out) for out in folders[n])
+        for n in counts
     ]
+    assert harvests[1] <= 1.05 * harvests[0], harvests
+    trainings = [
+        peak("train", *train, *(part for out in folders[n] for part in ("--acts", out)), "--out", str(tmp_path / f"{n}-run"))
+        for n in counts
+    ]  # fmt: skip
     assert trainings[1] <= 1.05 * trainings[0], trainings
 
 
