@@ -127,6 +127,17 @@ class Attention:
     b_O: Float[Tensor, " d_out"]
 
     @torch.no_grad()
+    def heads(
+        self, x: Float[Tensor, "seq d_in"]
+    ) -> "tuple[Float[Tensor, 'head seq seq'], Float[Tensor, 'seq z'], Float[Tensor, 'seq d_out']]":
+        """Of one sequence: patterns, what the heads gather side by side (heads * d_v columns), and what is written."""
+        values = torch.einsum("si,hvi->hsv", x, self.W_V) + self.b_V[:, None]
+        patterns = self.patterns(x[None])[0]
+        z = patterns @ values.repeat_interleave(len(self.W_O) // len(self.W_V), 0)
+        out = torch.einsum("hsv,hov->so", z, self.W_O) + self.b_O
+        return patterns, z.transpose(0, 1).flatten(1), out
+
+    @torch.no_grad()
     def __call__(self, x: Float[Tensor, "batch seq d_in"]) -> Float[Tensor, "batch seq d_out"]:
         """What the layer makes of its input."""
         values = torch.einsum("bsi,hvi->bhsv", x, self.W_V) + self.b_V[:, None]

@@ -23,7 +23,7 @@ def _record(
     """A record of projections ``(weight [out, in], bias)``."""
     (w_q, w_k, w_v), d_in = (w.detach().unflatten(0, (-1, d_head)) for w, _ in qkv), qkv[0][0].shape[1]
     b_q, b_k, b_v = (
-        torch.zeros(len(w) // d_head, d_head) if b is None else b.detach().view(-1, d_head) for w, b in qkv
+        w.new_zeros(len(w) // d_head, d_head) if b is None else b.detach().view(-1, d_head) for w, b in qkv
     )
     rotary = 0 if frequencies is None else 2 * len(frequencies)
     patterns = Patterns(
@@ -32,10 +32,11 @@ def _record(
     turns = torch.zeros(0) if frequencies is None else frequencies
     given = {"W_Q": w_q, "b_Q": b_q, "W_K": w_k, "b_K": b_k, "frequencies": turns}
     given |= dict(zip(("norm_q", "norm_k"), norms, strict=False))
-    patterns.load_state_dict({name: t.detach().float().cpu() for name, t in given.items()})
+    full = torch.float64 if o[0].dtype == torch.float64 else torch.float32
+    patterns.to(o[0].device, full).load_state_dict({name: t.detach() for name, t in given.items()})
     w_o = o[0].detach().unflatten(1, (-1, d_head)).movedim(1, 0)
-    b_o = torch.zeros(len(o[0])) if o[1] is None else o[1].detach()
-    return Attention(patterns.requires_grad_(False), *(t.float().cpu() for t in (w_v, b_v, w_o, b_o)))
+    b_o = torch.zeros_like(o[0][:, 0]) if o[1] is None else o[1].detach()
+    return Attention(patterns.requires_grad_(False), *(t.to(full) for t in (w_v, b_v, w_o, b_o)))
 
 
 def _pair(linear: Any) -> Linear:
@@ -57,12 +58,15 @@ def _llama(layer: Any, model: Model) -> Attention:
     rotary = _rotary(model)
     if getattr(layer, "attn_logit_softcapping", None):
         raise AttributeError("attn_logit_softcapping")
-    norms = [getattr(layer, name).weight for name in ("q_norm", "k_norm") if hasattr(layer, name)]
+    norms = [getattr(layer, name) for name in ("q_norm", "k_norm") if hasattr(layer, name)]
+    eps = [getattr(norm, "variance_epsilon", getattr(norm, "eps", 1e-6)) for norm in norms]
+    config = getattr(layer, "config", None)
     return _record(
-        [_pair(getattr(layer, f"{name}_proj")) for name in "qkv"], _pair(layer.o_proj), layer.head_dim, rotary.inv_freq, norms,
-        attn_scale=layer.scaling, rotary_scale=float(rotary.attention_scaling),
-        window=getattr(layer, "sliding_window", getattr(layer.config, "sliding_window", None)),
-        eps=getattr(getattr(layer, "q_norm", None), "variance_epsilon", 1e-6),
+        [_pair(getattr(layer, f"{name}_proj")) for name in "qkv"], _pair(layer.o_proj), layer.head_dim,
+        None if rotary is None else rotary.inv_freq, [norm.weight for norm in norms],
+        attn_scale=layer.scaling, rotary_scale=float(getattr(rotary, "attention_scaling", 1.0)),
+        window=getattr(layer, "sliding_window", getattr(config, "sliding_window", None)),
+        **({"eps": eps[0]} if eps else {}),
     )  # fmt: skip
 
 
@@ -72,6 +76,8 @@ def _neox(layer: Any, model: Model) -> Attention:
     b = layer.query_key_value.bias
     b = None if b is None else b.unflatten(0, (-1, 3, d_head))
     parts = [(w[:, i].flatten(0, 1), None if b is None else b[:, i].flatten()) for i in range(3)]
+    if rotary is None:
+        raise AttributeError("rotary_emb")
     return _record(
         parts, _pair(layer.dense), d_head, rotary.inv_freq,
         attn_scale=layer.scaling, rotary_scale=float(rotary.attention_scaling),
@@ -81,7 +87,7 @@ def _neox(layer: Any, model: Model) -> Attention:
 def _rotary(model: Model) -> Any:
     found = [m for name, m in model.module.named_modules() if name.split(".")[-1] == "rotary_emb"]
     if not found:
-        raise AttributeError("rotary_emb")
+        return None
     if getattr(found[0], "rope_type", "default") == "longrope":
         raise AttributeError("longrope, whose frequencies change with the length of the text")
     return found[0]
@@ -102,6 +108,19 @@ def attention(model: "Model | str | nn.Module", hook_point: str) -> Attention:
     beside the layer itself; an attention that computes anything else is refused.
     """
     model = load_model(model)
+    record = attention_of(model, hook_point)
+    off = _difference(model, hook_point, record)
+    layer = model.site(hook_point).module
+    dtype = next(layer.parameters()).dtype
+    if not off < TOLERANCES.get(dtype, 1e-3):
+        raise SaekitError(
+            f"{hook_point!r} of model {model.name!r} ({type(layer).__name__}) differs by {off:.2g} of its norm from softmax attention with its weights in fp32 ({TOLERANCES.get(dtype, 1e-3):g} is allowed in {str(dtype).removeprefix('torch.')}): it computes something else (softcaps, ALiBi, sinks?); choose another layer"
+        )
+    return record
+
+
+def attention_of(model: Model, hook_point: str) -> Attention:
+    """The record of a layer, on its device, without the comparison; raises where it is not built as known ones."""
     layer = model.site(hook_point).module
     family = next((f for attribute, f in FAMILIES.items() if hasattr(layer, attribute)), None)
     if family is None:
@@ -109,18 +128,11 @@ def attention(model: "Model | str | nn.Module", hook_point: str) -> Attention:
             f"{hook_point!r} of model {model.name!r} is a {type(layer).__name__}, and an attention layer is taken apart where it has {', '.join(FAMILIES)}; name the module itself, as in blocks.1.attn"
         )
     try:
-        record = family(layer, model)
+        return family(layer, model)
     except (AttributeError, RuntimeError, TypeError) as error:
         raise SaekitError(
             f"{hook_point!r} of model {model.name!r} is a {type(layer).__name__}, which is not built as those of GPT-2, GPT-NeoX or Llama ({error}); choose another layer"
         ) from error
-    off = _difference(model, hook_point, record)
-    dtype = next(layer.parameters()).dtype
-    if not off < TOLERANCES.get(dtype, 1e-3):
-        raise SaekitError(
-            f"{hook_point!r} of model {model.name!r} ({type(layer).__name__}) differs by {off:.2g} of its norm from softmax attention with its weights in fp32 ({TOLERANCES.get(dtype, 1e-3):g} is allowed in {str(dtype).removeprefix('torch.')}): it computes something else (softcaps, ALiBi, sinks?); choose another layer"
-        )
-    return record
 
 
 def _difference(model: Model, hook_point: str, record: Attention) -> float:
@@ -132,5 +144,5 @@ def _difference(model: Model, hook_point: str, record: Attention) -> float:
     sites = {side: model.site(f"{base}:{side}") for side in ("in", "out")}
     given = model.inputs(tokens, torch.ones_like(tokens, dtype=torch.bool))
     found = capture(lambda: model(given), sites)
-    x, y = (found[side].float().cpu() for side in ("in", "out"))
+    x, y = (found[side].to(record.W_V.dtype) for side in ("in", "out"))
     return ((record(x) - y).norm() / y.norm()).item()

@@ -85,7 +85,8 @@ class Model:
                 return value
         return None
 
-    def _blocks(self) -> str | None:
+    @property
+    def block_path(self) -> str | None:
         """Path of the longest list of alike blocks that hold an attention or MLP, if there is one."""
         lists = [
             (len(m), path)
@@ -98,7 +99,7 @@ class Model:
         return max(lists, key=lambda pair: (pair[0], -pair[1].count(".")))[1] if lists else None
 
     def _block_names(self) -> dict[str, str]:
-        path = self._blocks()
+        path = self.block_path
         if path is None or hasattr(self.module, "hook_dict"):
             return {}
         names: dict[str, str] = {}
