@@ -20,6 +20,7 @@ from torch import Tensor
 
 from saekit import metrics
 from saekit.dictionaries import Config, Dictionary, TrainState
+from saekit.dictionaries.parts import constant, parts
 from saekit.hub import native
 from saekit.trainers import train
 
@@ -105,6 +106,28 @@ def inference_is_the_same_function(
     assert ((a - b)[~moved].abs() <= 2e-5 * size).all(), "codes differ"
     x, y = d(rows)[~moved], folded(rows)[~moved]
     assert ((x - y).abs() <= 2e-5 * rows.abs().max()).all(), "outputs differ"
+
+
+def it_comes_apart(make: Make, rows: Float[Tensor, "batch *seq columns"], folder: Path) -> None:
+    """Each code is ``w x + b`` of what it reads, and what all write is the output: also for an input not seen."""
+    d = _prepared(make, rows)
+    x = _read(d, rows[BATCH] if d.wiring.kind == "sequences" else rows[BATCH : BATCH + 20])
+    size, fixed = float(rows.abs().max()), constant(d)
+    out = fixed.b.repeat(len(x), 1) if fixed.skip is None else x @ fixed.skip.T + fixed.b
+    sides = list(out.split(d.wiring.parts_out, -1))
+    dense = torch.zeros(len(x), d.n_features)
+    for part in parts(d, x):
+        read = x.split(d.wiring.parts_in, -1)[part.read] if d.wiring.kind == "cross_layer" else x
+        gathered = read[part.positions]
+        if part.patterns is not None and part.heads is not None:
+            gathered = torch.einsum("es,sd->ed", part.patterns[part.heads, part.positions], read)
+        near = 1e-4 * max(1.0, float(part.values.abs().max() if len(part.values) else 0))
+        torch.testing.assert_close((part.w * gathered).sum(1) + part.b, part.values, rtol=1e-4, atol=near)
+        dense[part.positions, part.features] = part.values
+        for to, written in zip(part.writes, part.written, strict=True):
+            sides[to] = sides[to].index_add(0, part.positions, written)
+    torch.testing.assert_close(dense, d.encode(x).to_dense(), **CLOSE)
+    torch.testing.assert_close(torch.cat(sides, -1), d(x), rtol=1e-4, atol=1e-4 * size)
 
 
 def saved_is_loaded(make: Make, rows: Float[Tensor, "batch *seq columns"], folder: Path) -> None:
@@ -227,7 +250,7 @@ def recovers_planted_features(make: Make, rows: Float[Tensor, "batch *seq column
 CONTRACT = {
     law.__name__: law
     for law in (
-        shapes, rows_are_independent, sparse_equals_dense, inference_is_the_same_function, saved_is_loaded,
+        shapes, rows_are_independent, sparse_equals_dense, it_comes_apart, inference_is_the_same_function, saved_is_loaded,
         gradients_reach_every_parameter, every_term_trains, loss_changes_nothing, resume_is_exact, training_helps,
         recovers_planted_features,
     )
@@ -236,6 +259,7 @@ UNTRAINED = (
     "shapes",
     "rows_are_independent",
     "sparse_equals_dense",
+    "it_comes_apart",
     "inference_is_the_same_function",
     "saved_is_loaded",
 )

@@ -89,6 +89,34 @@ class Rows(Dictionary):
         codes = self.selection(self.read(x), self._encoder_rows(), self.b_enc)
         return dataclasses.replace(codes, shape=tuple(x.shape[:-1]))
 
+    @torch.no_grad()
+    def read_by(
+        self, codes: Codes, x: Float[Tensor, "*shape d_in"]
+    ) -> "tuple[Float[Tensor, 'entry d_in'], Float[Tensor, ' entry']]":
+        """What each code reads, with the selection as it is: ``(w, b)`` with ``value = w x + b``.
+
+        Of sequences x is what the feature's head has gathered at the code's position. Codes that are constants
+        read nothing.
+        """
+        at = codes.indices.long()
+        weight, bias = self._encoder_rows()[at], self.b_enc[at]
+        if hasattr(self.selection, "read_by"):
+            weight, bias = self.selection.read_by(codes, self._encoder_rows())
+        else:
+            before = (weight * self._inside(codes, x)).sum(1) + bias
+            slope = torch.where(before.abs() > 1e-12, codes.values / before, 1.0)  # a router scales codes
+            weight, bias = weight * slope[:, None], bias * slope
+        weight, shift = self.norm_in.fold(weight)
+        return weight.to(self.dtype), (shift + bias).to(self.dtype)
+
+    def _inside(self, codes: Codes, x: Tensor) -> Float[Tensor, "entry d_in"]:
+        """What each code's encoder row is multiplied with."""
+        return self.read(x)[codes.row_ids()]
+
+    def written_by(self, codes: Codes, x: Float[Tensor, "*shape d_in"]) -> Float[Tensor, "entry d_out"]:
+        """What each code writes, in the units of the model; with b_dec (and what is passed on) the output."""
+        return self.norm_out.directions(self.atoms.rows()[codes.indices.long()] * codes.values[:, None])
+
     def decode(
         self, codes: Codes, x: Float[Tensor, "*shape d_in"] | None = None
     ) -> Float[Tensor, "*shape d_out"]:

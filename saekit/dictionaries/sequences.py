@@ -69,6 +69,10 @@ class Sequences(Rows):
             )
         return self.wiring.mix(super().read(x).view(-1, *x.shape[-2:])).movedim(0, 1)
 
+    def _inside(self, codes: Codes, x: Tensor) -> Float[Tensor, "entry d_in"]:
+        """What each code's head has gathered."""
+        return self.read(x)[codes.row_ids(), codes.indices.long() // (self.n_features // self.n_qk)]
+
     def rows_of(self, batch: "Float[Tensor, '*shape columns'] | ActivationBatch") -> Tensor:
         """The unmasked positions as rows."""
         if isinstance(batch, ActivationBatch):

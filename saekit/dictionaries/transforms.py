@@ -58,6 +58,15 @@ class Transforms(Rows):
         inside = sampled_product(offsets, index.int(), self.V, x) + self.shift[index]
         return Codes(offsets, index.int(), codes.values[entry] * inside, len(self.V), codes.shape)
 
+    def written_by(self, codes: Codes, x: Float[Tensor, "*shape d_in"]) -> Float[Tensor, "entry d_out"]:
+        """What each code writes, in the units of the model: what its map makes of the input, as far as it is on."""
+        atoms = self.expanded(codes, self.read(x))
+        entry = torch.repeat_interleave(
+            torch.arange(len(codes.indices), device=atoms.values.device), self.ranks[codes.indices.long()]
+        )
+        rows = self.norm_out.directions(self.atoms.rows()[atoms.indices.long()] * atoms.values[:, None])
+        return rows.new_zeros(len(codes.indices), self.d_out).index_add(0, entry, rows)
+
     def judge(
         self, x: Float[Tensor, "batch d_in"], y: Float[Tensor, "batch d_out"], selected: Selected,
         state: TrainState, passed: Tensor | None = None, error: Tensor | None = None,

@@ -78,6 +78,10 @@ class Codebook(nn.Module):
         )
         return Codes.from_rectangular(indices, torch.ones_like(values), len(W_enc))
 
+    def read_by(self, codes: Codes, W_enc: Float[Tensor, "feature d_in"]) -> tuple[Tensor, Tensor]:
+        """``value = w x + b`` of each code: constants read nothing."""
+        return W_enc.new_zeros(len(codes.values), W_enc.shape[1]), codes.values
+
     def train_codes(
         self,
         x: Float[Tensor, "rows d_in"],

@@ -55,6 +55,12 @@ class OMP(nn.Module):
         values = torch.cat([p[1] for p in parts]) if parts else x.new_zeros(0, self.config.k)
         return Codes.from_rectangular(indices, values, W_enc.shape[0])
 
+    def read_by(self, codes: Codes, W_enc: Float[Tensor, "feature d_in"]) -> tuple[Tensor, Tensor]:
+        """``value = w x + b`` of each code, with the atoms taken as they are: their least-squares fit."""
+        indices, values = codes.rectangular()
+        atoms = W_enc[indices.long()] * (values != 0)[..., None]
+        return torch.linalg.pinv(atoms).mT.flatten(0, 1), torch.zeros_like(codes.values)
+
     def train_codes(
         self,
         x: Float[Tensor, "rows d_in"],

@@ -56,6 +56,21 @@ class Pursuit(nn.Module):
         """Codes of the rows, in the order of the steps; the bias is not used."""
         return self._pursue(x, W_enc, self.config.k_inference or self.config.k)
 
+    def read_by(self, codes: Codes, W_enc: Float[Tensor, "feature d_in"]) -> tuple[Tensor, Tensor]:
+        """``value = w x + b`` of each code, with the atoms taken as they are: each reads what those before it leave."""
+        indices, values = codes.rectangular()
+        again = torch.tril(indices[:, :, None] == indices[:, None, :], -1)  # taken before, and added there
+        on = (values != 0) | again.any(2)
+        atoms = W_enc[indices.long()] * on[..., None]
+        overlap = torch.tril(atoms @ atoms.mT, -1)
+        eye = torch.eye(atoms.shape[1], dtype=atoms.dtype, device=atoms.device)
+        reads = torch.linalg.solve_triangular(overlap + eye, atoms, upper=False)
+        first = (again.to(atoms.dtype).argmax(2) * again.any(2)) + torch.arange(
+            len(eye), device=atoms.device
+        ) * ~again.any(2)
+        summed = torch.zeros_like(reads).scatter_add_(1, first[..., None].expand_as(reads), reads)
+        return summed.flatten(0, 1), torch.zeros_like(codes.values)
+
     def train_codes(
         self,
         x: Float[Tensor, "rows d_in"],

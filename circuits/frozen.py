@@ -1,0 +1,164 @@
+"""A transformer on one prompt, frozen so that it is linear: its gradients in closed form, without autograd.
+
+Frozen are attention patterns, the sizes that norms divide by, and what neurons multiply their input by (the ReLU's
+mask, the secant ``act(u) / u``, a gate's activation). Then every value is a sum over what writes to the residual
+stream, and the gradient of a target, walked down once, gives each writer's share of it.
+"""
+
+from collections.abc import Callable
+from functools import cached_property
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saekit.weights import Block, Norm, Weights
+
+Site = tuple[int, str]  # layer and name; the residual stream before a layer is that behind the one before
+ORDER = ("resid_pre", "attn_in", "z", "attn_out", "attn_add", "resid_mid", "mlp_in", "mlp_out", "mlp_add", "resid_post")  # fmt: skip
+Visit = Callable[[Site, "Tensor | None"], "Tensor | None"]
+Bias = Callable[[int, str, Tensor], None]
+
+
+def depth(site: Site) -> int:
+    """Where a site stands in the order in which a forward pass comes by."""
+    return site[0] * len(ORDER) + ORDER.index(site[1])
+
+
+def canonical(site: Site) -> Site:
+    """The one name of a place: the stream before a layer is that behind the layer before."""
+    layer, name = site
+    return (layer - 1, "resid_post") if name == "resid_pre" and layer else site
+
+
+class Frozen:
+    """``weights`` on ``tokens``: :attr:`seen` at every site of every layer, and :meth:`back`."""
+
+    def __init__(self, weights: Weights, tokens: Int[Tensor, " seq"]):
+        self.weights, self.tokens = weights, tokens
+        self.seen, self.logits = weights.run(tokens)
+        self.last = self.seen[-1]["resid_post"]
+
+    def at(self, site: Site) -> Float[Tensor, "seq d"]:
+        """What the model has at a site."""
+        return self.seen[site[0]][site[1]]
+
+    @cached_property
+    def sizes(self) -> list[dict[str, Tensor]]:
+        """What every norm of every layer divides by, at each position."""
+        return [
+            {
+                name: norm.size(at[site])
+                for name, site, norm in (
+                    ("before_attention", "resid_pre", block.before_attention),
+                    ("after_attention", "attn_out", block.after_attention),
+                    ("before_mlp", "resid_pre" if block.parallel else "resid_mid", block.before_mlp),
+                    ("after_mlp", "mlp_out", block.after_mlp),
+                )
+                if norm is not None and site in at
+            }
+            for block, at in zip(self.weights.blocks, self.seen, strict=True)
+        ]
+
+    @cached_property
+    def slopes(self) -> list[Tensor]:
+        """What every neuron of every layer multiplies its input by, at each position."""
+        return [
+            torch.zeros(0) if block.mlp is None else block.mlp.slopes(at["mlp_in"])
+            for block, at in zip(self.weights.blocks, self.seen, strict=True)
+        ]
+
+    @torch.no_grad()
+    def back(self, start: Site, visit: Visit, bias: Bias) -> None:
+        """Walk the gradients of a batch of targets down from a site.
+
+        ``visit(site, gradient)`` is called at every site on the way, with [seq, batch, d] or None where nothing has
+        come by, and returns the gradient that goes on. ``bias(layer, half, share)`` gets what biases of a half of a
+        block ("attn" or "mlp") add to the targets, [seq, batch].
+        """
+        begin, gradient = depth(start), None
+        for layer in range(start[0], -1, -1):
+            gradient = _Walk(self, layer, begin, visit, bias).block(gradient)
+        visit((0, "resid_pre"), gradient)
+
+
+class _Walk:
+    """One block, from its output to its input."""
+
+    def __init__(self, frozen: Frozen, layer: int, begin: int, visit: Visit, bias: Bias):
+        self.frozen, self.layer, self.begin = frozen, layer, begin
+        self.visit_site, self.bias = visit, bias
+        self.part: Block = frozen.weights.blocks[layer]
+
+    def visit(self, name: str, gradient: Tensor | None) -> Tensor | None:
+        """The gradient that goes on from a site; above the start there is none."""
+        if depth((self.layer, name)) > self.begin:
+            return None
+        return self.visit_site((self.layer, name), gradient)
+
+    def block(self, gradient: Tensor | None) -> Tensor | None:
+        """The gradient at the block's input (which is visited by the layer before, or at the end)."""
+        g = self.visit("resid_post", gradient)
+        entry = None
+        if self.part.mlp is not None:
+            inside = self.mlp(g)
+            if self.part.parallel:
+                entry = inside
+            else:
+                g = _sum(g, inside)
+        g = self.visit("resid_mid", g)
+        return _sum(_sum(g, entry), self.attention(g))
+
+    def mlp(self, g: Tensor | None) -> Tensor | None:
+        """What comes down through the MLP."""
+        mlp = self.part.mlp
+        assert mlp is not None
+        g = self.visit("mlp_add", g)
+        g = self.visit("mlp_out", self.norm(g, "after_mlp", "mlp"))
+        inside = None
+        if g is not None:
+            self.bias(self.layer, "mlp", g @ mlp.b_out)
+            hidden = (g @ mlp.W_out) * self.frozen.slopes[self.layer][: len(g), None]
+            self.bias(self.layer, "mlp", hidden @ mlp.b_in)
+            inside = hidden @ mlp.W_in
+        return self.norm(self.visit("mlp_in", inside), "before_mlp", "mlp")
+
+    def attention(self, g: Tensor | None) -> Tensor | None:
+        """What comes down through the attention layer."""
+        a = self.part.attention
+        g = self.visit("attn_add", g)
+        g = self.visit("attn_out", self.norm(g, "after_attention", "attn"))
+        if g is not None:
+            self.bias(self.layer, "attn", g @ a.b_O)
+            g = g @ a.W_O.transpose(0, 1).flatten(1)
+        g = self.visit("z", g)
+        if g is not None:
+            values = values_back(g, self.frozen.seen[self.layer]["patterns"], len(a.W_V))
+            self.bias(self.layer, "attn", torch.einsum("ksbv,kv->sb", values, a.b_V))
+            g = torch.einsum("ksbv,kvi->sbi", values, a.W_V)
+        return self.norm(self.visit("attn_in", g), "before_attention", "attn")
+
+    def norm(self, g: Tensor | None, name: str, half: str) -> Tensor | None:
+        """What comes down through a norm, if there is one."""
+        norm: Norm | None = getattr(self.part, name)
+        if norm is None or g is None:
+            return g
+        self.bias(self.layer, half, g @ norm.bias)
+        return norm.back(g, self.frozen.sizes[self.layer][name][: len(g), None])
+
+
+def values_back(
+    g: Float[Tensor, "seq batch z"], patterns: Float[Tensor, "head all all"], n_kv: int
+) -> Float[Tensor, "kv seq batch d_v"]:
+    """From what heads gather to their values: each query's gradient goes to where it looks."""
+    seq, batch, _ = g.shape
+    heads = len(patterns)
+    by_head = g.view(seq, batch, heads, -1).permute(2, 0, 1, 3).reshape(heads, seq, -1)
+    back = patterns[:, :seq, :seq].transpose(1, 2) @ by_head
+    return back.view(n_kv, heads // n_kv, seq, batch, -1).sum(1)
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b
