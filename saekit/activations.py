@@ -121,7 +121,7 @@ def shuffled_rows(n: int, batch_size: int, seed: int, start: int) -> Iterator[np
 class TensorSource:
     """Rows of a tensor in memory, or whole sequences of one, which then are what ``batch_size`` counts."""
 
-    def __init__(self, rows: Float[Tensor, "rows *seq d_in"]):
+    def __init__(self, rows: Float[Tensor, "rows *seq d_in"], widths: tuple[int, ...] = ()):
         if rows.ndim not in (2, 3) or rows.numel() == 0:
             raise SaekitError(
                 f"source has shape {tuple(rows.shape)}; give activations as [rows, d_in], or [sequences, seq, d_in], with at least one row"
@@ -130,6 +130,7 @@ class TensorSource:
             bad = (~torch.isfinite(rows)).any(-1).flatten().nonzero()[0].item()
             raise SaekitError(f"source holds NaN or Inf, first in row {bad}; remove those rows")
         self.rows, self.n_rows = rows, len(rows)
+        self.widths = widths or (rows.shape[-1],)  # of the parts that stand side by side
         if rows.ndim == 3:
             self.rows_per_item = rows.shape[1]
 
@@ -315,11 +316,11 @@ class Store:
             out[torch.from_numpy(here[rising])] = self.shards[s].rows(hook_point, positions[rising])
         return out
 
-    def positions(self) -> Int64:
-        """Where each unmasked row's token stands among all tokens of the store."""
+    def positions(self) -> Iterator[Int64]:
+        """Where each unmasked row's token stands among all tokens of the store, a shard at a time."""
         starts = np.cumsum([0, *(entry["tokens"] for entry in self.manifest["shards"])])
-        parts = zip(self.shards, starts, strict=False)
-        return np.concatenate([shard.array("kept").astype(np.int64) + start for shard, start in parts])
+        for shard, start in zip(self.shards, starts, strict=False):
+            yield shard.array("kept").astype(np.int64) + start
 
     def tokens(self, n: int) -> Iterator[Int64]:
         """The ids of all tokens, masked ones included, n at a time; none for a model of other inputs."""

@@ -43,6 +43,8 @@ class PatternConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SaekitError(f"{name} = {value} must be at least 1")
+        if not self.rotary_base > 0:
+            raise SaekitError(f"rotary_base = {self.rotary_base} must be above 0")
         if self.n_kv is not None and self.n_qk % self.n_kv:
             raise SaekitError(f"n_kv = {self.n_kv} does not divide n_qk = {self.n_qk}")
         if self.rotary % 2 or not 0 <= self.rotary <= self.d_qk:

@@ -27,7 +27,11 @@ Hooks = list[tuple[Site, Callable[[Tensor], Tensor | None]]]
 class Replacement:
     """A model with dictionaries in the places of what they read and write."""
 
-    def __init__(self, model: "Model | str | torch.nn.Module", dictionaries: Sequence[Dictionary]):
+    def __init__(
+        self, model: "Model | str | torch.nn.Module", dictionaries: "Dictionary | Sequence[Dictionary]"
+    ):
+        if isinstance(dictionaries, Dictionary):
+            dictionaries = [dictionaries]
         self.model, self.dictionaries = load_model(model), list(dictionaries)
         if not self.dictionaries:
             raise SaekitError("dictionaries is empty; give at least one")
@@ -64,6 +68,9 @@ class Replacement:
         in the dictionary's weights: for training on with dictionaries in place.
         """
         # where one dictionary reads what another writes, it has to read after that; its own place it reads before
+        missing = [point for point in self.writes if errors is not None and point not in errors]
+        if missing:
+            raise SaekitError(f"errors lack {missing[0]!r}, which is written; give what errors() returns")
         own: Hooks = []
         writes: Hooks = []
         others: Hooks = []
@@ -91,6 +98,11 @@ class Replacement:
         is, to the bit. ``new + (y - hat)`` would round, and the next dictionary might choose another of two
         features that nearly tie, which its error doesn't know.
         """
+        missing = [point for point in self.points if point not in activations]
+        if missing:
+            raise SaekitError(
+                f"activations lack {missing[0]!r}; give the model's at {', '.join(self.points)}"
+            )
         out: dict[str, tuple[Tensor, Tensor]] = {}
         for d in self.dictionaries:
             hat = d(torch.cat([activations[p] for p in d.reads], -1)).split(d.wiring.parts_out, -1)
@@ -166,6 +178,14 @@ class _Write:
             raise SaekitError(
                 f"a dictionary writes {new.shape[-1]} columns where the model has {y.shape[-1]}; give one of this model"
             )
+        for name, other in (
+            ("mask", self.mask),
+            ("errors", None if self.error is None else self.error[0][..., 0]),
+        ):
+            if other is not None and other.shape != y.shape[: other.ndim]:
+                raise SaekitError(
+                    f"{name} has shape {tuple(other.shape)} and the model runs on {tuple(y.shape[:-1])}; give it for the same tokens"
+                )
         if self.losses is not None:
             self.losses.append(_left(y.detach(), new, self.mask))
             new = new + (y - y.detach())

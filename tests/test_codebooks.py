@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import saekit
+from saekit.hooks import intervene
 from saekit.models import load_model
 from saekit.replacement import Replacement
 from saekit.trainers.finetune import finetune
@@ -68,8 +69,18 @@ def test_gradients_pass_straight_through(replacement: Replacement) -> None:
     for d in replacement.dictionaries:
         d.prepared.fill_(True)
     left: list[torch.Tensor] = []
-    with replacement.spliced(straight_through=left):
+    seen: list[torch.Tensor] = []
+
+    def keep(y: torch.Tensor) -> None:
+        y.retain_grad()
+        seen.append(y)
+
+    own = model.site("blocks.0.mlp")
+    with intervene([(own, keep)]), replacement.spliced(straight_through=left), intervene([(own, keep)]):
         model.logits(given).square().mean().backward()
+    before, behind = seen  # of the codebook
+    assert behind.grad.abs().sum() > 0
+    torch.testing.assert_close(before.grad, behind.grad, rtol=0, atol=0)
     assert len(left) == 2 and all(share > 0 for share in left)
     assert model.site("blocks.0.mlp").module.c_fc.weight.grad.abs().sum() > 0
     for d in replacement.dictionaries:
@@ -91,6 +102,15 @@ def test_a_model_learns_to_live_with_them(replacement: Replacement) -> None:
     assert seen[-1]["ce"] < 0.7 * seen[0]["ce"] and len(seen) == 30
     with pytest.raises(SaekitError, match="steps = 0"):
         finetune(replacement, stream, 0)
+
+
+def test_a_fresh_threshold_is_trained_before_a_model_is(replacement: Replacement) -> None:
+    d = saekit.create("batchtopk", d_in=replacement.dictionaries[0].d_in, n_features=64, k=4)
+    d.reads = d.writes = ("blocks.0.mlp:out",)
+    whole = Replacement(replacement.model, d)
+    stream = saekit.harvest(replacement.model, "stdlib", ["blocks.0.mlp:out"], tokens=2000, context=32)
+    with pytest.raises(SaekitError, match=r"learns its threshold from batches of rows.*train\(\) it before"):
+        finetune(whole, stream, 1, batch_size=4)
 
 
 def test_a_stream_that_does_not_fit_is_refused(replacement: Replacement, small_store) -> None:

@@ -94,6 +94,19 @@ def test_of_one_layer_it_is_a_transcoder(pairs: torch.Tensor) -> None:
     torch.testing.assert_close(one(rows[:, :D]), two(rows[:, :D]), rtol=1e-4, atol=1e-4)
 
 
+def test_its_layers_are_calibrated_together(pairs: torch.Tensor, tmp_path: Path) -> None:
+    d = make()
+    saekit.train(d, pairs, steps=60, batch_size=256, lr=3e-3)
+    x = pairs[:, : LAYERS * D]
+    at = calibrate(d, x, 6)
+    assert at.config.selection[0] == "jumprelu" and saekit.metrics.l0(at.encode(x)) == pytest.approx(
+        6, rel=1e-3
+    )
+    saekit.save(at, tmp_path / "at")
+    assert torch.equal(saekit.load(tmp_path / "at")(x), at(x))
+    torch.testing.assert_close(calibrate(d, x, 9)(x), d(x), rtol=0.2, atol=3.0)
+
+
 def test_it_beats_per_layer_transcoders_where_layers_repeat_each_other(pairs: torch.Tensor) -> None:
     x, y = pairs.split((LAYERS * D, LAYERS * D_OUT), 1)
     d = make()
@@ -132,8 +145,8 @@ def test_bad_layers_are_refused(pairs: torch.Tensor) -> None:
         saekit.train(make(), pairs[:, :20], steps=1, batch_size=8)
     with pytest.raises(SaekitError, match="is made of parts"):
         prune(make(), torch.ones(96, dtype=torch.bool))
-    with pytest.raises(SaekitError, match="is made of parts"):
-        calibrate(make(), pairs[:, : LAYERS * D], 3)
+    with pytest.raises(SaekitError, match="expected \\[rows, d_in = 30\\]"):
+        calibrate(make(), pairs, 3)
     wiring = make().wiring
     with pytest.raises(SaekitError, match="reads as many hook points as it writes"):
         wiring.sites(["a:in", "b:in", "a:out"])

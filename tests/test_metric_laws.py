@@ -160,6 +160,19 @@ def test_the_identity_loses_nothing_and_zero_is_the_ablation(trained, tiny_gpt2)
     assert float(zero["ce_spliced"]) == float(zero["ce_ablated"]) and float(zero["ce_recovered"]) == 0
 
 
+def test_mean_ablation_knows_the_mean_also_of_a_folded_dictionary(trained, tiny_gpt2) -> None:
+    options = {"tokens": 1024, "context": 64, "controls": False, "ablation": "mean"}
+    mine, folded = evaluate(trained, tiny_gpt2, **options), trained.to_inference()
+    theirs = evaluate(folded, tiny_gpt2, **options)
+    assert float(mine["ce_ablated"]) == pytest.approx(float(theirs["ce_ablated"]), abs=1e-6)
+    again = folded.to_inference()  # what it keeps is no normalisation
+    x = torch.randn(20, 32)
+    assert torch.equal(again.encode(x).to_dense(), folded.encode(x).to_dense())
+    folded.norm_out.mean.zero_()
+    with pytest.raises(SaekitError, match="knows the mean of what it writes"):
+        evaluate(folded, tiny_gpt2, **options)
+
+
 def test_a_sink_of_1000_times_the_norm_moves_explained_variance_by_less_than_half_a_percent(
     trained, tiny_gpt2
 ) -> None:

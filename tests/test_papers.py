@@ -104,7 +104,7 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_seeds_run_side_by_side_and_are_judged_in_their_order(toy: Path) -> None:
     told: list[tuple[int, int | None]] = []
-    found = row.run(TOY, [5, 1, 4], toy, lambda done, total, note: told.append((done, total)))
+    found, _ = row.run(TOY, [5, 1, 4], toy, lambda done, total, note: told.append((done, total)))
     assert found.claims[0].ours == [25, 1, 16] and found.notes == ["[[5, -5], [1, -1], [4, -4]]"]
     processes = {line.split()[1] for line in (toy / "ran").read_text().splitlines()}
     assert len(processes) == min(3, torch.get_num_threads()) and not (toy / "seeds").exists()
@@ -116,7 +116,7 @@ def test_a_seed_that_fails_leaves_the_others_to_go_on_from(toy: Path) -> None:
     with pytest.raises(saekit.SaekitError, match="seed = 2 fails"):
         row.run(TOY, [1, 2], toy, lambda *_: None)
     (toy / "fail").unlink()
-    assert row.run(TOY, [1, 2, 0], toy, lambda *_: None).claims[0].ours == [1, 4, 0]
+    assert row.run(TOY, [1, 2, 0], toy, lambda *_: None)[0].claims[0].ours == [1, 4, 0]
     assert ran(toy).count(2) == 2 and ran(toy).count(0) == 1
 
 
@@ -131,7 +131,7 @@ def test_a_row_that_was_stopped_goes_on_and_leaves_no_process(toy: Path) -> None
         row.run(TOY, [0, 3], toy, stop)
     assert multiprocessing.active_children() == []
     (toy / "wait").unlink()
-    assert row.run(TOY, [0, 3], toy, lambda *_: None).claims[0].ours == [0, 9]
+    assert row.run(TOY, [0, 3], toy, lambda *_: None)[0].claims[0].ours == [0, 9]
     assert ran(toy).count(0) == 1
 
 
@@ -139,7 +139,7 @@ def test_what_another_row_measured_is_not_taken(toy: Path) -> None:
     (toy / "seeds").mkdir()
     for seed, text in enumerate(('{"of": "another", "found": {}}', "[]", "{", '{"found": {}}')):
         (toy / f"seeds/{seed}.json").write_text(text)
-    assert row.run(TOY, range(4), toy, lambda *_: None).claims[0].ours == [0, 1, 4, 9]
+    assert row.run(TOY, range(4), toy, lambda *_: None)[0].claims[0].ours == [0, 1, 4, 9]
 
 
 def run(*arguments: str) -> Done:

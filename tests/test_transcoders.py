@@ -45,6 +45,7 @@ def test_plus_and_minus_the_identity_is_an_autoencoder(mlp) -> None:
     both = torch.cat([torch.eye(16), -torch.eye(16)])
     d = from_weights(both.T.contiguous(), both)
     torch.testing.assert_close(d(x), x, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(d.encode(x).to_dense(), torch.cat([x, -x], 1).relu(), rtol=1e-5, atol=1e-5)
 
 
 def test_a_linear_map_is_a_skip(mlp) -> None:
@@ -93,12 +94,26 @@ def test_a_batch_of_activations_is_a_pair(mlp) -> None:
 def test_mismatched_pairs_are_named(mlp) -> None:
     _, x, y = mlp
     for source, words in (
-        ((x[:-1], y), "tensors of 1999, 2000 rows"),
+        ((x[:-1], y), r"tensors of shapes \(1999, 16\), \(2000, 24\)"),
         ((x, y[:, :-1]), "width 39 is not the dictionary's d_in \\+ d_out = 40"),
         (x, "width 16 is not"),
+        ((y, x), "'x' is 24 wide, and the dictionary reads 16 there"),
+        ((x[:, :15], torch.cat([y, y[:, :1]], 1)), "'x' is 15 wide"),
+        ((x[None, :90], y[None]), "tensors of shapes"),
     ):
         with pytest.raises(SaekitError, match=words):
             saekit.train(make(), source, steps=1, batch_size=8)
+    trainer, mask = saekit.Trainer(make()), torch.ones(1, 50, dtype=torch.bool)
+    trainer.dictionary.reads, trainer.dictionary.writes = ("a",), ("b",)
+    for parts, words in (
+        ({"a": y[None, :50], "b": x[None, :50]}, "'a' is 24 wide, and the dictionary reads 16"),
+        ({"a": x[None, :50], "b": y[None, :49]}, "give them the same rows"),
+        ({"a": x[None, :50]}, "batch lacks 'b'"),
+    ):
+        with pytest.raises(SaekitError, match=words):
+            trainer.step(ActivationBatch(parts, mask))
+    with pytest.raises(SaekitError, match="doesn't say which it reads"):
+        saekit.Trainer(make()).step(ActivationBatch({"y": y[None, :50], "x": x[None, :50]}, mask))
     with pytest.raises(SaekitError, match="writes another space than it reads"):
         make(atoms="tied")
     with pytest.raises(SaekitError, match="hook point to read and one to write"):

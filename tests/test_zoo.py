@@ -4,6 +4,7 @@ import importlib.util
 import json
 import shutil
 import sys
+import warnings
 from pathlib import Path
 
 import commandline
@@ -17,9 +18,9 @@ from saekit.contract import examine
 from saekit.dictionaries import TrainState
 from saekit.dictionaries.surgery import with_objective
 from saekit.harvest import ContinuedSource
-from saekit.report.sweep import rows as rows_of
+from saekit.report.sweep import with_front
 from saekit.testbed.forest import Forest, ForestConfig
-from saekit.trainers import Run, checkpoint
+from saekit.trainers import checkpoint
 from saekit.trainers.job import Job
 from saekit.types import SaekitError
 from saekit.verbs.evaluate import _trained_control
@@ -43,8 +44,48 @@ def test_requested_l0_is_met_and_few_features_die_far_off_centre(name: str, rows
 
 
 def test_a_dial_that_saturates_says_so(rows: torch.Tensor) -> None:
+    """What 64 features can't give is said after a run in which a possible L0 is met in silence."""
     with pytest.warns(UserWarning, match="k = 60 was asked for and L0 is"):
-        saekit.train(make("jumprelu", k=60, n_features=64), rows, steps=60, batch_size=256)
+        saekit.train(make("jumprelu", k=60, n_features=64), rows, steps=500, batch_size=256, lr=2e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        saekit.train(make("jumprelu", k=6, n_features=64), rows, steps=900, batch_size=256, lr=2e-3)
+
+
+def test_a_threshold_that_has_not_settled_says_so() -> None:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(4000, 32, generator=g) * torch.randn(4000, 1, generator=g).mul(1.5).exp()
+    with pytest.warns(UserWarning, match=r"k = 4 was asked for and L0 by the threshold at inference is"):
+        saekit.train(make("batchtopk"), x, steps=400, batch_size=8)
+
+
+@pytest.mark.parametrize(
+    ("latents", "steps"),
+    [
+        (512, 700),
+        pytest.param(1024, 1000, marks=pytest.mark.slow),
+        pytest.param(1024, 300, marks=pytest.mark.slow),
+    ],
+)
+def test_few_features_die_where_there_are_more_than_the_data_has(latents: int, steps: int) -> None:
+    """256 true features 30 standard deviations off centre, two and four times as many latents, short runs."""
+    g = torch.Generator().manual_seed(0)
+    true = torch.nn.functional.normalize(torch.randn(256, 64, generator=g), dim=1)
+    on = (torch.rand(40_000, 256, generator=g) < 8 / 256) * (1 + torch.rand(40_000, 256, generator=g))
+    x = on @ true
+    x = x + 30 * x.std()
+    d = saekit.create("topk", d_in=64, n_features=latents, k=8)
+    saekit.train(d, x, steps=steps, batch_size=512)
+    assert (d.encode(x).firing_counts() == 0).float().mean() < 0.055
+
+
+def test_a_batch_that_cannot_be_learned_from_is_refused_and_leaves_nothing(rows: torch.Tensor) -> None:
+    trainer, bad = saekit.Trainer(make("topk")), rows[:64].clone()
+    bad[3, 5] = float("nan")
+    for batch, words in ((bad, "NaN or Inf in row 3"), (rows[:0], "it is empty")):
+        with pytest.raises(SaekitError, match=words):
+            trainer.step(batch)
+    assert torch.isfinite(trainer.step(rows[:64])["loss"])
 
 
 def test_many_from_one_stream_are_each_as_if_alone(rows: torch.Tensor, tmp_path: Path) -> None:
@@ -237,7 +278,7 @@ def test_archetypal_atoms_stay_in_the_hull(rows: torch.Tensor) -> None:
 
 def test_orthogonality_pushes_atoms_apart(rows: torch.Tensor) -> None:
     nearest = []
-    for coefficient in (0.0, 50.0):
+    for coefficient in (0.0, 0.25):
         d = make("topk", objective=("reconstruction", "orthogonality"), coefficient=coefficient)
         saekit.train(d, rows, 60, 256, lr=1e-2)
         cosine = (d.W_dec @ d.W_dec.T).detach().fill_diagonal_(0)
@@ -316,16 +357,10 @@ def test_a_sweep_is_many_runs_and_a_front(small_store, tmp_path: Path) -> None:
         assert bad.returncode == 2 and words in bad.stderr and not (tmp_path / "bad").exists()
 
 
-def test_the_front_holds_what_nothing_beats(tmp_path: Path) -> None:
-    lines = {"a": (4.0, 0.5), "b": (4.0, 0.6), "c": (8.0, 0.2), "d": (9.0, 0.3)}
-    runs = {}
-    for name, (l0, fvu) in lines.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "log.jsonl").write_text(
-            json.dumps({"step": 1, "l0": l0, "fvu": fvu, "dead_share": 0.0})
-        )
-        runs[name] = Run(make("topk"), tmp_path / name, 1, True, {})
-    assert {row["name"] for row in rows_of(runs) if row["front"]} == {"a", "c"}
+def test_the_front_holds_what_nothing_beats() -> None:
+    found = {"a": (4.0, 0.5), "b": (4.0, 0.6), "c": (8.0, 0.2), "d": (9.0, 0.3)}
+    rows = [{"name": name, "l0": l0, "fvu": fvu} for name, (l0, fvu) in found.items()]
+    assert {row["name"] for row in with_front(rows) if row["front"]} == {"a", "c"}
 
 
 def test_a_forest_is_drawn_as_its_config_says() -> None:

@@ -73,7 +73,7 @@ def resolve(
     """The config with every open value chosen, and the reasons; ``batch_size`` counts items of so many rows."""
     lr = optim.learning_rate(n_features, config.steps)
     warmup = optim.warmup_steps(config.steps)
-    silent = dead.dead_after(config.steps * config.batch_size * rows_per_item)
+    silent = dead.dead_after(config.steps, config.batch_size * rows_per_item)
     values = asdict(config)
     reasons = {}
     for key, chosen in (("lr", lr), ("warmup", warmup), ("dead_after", silent)):

@@ -9,15 +9,19 @@ from saekit.trainers.optim import Adam, Chosen
 from saekit.types import SaekitError
 
 DEAD_AFTER = 10_000_000
+# in the first batches many features lose by chance; AuxK, which teaches dead ones to be as small as what is left,
+# would keep them from winning later (measured in LOG.md)
+LEAST_BATCHES = 100
 ENCODER_SHARE = 0.2  # of the live features' mean norm, for the encoder of a resampled one behind a ReLU
 PURPOSE = 3  # of the random numbers
 
 
-def dead_after(rows_of_run: int | None) -> Chosen:
-    """Rows without firing after which a feature counts as dead: 10M, or 5 % of a shorter run."""
-    if rows_of_run is None or rows_of_run // 20 >= DEAD_AFTER:
+def dead_after(steps: int, rows_per_step: int) -> Chosen:
+    """Rows without firing after which a feature counts as dead: 10M, or 5 % of a shorter run, but 100 batches."""
+    share, least = steps * rows_per_step // 20, LEAST_BATCHES * rows_per_step
+    if max(share, least) >= DEAD_AFTER:
         return Chosen(DEAD_AFTER, "10M rows")
-    return Chosen(max(1, rows_of_run // 20), "5 % of the run")
+    return Chosen(share, "5 % of the run") if share > least else Chosen(least, f"{LEAST_BATCHES} batches")
 
 
 def update(silent: Int[Tensor, " feature"], fired: Int[Tensor, " feature"], rows: int) -> None:

@@ -87,4 +87,8 @@ def _prepare(dictionaries: Sequence[Dictionary], batch: ActivationBatch) -> None
     """What fresh dictionaries take from data."""
     for d in dictionaries:
         if not d.prepared:
+            if hasattr(d.selection, "observe"):
+                raise SaekitError(
+                    f"selection {d.config.selection[0]!r} learns its threshold from batches of rows, and is fresh; train() it before, or choose another"
+                )
             d.prepare(d.gather([batch]))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from saekit.activations import Source, Store, write_atomic
 from saekit.dictionaries import Dictionary
+from saekit.dictionaries.dictionary import check_widths
 from saekit.harvest import SideBySide, StoredSequences, check_writable
 from saekit.hub import native
 from saekit.records import difference
@@ -31,6 +32,7 @@ from saekit.types import ActivationBatch, SaekitError
 NORMALISATION_ROWS = 1 << 15
 # of the rows that a dictionary is prepared with, and of those that are held for all that are trained together
 BEGINNING_BYTES = 1 << 29
+SETTLED = 2048  # rows, the last of a run, on which a threshold's L0 is measured
 OVERFLOWS = 1e15  # of a weight; a thousand of them make a row that kernels refuse
 
 
@@ -62,6 +64,14 @@ def _short_of_k(d: Dictionary, record: Mapping[str, Any]) -> str | None:
     )
 
 
+@torch.no_grad()
+def _counts_by_threshold(d: Dictionary, batch: Any) -> Tensor:
+    """L0 of a batch's rows by the rule at inference, of selections whose rows share a budget in training; else none."""
+    if d.config.selection[0] != "batchtopk" or d.wiring.kind != "rows":
+        return torch.zeros(0)
+    return d.encode(d.wiring.split(d.gather([batch]))[0]).l0().float().cpu()
+
+
 @dataclass
 class Job:
     """One dictionary's training among those that share a stream."""
@@ -80,6 +90,7 @@ class Job:
     metrics: dict[str, Tensor] = field(default_factory=dict)
     began: tuple[float, int] = (0.0, 0)
     error: Exception | None = None
+    counts_by_threshold: list[Tensor] = field(default_factory=list)
 
     @staticmethod
     def of(
@@ -153,6 +164,8 @@ class Job:
         trainer, config = self.trainer, self.config
         try:
             self.metrics = trainer.step(batch, peers=peers)
+            if (config.steps - trainer.step_number) * self.rows < SETTLED:
+                self.counts_by_threshold.append(_counts_by_threshold(trainer.dictionary, batch))
         except ValueError as error:  # kernels refuse weights that have run away
             if isinstance(error, SaekitError) or not _diverged(trainer.dictionary):
                 raise
@@ -213,10 +226,21 @@ class Job:
         if self.finished:
             steered = (getattr(term, "coefficient", term) for term in d.terms.values())
             misses = [part.missed() for part in steered if hasattr(part, "missed")]
-            for missed in filter(None, [*misses, _short_of_k(d, self.record)]):
+            for missed in filter(None, [*misses, _short_of_k(d, self.record), self._off_threshold()]):
                 warnings.warn(f"{self.name + ': ' if self.name else ''}{missed}", stacklevel=4)
             if self.path is not None:
                 native.save(d, self.path)
+
+    def _off_threshold(self) -> str | None:
+        """What to say where the threshold at inference gives another L0 than the budget in training, or None."""
+        counts = torch.cat([torch.zeros(0), *self.counts_by_threshold])
+        if len(counts) == 0:
+            return None
+        k, l0 = self.trainer.dictionary.config.selection[1].k, counts.mean().item()
+        error = counts.std(correction=0).item() / len(counts) ** 0.5
+        if abs(l0 - k) <= max(0.1 * k, 3 * error):
+            return None
+        return f"k = {k} was asked for and L0 by the threshold at inference is {l0:.2f}: calibrate(dictionary, rows, {k}) sets it right, and larger batches let it settle"
 
     def result(self) -> Run:
         """How it ended."""
@@ -251,12 +275,15 @@ def check(dictionary: Dictionary, source: Source, config: TrainConfig) -> tuple[
             f"store {str(store.path)!r} is unfinished: training on the {store.n_rows} rows it holds; its harvest goes on when run again",
             stacklevel=3,
         )
-    width = sum(source.width(point) for point in points) if offered else source.width(None)
-    if width != wiring.columns:
-        fix = (
-            f"create it with {f'd_in={width}' if wiring.takes == 'each' else 'the widths of its hook points'}"
-        )
-        raise SaekitError(f"the data's width {width} is not the dictionary's {wiring.stated}; {fix}")
+    widths = (
+        tuple(source.width(p) for p in points)
+        if offered
+        else getattr(source, "widths", (source.width(None),))
+    )
+    if sum(widths) != wiring.columns:
+        fix = f"create it with {f'd_in={sum(widths)}' if wiring.takes == 'each' else 'the widths of its hook points'}"
+        raise SaekitError(f"the data's width {sum(widths)} is not the dictionary's {wiring.stated}; {fix}")
+    check_widths(dictionary, widths, points)
     if source.n_rows is not None and source.n_rows < config.batch_size:
         raise SaekitError(
             f"the data holds {source.n_rows} {'sequences' if hasattr(source, 'rows_per_item') else 'rows'} and one batch takes batch_size = {config.batch_size}; harvest more tokens or choose a smaller batch"

@@ -33,11 +33,12 @@ def as_source(source: Any, whole: bool = False) -> Source:
     if isinstance(source, str | Path):
         return Store(source)
     if isinstance(source, tuple) and all(isinstance(part, Tensor) for part in source):
-        if len({len(part) for part in source}) != 1:
+        shapes = {part.shape[:-1] for part in source}
+        if len(shapes) != 1:
             raise SaekitError(
-                f"source holds tensors of {', '.join(str(len(part)) for part in source)} rows; give pairs, row by row"
+                f"source holds tensors of shapes {', '.join(str(tuple(part.shape)) for part in source)}; give pairs, row by row"
             )
-        return TensorSource(torch.cat(source, -1))
+        return TensorSource(torch.cat(source, -1), tuple(part.shape[-1] for part in source))
     if isinstance(source, np.ndarray):
         return TensorSource(torch.from_numpy(source))
     if not isinstance(source, Stream | Source):

@@ -83,6 +83,8 @@ class Trainer:
         if isinstance(x, ContinuedBatch):
             downstream = x.downstream
         batch = d.gather([x])
+        if 0 in getattr(batch, "shape", (1,)):
+            raise SaekitError(f"batch has shape {tuple(batch.shape)}: it is empty; give at least one row")
         if self.step_number == 0 and not d.prepared:
             d.prepare(batch)
         rate = self.lr * optim.rate_factor(self.step_number, self.steps, self.warmup, self.decay)

@@ -99,7 +99,7 @@ class Config:
             raise SaekitError(
                 f"selection {name!r} sends the encoder no gradient, and atoms {self.atoms[0]!r} leave it one of its own; choose atoms='tied'"
             )
-        required = getattr(selection, "requires", None)
+        required = getattr(selection, "requires", None) or getattr(self.selection[1], "requires", None)
         if required is not None and required not in [term for term, _ in self.objective]:
             raise SaekitError(
                 f"selection {name!r} without objective {required!r} leaves a part of it untrained; add it to objective"

@@ -221,16 +221,21 @@ class CrossLayer(Dictionary):
     @torch.no_grad()
     def to_inference(self) -> "CrossLayer":
         """The same function of raw activations, every part folded by itself."""
-        parts = []
-        for layer, part in enumerate(self.parts):
-            whole = copy.deepcopy(part)
-            whole.norm_in = self.norm_in.some(layer, layer + 1)
-            whole.norm_out = self.norm_out.some(*self.wiring.written(layer))
-            folded = whole.to_inference()
-            if not folded.selection.affine:  # a pursuit works in normalised space: nothing is folded
-                return copy.deepcopy(self).eval()
-            folded.b_dec.zero_()  # the mean is written once, by the whole's bias
-            parts.append(folded)
+        parts = [self.whole_part(layer).to_inference() for layer in range(self.layers)]
+        if not parts[0].selection.affine:  # a pursuit works in normalised space: nothing is folded
+            return copy.deepcopy(self).eval()
+        return self.assembled(parts)
+
+    def whole_part(self, layer: int) -> Rows:
+        """The transcoder of a layer by itself, in the units of the model."""
+        whole: Rows = copy.deepcopy(self.parts[layer])
+        whole.norm_in = self.norm_in.some(layer, layer + 1)
+        whole.norm_out = self.norm_out.some(*self.wiring.written(layer))
+        return whole
+
+    @torch.no_grad()
+    def assembled(self, parts: Sequence[Rows]) -> "CrossLayer":
+        """A cross-layer transcoder of raw activations, of folded parts in place of this one's."""
         one = parts[0].config
         name, settings = self.config.wiring
         own = one.selection if one.selection[0] != self.config.selection[0] else self.config.selection
@@ -240,6 +245,8 @@ class CrossLayer(Dictionary):
         out = CrossLayer(config, self.seed).to(self.device)
         for mine, folded in zip(out.parts, parts, strict=True):
             mine.load_state_dict(folded.state_dict())
+            mine.b_dec.zero_()  # the mean is written once, by the whole's bias
+        out.norm_out.mean.copy_(self.norm_out.mean)
         out.b_dec.copy_(self.norm_out.invert(self.b_dec.double()[None])[0])
         out.prepared.fill_(True)
         out.reads, out.writes, out.card = self.reads, self.writes, dict(self.card)

@@ -40,6 +40,8 @@ class Dictionary(nn.Module):
     W_dec: Any
     encode: Any
     decode: Any
+    read_by: Any
+    written_by: Any
     pairs: Any
     expanded: Any
     begin_from: Any  # of a kind that stands in for an attention layer
@@ -114,11 +116,36 @@ class Dictionary(nn.Module):
     def rows_of(self, batch: "Float[Tensor, 'batch columns'] | ActivationBatch") -> Tensor:
         """A batch as rows of training data: the columns of its hook points side by side."""
         if isinstance(batch, ActivationBatch):
-            points = self.points if self.reads else list(batch.activations)[: len(self.wiring.unnamed)]
+            points = self._points_of(batch)
             batch = torch.cat([batch.rows(point) for point in points], -1)
+        if not isinstance(batch, Tensor):
+            raise SaekitError(
+                f"batch is of type {type(batch).__name__}; give rows, [rows, {self.wiring.stated}], or an ActivationBatch"
+            )
         if batch.ndim != 2 or batch.shape[1] != self.wiring.columns:
             raise SaekitError(f"batch has shape {tuple(batch.shape)}; expected [rows, {self.wiring.stated}]")
         return batch
+
+    def _points_of(self, batch: ActivationBatch) -> Sequence[str]:
+        """The hook points of a batch that make a row, whose widths and shapes are checked."""
+        points = self.points
+        if not points:
+            points = tuple(batch.activations)
+            if len(points) > 1:
+                raise SaekitError(
+                    f"batch holds {', '.join(points)}, and the dictionary doesn't say which it reads; set reads and writes"
+                )
+        missing = [point for point in points if point not in batch.activations]
+        if missing:
+            raise SaekitError(f"batch lacks {missing[0]!r}; it holds {', '.join(batch.activations)}")
+        parts = [batch.activations[point] for point in points]
+        for point, part in zip(points, parts, strict=True):
+            if part.shape[: batch.mask.ndim] != batch.mask.shape:
+                raise SaekitError(
+                    f"batch has {tuple(part.shape)} at {point!r} and a mask of {tuple(batch.mask.shape)}; give them the same rows"
+                )
+        check_widths(self, [part.shape[-1] for part in parts], points)
+        return points
 
     def gather(self, batches: "Sequence[Float[Tensor, 'batch columns'] | ActivationBatch]") -> Any:
         """Batches as one that ``loss`` takes, on the dictionary's device."""
@@ -148,10 +175,29 @@ class Dictionary(nn.Module):
         covariance = self.wiring.normalise == "whiten"
         read, written = Moments(covariance), Moments(covariance)
         for part in (rows,) if isinstance(rows, Tensor) else rows:
-            x, target = self.wiring.split(self.rows_of(part))
+            own = self.rows_of(part)
+            if not own.isfinite().all():
+                bad = int((~own.isfinite().all(1)).nonzero()[0])
+                raise SaekitError(f"batch holds NaN or Inf in row {bad}; remove it")
+            x, target = self.wiring.split(own)
             read.add(x)
             written = read if target is x else written
             if target is not x:
                 written.add(target)
         self.norm_in.fit(read)
         self.norm_out.fit(written)
+
+
+def check_widths(dictionary: Dictionary, widths: Sequence[int], points: Sequence[str]) -> None:
+    """Raise unless what stands side by side has, part by part, the widths that are read and then written."""
+    wiring = dictionary.wiring
+    wanted = (*wiring.parts_in, *wiring.parts_out)[: len(widths)]
+    if len(widths) < 2 or sum(widths) != wiring.columns:
+        return  # one part, or a sum that is refused as a whole
+    for i, (have, want) in enumerate(zip(widths, wanted, strict=True)):
+        if have != want:
+            name = points[i] if i < len(points) else f"part {i}"
+            side = "reads" if i < len(wiring.parts_in) else "writes"
+            raise SaekitError(
+                f"{name!r} is {have} wide, and the dictionary {side} {want} there ({wiring.stated}); give parts in its order, or create it with their widths"
+            )

@@ -23,6 +23,7 @@ def check_kind(kind: str) -> None:
 class Normalisation(nn.Module):
     """``(x - mean) * scale``, after which rows have a mean squared norm of d; ``(x - mean) W`` for whitening.
 
+    Where nothing is normalised ``mean`` is for whoever asks: a folded dictionary keeps that of its data.
     ``parts`` are the widths of what stands side by side in a row, each with a scale of its own. ``none``
     leaves rows as they are and ``centre`` only takes the mean off. Whitening (as SAELens'
     covariance whitening, 2511.13981) is symmetric (ZCA), so that directions stay recognisable.
@@ -77,6 +78,8 @@ class Normalisation(nn.Module):
     ) -> tuple[Float[Tensor, "feature d"], Float[Tensor, " feature"]]:
         """``(weight', bias)`` of float64 with ``weight' x + bias = weight normalised(x)``."""
         weight = weight.double()
+        if self.kind == "none":
+            return weight, weight.new_zeros(len(weight))
         weight = weight @ self.whitening.double().T if self.kind == "whiten" else weight * self.scale.double()
         return weight, -weight @ self.mean.double()
 
@@ -89,6 +92,8 @@ class Normalisation(nn.Module):
     ) -> tuple[Float[Tensor, "feature d"], Float[Tensor, " feature"]]:
         """``(weight', bias)`` of float64 with ``weight' normalised(x) + bias = weight x``: undoes :meth:`fold`."""
         weight = weight.double()
+        if self.kind == "none":
+            return weight, weight.new_zeros(len(weight))
         bias = weight @ self.mean.double()
         whole = self.unwhitening.double().T if self.kind == "whiten" else 1 / self.scale.double()
         return weight @ whole if self.kind == "whiten" else weight * whole, bias

@@ -249,6 +249,7 @@ class Rows(Dictionary):
             skip, shift = self.norm_in.fold(self.wiring.skip)
             folded.wiring.skip.copy_(self.norm_out.directions(skip.T).T)
             folded.b_dec.add_(self.norm_out.directions(shift[None])[0])
+        folded.norm_out.mean.copy_(self.norm_out.mean)
         folded.prepared.fill_(True)
         folded.reads, folded.writes, folded.card = self.reads, self.writes, dict(self.card)
         return folded.eval()

@@ -85,7 +85,7 @@ class Sequences(Rows):
         for batch in batches:
             if isinstance(batch, ActivationBatch):
                 check_padding(batch)
-                points = self.points if self.reads else list(batch.activations)
+                points = self._points_of(batch)
                 part, mask = torch.cat([batch.activations[p] for p in points], -1), batch.mask
             else:
                 part, mask = batch, torch.ones(batch.shape[:-1], dtype=torch.bool)
@@ -180,14 +180,20 @@ class Sequences(Rows):
         chosen = self._some(self.read(x), batch.mask.to(self.device))
         return self.selection(chosen, self._encoder_rows(), self.b_enc)
 
+    def _check_whole(self, x: Tensor) -> None:
+        if x.ndim != 3 or x.shape[2] != self.d_in:
+            raise SaekitError(f"x has shape {tuple(x.shape)}; expected [batch, seq, d_in = {self.d_in}]")
+
     def patterns(self, x: Float[Tensor, "batch seq d_in"]) -> Float[Tensor, "batch head query source"]:
         """Where each QK head looks; feature f is of head ``f // (n_features / n_qk)``."""
+        self._check_whole(x)
         x = x.to(self.device, self.dtype)
         return self.wiring.patterns(self.norm_in(x.flatten(0, 1)).view(x.shape))
 
     @torch.no_grad()
     def looking(self, x: Float[Tensor, "batch seq d_in"]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         """:meth:`sources` of single features at single places: ``(features, rows, queries)``, all [n], to [n, source]."""
+        self._check_whole(x)
         normalised = self.norm_in(x.to(self.device, self.dtype).flatten(0, 1)).view(x.shape)
         patterns, each = self.wiring.patterns(normalised), self.n_features // self.n_qk
 
@@ -211,8 +217,7 @@ class Sequences(Rows):
         ``A_ts (w x_s + b)``, the bias shared out as attention is, so that the sources of a query add up to the
         pre-activation.
         """
-        if x.ndim != 3 or x.shape[2] != self.d_in:
-            raise SaekitError(f"x has shape {tuple(x.shape)}; expected [batch, seq, d_in = {self.d_in}]")
+        self._check_whole(x)
         features = torch.as_tensor(features, device=self.device)
         wrong = features[(features < 0) | (features >= self.n_features)]
         if len(wrong):

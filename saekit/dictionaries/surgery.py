@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saekit.dictionaries.config import CHOICES, Config, configure
+from saekit.dictionaries.cross_layer import CrossLayer
 from saekit.dictionaries.dictionary import Dictionary
 from saekit.dictionaries.kinds import build
 from saekit.dictionaries.rows import Rows, as_rows
@@ -56,8 +57,11 @@ def calibrate(dictionary: Dictionary, rows: Float[Tensor, "batch *seq d_in"], k:
 
     Rows should be held out from training. One shift moves the thresholds that the selection's rule at
     inference comes down to (0 for rules by rank), so their differences stay. Encoder and decoder are the
-    dictionary's; for a pursuit that means codes by one look instead of step by step, so measure the FVU.
+    dictionary's; for a pursuit that means codes by one look instead of step by step, so measure the FVU. The layers
+    of a cross-layer transcoder get k in equal shares.
     """
+    if isinstance(dictionary, CrossLayer):
+        return _calibrated_layers(dictionary, rows, k)
     dictionary = as_rows(dictionary, "calibrate()", alike=False)
     name = dictionary.config.selection[0]
     if name in NOT_THRESHOLDS:
@@ -96,6 +100,14 @@ def calibrate(dictionary: Dictionary, rows: Float[Tensor, "batch *seq d_in"], k:
     cut = (best[wanted - 1] + best[wanted]) / 2 if len(best) > wanted else -base.max()
     out.selection.threshold.copy_((base + cut).clamp(min=0))
     return out
+
+
+def _calibrated_layers(d: CrossLayer, rows: Tensor, k: float) -> CrossLayer:
+    if rows.ndim != 2 or rows.shape[-1] != d.d_in:
+        raise SaekitError(f"rows have shape {tuple(rows.shape)}; expected [rows, d_in = {d.d_in}]")
+    inputs = rows.split(d.wiring.parts_in, 1)
+    pairs = [(d.whole_part(layer), x.contiguous()) for layer, x in enumerate(inputs)]
+    return d.assembled([as_rows(calibrate(part, x, k / d.layers), "calibrate()") for part, x in pairs])
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from saekit import metrics, records
@@ -359,7 +360,7 @@ def _replaced(
 ) -> dict[str, AbstractContextManager[None]]:  # fmt: skip
     """The model with what each dictionary makes of the batch in the places it writes, and with these ablated."""
     main, some = runs[""].dictionary, next(iter(hats.values()))
-    baseline = main.norm_out.mean.to(some).expand_as(some) if ablation == "mean" else torch.zeros_like(some)
+    baseline = mean_written(main).to(some).expand_as(some) if ablation == "mean" else torch.zeros_like(some)
     sites = [stream.sites[point] for point in points[1]]
     inside: dict[str, AbstractContextManager[None]] = {}
     for name, rows in {**hats, "ablated": baseline}.items():
@@ -370,6 +371,15 @@ def _replaced(
         else:
             inside[name] = _spliced(sites, batch.mask, rows.float().split(main.wiring.parts_out, -1))
     return inside
+
+
+def mean_written(d: Dictionary) -> Float[Tensor, " d_out"]:
+    """The mean of what a dictionary stands in for, by its training data."""
+    if not d.norm_out.mean.any():
+        raise SaekitError(
+            "ablation = 'mean' needs a dictionary that knows the mean of what it writes, and this one was trained with normalise = 'none'; choose ablation = 'zero'"
+        )
+    return d.norm_out.mean
 
 
 def _spliced(sites: Sequence[Site], mask: Tensor, parts: Sequence[Tensor]) -> AbstractContextManager[None]:

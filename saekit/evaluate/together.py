@@ -10,7 +10,14 @@ import torch
 
 from saekit import metrics
 from saekit.dictionaries import Dictionary
-from saekit.evaluate.core import MAX_DOCUMENTS, Report, check_ablation, controls_for, dictionary_of
+from saekit.evaluate.core import (
+    MAX_DOCUMENTS,
+    Report,
+    check_ablation,
+    controls_for,
+    dictionary_of,
+    mean_written,
+)
 from saekit.evaluate.measure import Measure, Resampler
 from saekit.harvest import HarvestConfig, Stream
 from saekit.hooks import intervene
@@ -113,13 +120,12 @@ def _ablated(whole: Replacement, batch: ActivationBatch, ablation: str) -> Any:
     def constant(value: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
         return lambda y: torch.where(here.to(y.device), value.to(y), y)
 
-    means = [m for d in whole.dictionaries for m in d.norm_out.mean.split(d.wiring.parts_out, -1)]
-    return intervene(
-        [
-            (whole.model.site(point), constant(mean if ablation == "mean" else torch.zeros(())))
-            for point, mean in zip(whole.writes, means, strict=True)
-        ]
-    )
+    if ablation == "mean":
+        values = [m for d in whole.dictionaries for m in mean_written(d).split(d.wiring.parts_out, -1)]
+    else:
+        values = [torch.zeros(()) for _ in whole.writes]
+    pairs = zip(whole.writes, values, strict=True)
+    return intervene([(whole.model.site(point), constant(value)) for point, value in pairs])
 
 
 def _random(d: Dictionary, codes: Any, seed: int) -> Dictionary:

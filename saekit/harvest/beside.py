@@ -1,6 +1,5 @@
 """Several models' activations of the same tokens, side by side: what a crosscoder of two models is trained on."""
 
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,8 +17,8 @@ COMPARED = 1 << 20  # tokens that are held at a time while they are compared
 class SideBySide:
     """Rows of several stores of the same tokens, in the same order; a hook point is ``NAME/HOOK_POINT``.
 
-    A token counts where every store's mask keeps it. Held in memory are the row numbers of the tokens, 8
-    bytes per token and store; activations stay on disk.
+    A token counts where every store's mask keeps it. Held in memory are 4 bytes per token and store, the numbers
+    of their rows (8 where a store has more than 2^32); activations stay on disk.
     """
 
     def __init__(self, stores: Mapping[str, Store]):
@@ -27,14 +26,12 @@ class SideBySide:
             raise SaekitError(f"{len(stores)} store is given; name two or more, each of another model")
         self.stores = dict(stores)
         _check_alike(self.stores)
-        positions = [store.positions() for store in self.stores.values()]
-        common = functools.reduce(np.intersect1d, positions)
-        if len(common) == 0:
+        self._rows = dict(zip(self.stores, _common(list(self.stores.values())), strict=True))
+        self.n_rows = len(next(iter(self._rows.values())))
+        if self.n_rows == 0:
             raise SaekitError(
                 f"stores {', '.join(self.stores)} keep no token in common; harvest the same text"
             )
-        self._rows = {name: np.searchsorted(at, common) for name, at in zip(stores, positions, strict=True)}
-        self.n_rows = len(common)
 
     @property
     def hook_points(self) -> list[str]:
@@ -87,3 +84,23 @@ def _check_alike(stores: Mapping[str, Store]) -> None:
             raise SaekitError(
                 f"stores {first!r} and {other!r} hold different tokens; harvest both from the same text, with the same tokenizer, context and rows per batch"
             )
+
+
+def _common(stores: Sequence[Store]) -> list[np.ndarray]:
+    """For each store the rows of the tokens that all keep, in order; a bit per token is held meanwhile."""
+    total = sum(entry["tokens"] for entry in stores[0].manifest["shards"])
+    kept = np.ones(total, dtype=bool)
+    for store in stores:
+        own = np.zeros(total, dtype=bool)
+        for positions in store.positions():
+            own[positions] = True
+        kept &= own
+    out = []
+    for store in stores:
+        wide = np.uint32 if store.n_rows < 1 << 32 else np.int64
+        start, parts = 0, []
+        for positions in store.positions():
+            parts.append((start + np.flatnonzero(kept[positions])).astype(wide))
+            start += len(positions)
+        out.append(np.concatenate(parts))
+    return out

@@ -4,16 +4,16 @@ What a seed measured is kept in a file until all are judged: a run that was stop
 """
 
 import hashlib
-import importlib
+import importlib.util
 import inspect
 import json
 import multiprocessing
 import shutil
 import signal
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from saekit.papers.claims import Reproduction, Tell
 from saekit.registry import load
 
 Found = dict[str, Any]
+CODE = ("saekit", "saekit.kernels", "saekit.trainers")  # what a measurement depends on
 _told: list[Any] = []  # of a worker: the queue to the process that draws
 
 
@@ -58,28 +59,29 @@ def gather(seeds: Sequence[Found]) -> Found:
     }
 
 
-def run(place: str, seeds: Sequence[int], folder: Path, tell: Tell, **options: str) -> Reproduction:
+def run(
+    place: str, seeds: Sequence[int], folder: Path, tell: Tell, **options: str
+) -> tuple[Reproduction, list[float]]:
     """Measure each seed of the row at ``place`` (``"module:attr"``), or take it from a stopped run's files in
-    ``folder``, and judge them."""
+    ``folder``, and judge them; with the seconds that each seed took."""
     row: Row = load(place)
     kept = folder / "seeds"
     kept.mkdir(parents=True, exist_ok=True)
     mark = _mark(place, options)
-    found = {seed: one for seed in seeds if (one := _read(_file(kept, seed), mark)) is not None}
-    left = [seed for seed in seeds if seed not in found]
+    left = [seed for seed in seeds if not _holds(_file(kept, seed), mark)]
     threads = torch.get_num_threads()
     workers = 1 if row.timed else min(len(left), threads)
-    progress = _Progress(tell, len(seeds), len(found))
+    progress = _Progress(tell, len(seeds), len(seeds) - len(left))
     if workers > 1:
         _side_by_side(place, left, kept, mark, workers, threads // workers, progress, options)
     else:
         for seed in left:
             _measure(place, seed, _file(kept, seed), mark, options, progress.of(seed))
             progress.ended(seed)
-    ones = [_read(_file(kept, seed), mark) for seed in seeds]
-    result = row.judge(gather([one for one in ones if one is not None]))
+    ones = [json.loads(_file(kept, seed).read_bytes()) for seed in seeds]
+    result = row.judge(gather([one["found"] for one in ones]))
     shutil.rmtree(kept)
-    return result
+    return result, [one["seconds"] for one in ones]
 
 
 class _Progress:
@@ -144,8 +146,10 @@ def _measure(
     def through(done: int, total: int | None, note: str) -> None:
         _told[-1].put((seed, done, total, note))
 
+    began = time.monotonic()
     found = load(place).measure(seed, tell or through, **options)
-    write_atomic(file, json.dumps({"of": mark, "found": found}).encode())
+    seconds = time.monotonic() - began
+    write_atomic(file, json.dumps({"of": mark, "seconds": seconds, "found": found}).encode())
 
 
 def _file(kept: Path, seed: int) -> Path:
@@ -153,14 +157,21 @@ def _file(kept: Path, seed: int) -> Path:
 
 
 def _mark(place: str, options: dict[str, str]) -> str:
-    """What a seed's file must have been measured by: this row's code and these options."""
-    source = inspect.getsource(importlib.import_module(place.split(":")[0]))
-    return hashlib.sha256(repr((version("saekit"), source, sorted(options.items()))).encode()).hexdigest()
+    """What a seed's file must have been measured by: this row, these options, and this code."""
+    digest = hashlib.sha256(repr((place, sorted(options.items()))).encode())
+    for package in (place.split(":")[0], *CODE):
+        spec = importlib.util.find_spec(package)
+        assert spec is not None and spec.origin is not None
+        own = Path(spec.origin)
+        for file in sorted(own.parent.rglob("*.py")) if own.name == "__init__.py" else [own]:
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
-def _read(file: Path, mark: str) -> Found | None:
+def _holds(file: Path, mark: str) -> bool:
+    """Whether the file is there, whole, and of this code."""
     try:
         said = json.loads(file.read_bytes())
     except (OSError, ValueError):
-        return None
-    return said["found"] if isinstance(said, dict) and said.get("of") == mark else None
+        return False
+    return isinstance(said, dict) and said.get("of") == mark

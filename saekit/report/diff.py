@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from saekit import metrics
 from saekit.activations import write_atomic
 from saekit.dictionaries import Dictionary
 from saekit.evaluate.diffing import alone, latent_scaling, norm_difference
@@ -32,6 +33,15 @@ def compare(
     side = ["dead" if n == 0 else "source" if a else "other" if b else "shared" for n, a, b in zip(density.tolist(), own.tolist(), others.tolist(), strict=True)]  # fmt: skip
     values = zip(COLUMNS, (norm, error, reconstruction, density), strict=True)
     return {"side": side, **{name: [_number(v) for v in column.tolist()] for name, column in values}}
+
+
+def measured(d: Dictionary, rows: Float[Tensor, "rows columns"]) -> dict[str, Any]:
+    """How good the crosscoder is on the rows: its L0, and the FVU of each source."""
+    codes = d.encode(rows)
+    sides = zip(
+        d.reads, rows.split(d.wiring.parts_in, 1), d.decode(codes).split(d.wiring.parts_out, 1), strict=True
+    )
+    return {"l0": metrics.l0(codes), "fvu": {name: metrics.fvu(x, hat) for name, x, hat in sides}}
 
 
 def _number(value: float) -> float | None:

@@ -1,67 +1,65 @@
 """The front of a sweep: error over L0 of runs that shared a stream, as a page and as rows."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from saekit import metrics
 from saekit.activations import write_atomic
+from saekit.dictionaries import Dictionary
+from saekit.dictionaries.sequences import GATHERED
 from saekit.evaluate.core import controls_for
 from saekit.trainers import Run
 from saekit.trainers.log import read
 from saekit.trainers.loop import as_source
 
-SHARE = 0.1  # of a run's log lines, its last, that are averaged
+
+def rows(runs: Mapping[str, Run], source: Any, batch_size: int, seed: int) -> list[dict[str, Any]]:
+    """One row per finished run, and per frozen control one of the random dictionary of its shape.
+
+    L0 and FVU are those of the rule at inference, on one batch of the stream, the same for all.
+    """
+    out: list[dict[str, Any]] = []
+    batches: dict[tuple[str, ...], Any] = {}
+    for name, run in runs.items():
+        d = run.dictionary
+        if not run.finished or run.path is None:
+            continue
+        points = d.wiring.points(d.reads, d.writes)
+        if points not in batches:
+            stream = as_source(source, d.wiring.kind == "sequences")
+            batches[points] = next(stream.batches(points, batch_size, seed + 1))
+        batch = d.gather([batches[points]])
+        mine = _row(name, d, batch)
+        last = read(run.path)[-1]
+        out.append({**mine, "out": str(run.path), "dead_share": last["dead_share"]})
+        if d.config.atoms[0] == "frozen":
+            random = controls_for(d, d.loss(batch).codes)["random"]
+            out.append(_row(name.replace("frozen", "random"), random, batch))
+    return with_front(out)
+
+
+def with_front(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows, each with ``front``: whether no other is at most as large in L0 and FVU, and smaller in one of them."""
+    for row in found:
+        here = (row["l0"], row["fvu"])
+        rivals = [(o["l0"], o["fvu"]) for o in found]
+        row["front"] = not any(a <= here[0] and b <= here[1] and (a, b) != here for a, b in rivals)
+    return found
 
 
 @torch.no_grad()
-def untrained(runs: Mapping[str, Run], source: Any, batch_size: int, seed: int) -> list[dict[str, Any]]:
-    """For each frozen control a row of the random dictionary of its shape, on one batch of the stream."""
-    out: list[dict[str, Any]] = []
-    for name, run in runs.items():
-        d = run.dictionary
-        if not run.finished or d.config.atoms[0] != "frozen":
-            continue
-        points = d.wiring.points(d.reads, d.writes)
-        stream = as_source(source, d.wiring.kind == "sequences")
-        batch = d.gather([next(stream.batches(points, batch_size, seed + 1))])
-        random = controls_for(d, d.loss(batch).codes)["random"]
-        loss = random.loss(batch)
-        silent = (loss.codes.firing_counts() == 0).float().mean().item()
-        name = name.replace("frozen", "random")
-        out.append(
-            {
-                "name": name,
-                "out": None,
-                "l0": metrics.l0(loss.codes),
-                "fvu": loss.fvu.item(),
-                "dead_share": silent,
-            }
-        )
-    return out
-
-
-def rows(runs: Mapping[str, Run], controls: Sequence[Mapping[str, Any]] = ()) -> list[dict[str, Any]]:
-    """One row per finished run: its name, and the means of its last log lines; ``front`` where no other beats it.
-
-    A run is on the front when no other is at most as large in L0 and FVU, and smaller in one of them.
-    ``controls`` are rows of :func:`untrained`.
-    """
-    out = [dict(row) for row in controls]
-    for name, run in runs.items():
-        if not run.finished or run.path is None:
-            continue
-        lines = read(run.path)
-        last = lines[-max(1, round(SHARE * len(lines))) :]
-        means = {key: sum(line[key] for line in last) / len(last) for key in ("l0", "fvu", "dead_share")}
-        out.append({"name": name, "out": str(run.path), **means})
-    for row in out:
-        mine = (row["l0"], row["fvu"])
-        rivals = [(o["l0"], o["fvu"]) for o in out]
-        row["front"] = not any(a <= mine[0] and b <= mine[1] and (a, b) != mine for a, b in rivals)
-    return out
+def _row(name: str, d: Dictionary, batch: Any) -> dict[str, Any]:
+    whole, mask = (batch, None) if isinstance(batch, Tensor) else (batch.activations[GATHERED], batch.mask)
+    given, target = d.wiring.split(whole)
+    codes, hat = d.encode(given), d(given)
+    here = torch.ones(whole.shape[:-1], dtype=torch.bool, device=whole.device) if mask is None else mask
+    silent = (codes.firing_counts() == 0).float().mean().item()
+    fvu, l0 = metrics.fvu(target[here], hat[here]), codes.l0()[here].double().mean().item()
+    return {"name": name, "out": None, "l0": l0, "fvu": fvu, "dead_share": silent}
 
 
 def draw(found: list[dict[str, Any]], path: Path) -> Path:

@@ -74,9 +74,13 @@ def diff(
     names = {"source": d.reads[a], "other": d.reads[b]}
     if stores:
         names = {key: point.partition("/")[0] for key, point in names.items()}
-    data = {**names, "rows": n, "features": found}
+    quality = report.measured(d, x)
+    data = {**names, "rows": n, **quality, "features": found}
     target.mkdir(parents=True, exist_ok=True)
     write_atomic(target / "diff.json", json.dumps(data).encode())
     page = report.draw(found, names["source"], names["other"], target / "diff.html")
-    shown = report.summary(found, names["source"], names["other"])
+    shown = f"L0 {quality['l0']:.1f}; FVU " + ", ".join(
+        f"{name} {v:.4f}" for name, v in quality["fvu"].items()
+    )
+    shown += "\n" + report.summary(found, names["source"], names["other"])
     result({**data, "page": str(page)}, as_json, f"{shown}\n{page.resolve()}")

@@ -14,7 +14,7 @@ def run_many(
     as_json: bool, each: Mapping[str, Mapping[str, Any]], front: bool,
 ) -> None:  # fmt: skip
     """Train them, and print a table; with ``front``, of runs at one place, also a figure of error over L0."""
-    from saekit.report.sweep import draw, rows, untrained
+    from saekit.report.sweep import draw, rows
     from saekit.trainers import train_many
 
     total, began = options["steps"], time.monotonic()
@@ -29,17 +29,17 @@ def run_many(
     if not all(run.finished or run.error for run in runs.values()):
         say(f"stopped; saved in {out}: the same command goes on from there")
         sys.exit(130)
-    controls = untrained(runs, source, options["batch_size"], options["seed"]) if front else []
-    found = rows(runs, controls)
+    found = rows(runs, source, options["batch_size"], options["seed"])
     data = {
         "runs": found,
         "failed": {n: r.error for n, r in runs.items() if r.error},
         "seconds": time.monotonic() - began,
     }
-    lines = [f"{'run':30} {'L0':>8} {'FVU':>8} {'dead':>8}"]
+    width = max(30, *(len(r["name"]) for r in found), 0)
+    lines = [f"{'run':{width}} {'L0':>8} {'FVU':>8} {'dead':>8}"]
     for r in found:
         star = " *" * (front and r["front"])
-        lines.append(f"{r['name']:30} {r['l0']:8.1f} {r['fvu']:8.4f} {r['dead_share']:8.2%}{star}")
+        lines.append(f"{r['name']:{width}} {r['l0']:8.1f} {r['fvu']:8.4f} {r['dead_share']:8.2%}{star}")
     if found and front:
         lines.append(f"* on the front; {draw(found, Path(out) / 'sweep.html').resolve()}")
     result(data, as_json, "\n".join(lines))

@@ -62,8 +62,9 @@ def reproduce(
             f"out {str(folder)!r} can't be written: {error.strerror}; choose another folder"
         ) from None
     with progress(name, "steps") as draw:
-        found = run(PAPERS.table[name], range(seed, seed + seeds), folder, draw, **options)
-    data = {"name": name, "seeds": seeds, "seconds": time.monotonic() - began, **found.to_json()}
+        found, seed_seconds = run(PAPERS.table[name], range(seed, seed + seeds), folder, draw, **options)
+    seconds = time.monotonic() - began
+    data = {"name": name, "seeds": seeds, "seconds": seconds, "seed_seconds": seed_seconds, **found.to_json()}
     write_atomic(folder / "result.json", json.dumps(finite(data), indent=1, default=_plain).encode())
     import plotly.graph_objects as go
     import plotly.io

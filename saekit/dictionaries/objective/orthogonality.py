@@ -31,7 +31,7 @@ class OrthogonalityConfig:
 
 
 class Orthogonality(nn.Module):
-    """``coefficient * mean_i max_{j in i's chunk} cos(d_i, d_j)^2``."""
+    """``coefficient * d_out * mean_i max_{j in i's chunk} cos(d_i, d_j)^2``."""
 
     Config = OrthogonalityConfig
     fit = False
@@ -50,4 +50,4 @@ class Orthogonality(nn.Module):
         parts = atoms[order.to(atoms.device)].view(-1, chunk, atoms.shape[1])
         itself = torch.eye(chunk, dtype=torch.bool, device=atoms.device)
         nearest = torch.bmm(parts, parts.mT).square().masked_fill(itself, 0.0)
-        return self.config.coefficient * nearest.amax(-1).mean()
+        return self.config.coefficient * atoms.shape[1] * nearest.amax(-1).mean()

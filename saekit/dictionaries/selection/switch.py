@@ -27,6 +27,11 @@ class SwitchConfig:
     experts: int = 8
     heaviside: bool = False
 
+    @property
+    def requires(self) -> str | None:
+        """The term without which a part isn't trained: codes that aren't weighted tell the router nothing."""
+        return "load_balance" if self.heaviside else None
+
     def check(self, n_features: int) -> None:
         """Raise unless the choice is possible for a dictionary of this width."""
         if self.experts < 1 or n_features % self.experts:
