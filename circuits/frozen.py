@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saekit.weights import Block, Norm, Weights
+from saekit.circuits.weights import Block, Norm, Weights
 
 Site = tuple[int, str]  # layer and name; the residual stream before a layer is that behind the one before
 ORDER = ("resid_pre", "attn_in", "z", "attn_out", "attn_add", "resid_mid", "mlp_in", "mlp_out", "mlp_add", "resid_post")  # fmt: skip

@@ -9,7 +9,7 @@ from families import FAMILIES, LLAMA, model
 from saekit.models import Model, load_model
 from saekit.testbed.transformer import Transformer, TransformerConfig
 from saekit.types import SaekitError
-from saekit.weights import weights
+from saekit.circuits.weights import weights
 
 TOYS: dict[str, dict[str, Any]] = {
     "layer norms, learned": {},
