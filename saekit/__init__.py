@@ -19,6 +19,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 if TYPE_CHECKING:
     from saekit import metrics as metrics
     from saekit.activations import Store as Store
+    from saekit.circuits.trace import trace as trace
     from saekit.dictionaries import Dictionary as Dictionary
     from saekit.dictionaries import calibrate as calibrate
     from saekit.dictionaries import create as create
@@ -53,6 +54,7 @@ _LAZY = {
     "load_model": "saekit.models",
     "prune": "saekit.dictionaries",
     "save": "saekit.hub",
+    "trace": "saekit.circuits.trace",
     "train": "saekit.trainers",
     "train_many": "saekit.trainers",
 }

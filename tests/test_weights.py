@@ -6,10 +6,10 @@ import pytest
 import torch
 from families import FAMILIES, LLAMA, model
 
+from saekit.circuits.weights import weights
 from saekit.models import Model, load_model
 from saekit.testbed.transformer import Transformer, TransformerConfig
 from saekit.types import SaekitError
-from saekit.circuits.weights import weights
 
 TOYS: dict[str, dict[str, Any]] = {
     "layer norms, learned": {},
