@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -174,12 +175,16 @@ def test_planted_features_are_recovered_no_worse_than_by_others(tmp_path: Path) 
 
 
 ALONE = ("synth-sae-bench", "synth-sae-bench-16k", "planted-peers")  # not all holds; days; needs peers
-# claims that don't hold at this scale, or only just (LOG.md, 2026-11-27)
+# claims that don't hold at this scale, or only just (LOG.md, 2026-11-27), and how far off they may be
 MISSED = {
-    "transcoders": "nats by which its CE lies above the SAE's",
-    "k-sparse": "the same at the k where it gains least",
-    "archetypal": "agreement",
+    "transcoders": ("nats by which its CE lies above the SAE's", 0.05),
+    "k-sparse": ("the same at the k where it gains least", 0.5),
+    "archetypal": ("agreement", 0.03),
 }
+
+
+def _near(claim: dict[str, Any], floor: float) -> bool:
+    return abs(claim["mean"] - float(claim["demand"].split()[-1])) <= floor
 
 
 @pytest.mark.slow
@@ -187,8 +192,9 @@ MISSED = {
 def test_the_claims_hold(name: str, tmp_path: Path) -> None:
     done = run(name, "--out", str(tmp_path), "--json")
     data = json.loads(done.stdout)
-    missed = [c["claim"] for c in data["claims"] if not c["holds"]]
-    assert [claim for claim in missed if not claim.startswith(MISSED.get(name, "none is"))] == []
+    for claim in data["claims"]:
+        text, floor = MISSED.get(name, ("none is", 0.0))
+        assert claim["holds"] or (claim["claim"].startswith(text) and _near(claim, floor)), claim
     assert all(data["controls"][m].keys() >= {FROZEN, RANDOM} for m in data["controls"])
     assert (tmp_path / "figure.html").stat().st_size > 10_000
     assert json.loads((tmp_path / "result.json").read_text())["name"] == name

@@ -67,11 +67,11 @@ def _counts(codes: Tensor, walks: Tensor, n_features: int) -> Tensor:
     return torch.bincount(flat.flatten(), minlength=n_features * STATES).view(n_features, STATES).double()
 
 
-def _owned(counts: Sequence[Tensor]) -> float:
-    """Share of the states that have a code which fires for them alone, or nearly."""
+def _owned(counts: Sequence[Tensor], visits: Tensor, recall: float = 0.0) -> float:
+    """Share of the states that have a code which fires for them alone, or nearly, and on so much of their visits."""
     every = torch.cat(list(counts))
     precision = every / every.sum(1, keepdim=True).clamp(min=1)
-    precise = (precision >= PRECISION) & (every >= OFTEN)
+    precise = (precision >= PRECISION) & (every >= OFTEN) & (every >= recall * visits)
     return precise.any(0).double().mean().item()
 
 
@@ -110,10 +110,12 @@ def _putter(at: int, written: Tensor) -> Any:
 def _scores(replacement: Replacement, language: StateLanguage, walks: Tensor) -> dict[str, float]:
     tokens = tokens_of(walks)
     codes = _chosen(replacement, tokens)
+    visits = torch.bincount(walks.flatten(), minlength=STATES)
     counts = [_counts(c, walks, d.n_features) for c, d in zip(codes, replacement.dictionaries, strict=True)]
     return {
         "accuracy": language.accuracy(_logits(replacement.model, tokens, replacement), walks),
-        "states with a code": _owned(counts),
+        "states with a code": _owned(counts, visits),
+        "that fires on half their visits": _owned(counts, visits, 0.5),
         "mass moved": _swapped(replacement, walks),
     }
 

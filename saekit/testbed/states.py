@@ -40,14 +40,13 @@ class StateLanguage:
         return torch.zeros(STATES, STATES, dtype=torch.bool).scatter(1, self.edges, True)
 
     def accuracy(self, logits: Float[Tensor, "n seq token"], walks: Int[Tensor, "n state"]) -> float:
-        """Share of the predicted digits, of all states but the first, that some allowed next state has."""
+        """Share of the transitions whose two predicted digits, the second behind the true first, are an allowed state's."""
         follows = self.next()[walks[:, :-1]].unflatten(-1, (BASE, BASE))  # [n, state, first, second]
         first = logits[:, 2:-1:2, :BASE].argmax(-1)
         right = follows.any(-1).gather(-1, first[..., None])
         given = follows.gather(2, (walks[:, 1:] // BASE)[..., None, None].expand(-1, -1, 1, BASE))[:, :, 0]
         second = logits[:, 3:-1:2, :BASE].argmax(-1)
-        both = torch.stack([right[..., 0], given.gather(-1, second[..., None])[..., 0]])
-        return both.double().mean().item()
+        return (right[..., 0] & given.gather(-1, second[..., None])[..., 0]).double().mean().item()
 
 
 def tokens_of(walks: Int[Tensor, "n state"]) -> Int[Tensor, "n seq"]:
