@@ -7,7 +7,10 @@ import math
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +137,33 @@ def test_a_row_that_was_stopped_goes_on_and_leaves_no_process(toy: Path) -> None
     (toy / "wait").unlink()
     assert row.run(TOY, [0, 3], toy, lambda *_: None)[0].claims[0].ours == [0, 9]
     assert ran(toy).count(0) == 1
+
+
+def test_workers_end_with_a_parent_that_is_killed(toy: Path) -> None:
+    (toy / "wait").touch()
+    code = f"from pathlib import Path; from saekit.papers import row; row.run({TOY!r}, [3, 4], Path({str(toy)!r}), print)"
+    places = os.pathsep.join([*sys.path, str(Path(__file__).parent)])
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": places, "OMP_NUM_THREADS": "2"}
+    )
+
+    def waiting() -> str | None:
+        lines = (toy / "ran").read_text().splitlines() if (toy / "ran").exists() else []
+        return next((line.split()[1] for line in lines if line.startswith("3 ")), None)
+
+    try:
+        until(lambda: waiting() is not None)
+    finally:
+        parent.kill()
+        parent.wait()
+    until(lambda: not Path(f"/proc/{waiting()}").exists())
+
+
+def until(true: Callable[[], bool], seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_what_another_row_measured_is_not_taken(toy: Path) -> None:
