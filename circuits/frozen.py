@@ -105,9 +105,9 @@ class _Walk:
             if self.part.parallel:
                 entry = inside
             else:
-                g = _sum(g, inside)
+                g = add(g, inside)
         g = self.visit("resid_mid", g)
-        return _sum(_sum(g, entry), self.attention(g))
+        return add(add(g, entry), self.attention(g))
 
     def mlp(self, g: Tensor | None) -> Tensor | None:
         """What comes down through the MLP."""
@@ -158,7 +158,8 @@ def values_back(
     return back.view(n_kv, heads // n_kv, seq, batch, -1).sum(1)
 
 
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """Two gradients, either of which may be none."""
     if a is None or b is None:
         return b if a is None else a
     return a + b

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from saekit.circuits.frozen import Frozen, Site, depth
+from saekit.circuits.frozen import Frozen, Site, add, depth
 from saekit.circuits.places import Placed, Stand, in_order, place
 from saekit.circuits.weights import weights
 from saekit.dictionaries.parts import Part
@@ -71,16 +71,18 @@ class Trace:
         self.columns = _Columns()
         self.biases: list[str] = []
         everywhere = torch.arange(self.seq)
-        add = self.columns.add
-        self.tokens = add("token", -1, everywhere, -1, frozen.tokens.cpu())
-        self.positions = add("position", -1, everywhere, -1, -1) if frozen.weights.W_pos is not None else None
+        add_nodes = self.columns.add
+        self.tokens = add_nodes("token", -1, everywhere, -1, frozen.tokens.cpu())
+        self.positions = (
+            add_nodes("position", -1, everywhere, -1, -1) if frozen.weights.W_pos is not None else None
+        )
         self.halves = {
-            (layer, half): add("bias", layer, everywhere, -1, self._bias(f"{half} of layer {layer}"))
+            (layer, half): add_nodes("bias", layer, everywhere, -1, self._bias(f"{half} of layer {layer}"))
             for layer, block in enumerate(frozen.weights.blocks)
             for half in ("attn", "mlp")
             if half == "attn" or block.mlp is not None
         }
-        self.final = add(
+        self.final = add_nodes(
             "bias",
             len(frozen.weights.blocks),
             torch.tensor([-1]),
@@ -97,19 +99,29 @@ class Trace:
         return len(self.biases) - 1
 
     def _place(self) -> None:
-        everywhere, add = torch.arange(self.seq), self.columns.add
+        everywhere, add_nodes = torch.arange(self.seq), self.columns.add
         for i, one in enumerate(self.placed):
             for written in one.written:
                 if written.site in self.fixed:
                     raise SaekitError(f"{written.site} is written by two dictionaries; leave one of them out")
-                constant = add("bias", written.site[0], everywhere, i, self._bias(f"decoder of {one.name}"))
-                error = None if written.error is None else add("error", written.site[0], everywhere, i, -1)
+                constant = add_nodes(
+                    "bias", written.site[0], everywhere, i, self._bias(f"decoder of {one.name}")
+                )
+                error = (
+                    None if written.error is None else add_nodes("error", written.site[0], everywhere, i, -1)
+                )
                 self.fixed[written.site] = (constant, error)
         order = [(i, *entry) for i, one in enumerate(self.placed) for entry in one.parts]
-        for i, part, read, writes in sorted(order, key=lambda entry: depth(entry[2])):
-            own = add("bias", read[0], torch.tensor([-1]), i, self._bias(f"encoder of {self.placed[i].name}"))
+        for i, part, read, writes in sorted(
+            order, key=lambda entry: (depth(entry[2]), entry[2] not in entry[3])
+        ):
+            own = add_nodes(
+                "bias", read[0], torch.tensor([-1]), i, self._bias(f"encoder of {self.placed[i].name}")
+            )
             part = in_order(part)
-            nodes = add("feature", read[0], part.positions.cpu(), i, part.features.cpu(), part.values.cpu())
+            nodes = add_nodes(
+                "feature", read[0], part.positions.cpu(), i, part.features.cpu(), part.values.cpu()
+            )
             self.parts.append((i, part, read, writes, own, nodes))
         self.writers: dict[Site, list[tuple[Part, Tensor, slice, list[int]]]] = {}
         for _, part, _, writes, _, nodes in self.parts:
@@ -120,19 +132,23 @@ class Trace:
                 self.writers.setdefault(site, []).append((part, vectors, nodes, ends.tolist()))
 
     @torch.no_grad()
-    def rows(self, site: Site, covectors: Float[Tensor, "seq batch d"]) -> Float[Tensor, "batch node"]:
-        """What every node adds to ``sum covectors x`` at a site; positions behind the covectors' are left out."""
+    def rows(
+        self, site: Site, covectors: Float[Tensor, "seq batch d"], before: bool = False
+    ) -> Float[Tensor, "batch node"]:
+        """What every node adds to ``sum covectors x`` at a site; positions behind the covectors' are left out.
+
+        ``before``: before a dictionary writes there, as its own features read it.
+        """
         seq, batch, _ = covectors.shape
         out = covectors.new_zeros(batch, self.columns.n)
-        waiting = {site: covectors}
+        waiting = {(site, before): covectors}
 
         def visit(at: Site, gradient: Tensor | None) -> Tensor | None:
+            gradient = add(gradient, waiting.pop((at, False), None))
             if gradient is not None and at in self.cuts:
                 self._collect(at, gradient, out, waiting)
                 gradient = None
-            mine = waiting.pop(at, None)
-            if mine is not None:
-                gradient = mine if gradient is None else gradient + mine
+            gradient = add(gradient, waiting.pop((at, True), None))
             if at == (0, "resid_pre") and gradient is not None:
                 self._leaves(gradient, out)
             return gradient
@@ -143,7 +159,9 @@ class Trace:
         self.frozen.back(site, visit, bias)
         return out
 
-    def _collect(self, at: Site, gradient: Tensor, out: Tensor, waiting: dict[Site, Tensor]) -> None:
+    def _collect(
+        self, at: Site, gradient: Tensor, out: Tensor, waiting: dict[tuple[Site, bool], Tensor]
+    ) -> None:
         """What a dictionary's features, error and bias add at a place that it writes."""
         seq = len(gradient)
         written, (constant, error) = self.cuts[at], self.fixed[at]
@@ -158,7 +176,8 @@ class Trace:
         if written.skip is not None:
             read, matrix = written.skip
             passed = gradient @ matrix.to(gradient)
-            waiting[read] = passed if read not in waiting else waiting[read] + passed
+            key = (read, read == at)
+            waiting[key] = passed if key not in waiting else waiting[key] + passed
 
     def _leaves(self, gradient: Tensor, out: Tensor) -> None:
         w, seq = self.frozen.weights, len(gradient)
@@ -168,7 +187,7 @@ class Trace:
             out[:, self.positions][:, :seq] += torch.einsum("sbd,sd->bs", gradient, w.W_pos[:seq])
 
     def features(
-        self, part: Part, site: Site, own: slice, first: int, stop: int
+        self, part: Part, site: Site, before: bool, own: slice, first: int, stop: int
     ) -> Float[Tensor, "batch node"]:
         """Rows of some of a part's features, whose positions rise."""
         at = part.positions[first:stop]
@@ -180,7 +199,7 @@ class Trace:
         else:
             looks = part.patterns[part.heads[first:stop], at, :seq].to(w)
             covectors += looks.T[:, :, None] * w
-        out = self.rows(site, covectors)
+        out = self.rows(site, covectors, before)
         out[:, own] = part.b[first:stop, None].to(out)
         return out
 
@@ -242,9 +261,11 @@ def trace(
     rows: list[Tensor] = []
     of: list[Tensor] = []
     blocks: list[int] = []
-    for _, part, site, _, own, nodes in run.parts:
+    for _, part, site, writes, own, nodes in run.parts:
         n = len(part.positions)
-        rows += [run.features(part, site, own, at, min(n, at + batch)) for at in range(0, n, batch)]
+        rows += [
+            run.features(part, site, site in writes, own, at, min(n, at + batch)) for at in range(0, n, batch)
+        ]
         of.append(torch.arange(nodes.start, nodes.stop))
         blocks.append(n + (blocks[-1] if blocks else 0))
     last = run.target(targets)

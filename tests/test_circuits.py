@@ -7,8 +7,12 @@ import torch
 from test_weights import TOYS, toy
 
 import saekit
-from saekit.circuits.places import Heads, Neurons
-from saekit.circuits.trace import Target, trace
+from saekit.circuits.frozen import Frozen, Site
+from saekit.circuits.intervene import FrozenPass
+from saekit.circuits.places import Heads, Neurons, place
+from saekit.circuits.trace import Target, Trace, trace
+from saekit.circuits.weights import weights
+from saekit.dictionaries.parts import Part
 from saekit.graph import Graph
 from saekit.models import Model
 from saekit.types import SaekitError
@@ -101,3 +105,53 @@ def test_what_cannot_be_traced_is_refused() -> None:
     ):
         with pytest.raises(SaekitError, match=words):
             trace(m, stands, prompt, target)
+
+
+def change(part: Part, writes: tuple[Site, ...], scale: float) -> dict[Site, torch.Tensor]:
+    """For each feature of a part a pass in which it is scaled."""
+    out = {}
+    for site, vectors in zip(writes, part.written, strict=True):
+        moved = vectors.new_zeros(len(vectors), len(TOKENS), vectors.shape[1])
+        moved[torch.arange(len(vectors)), part.positions] = (scale - 1) * vectors
+        out[site] = moved
+    return out
+
+
+def moved(run: Trace, out: FrozenPass, part: Part, site: Site, writes: tuple[Site, ...]) -> torch.Tensor:
+    """By how much each feature of a part changes in each pass."""
+    x = out.at(site, site in writes) - run.frozen.at(site)
+    if part.patterns is None:
+        return (x[:, part.positions] * part.w).sum(-1)
+    looks = part.patterns[part.heads, part.positions]
+    return (torch.einsum("es,bsd->bed", looks, x) * part.w).sum(-1)
+
+
+@pytest.mark.parametrize("case", TOYS)
+def test_a_frozen_intervention_on_every_source_is_its_column(case: str) -> None:
+    """At several scales; two sources add; of features, errors, tokens and positions."""
+    m = toy(case)
+    names = ("topk", "lorsa", *(() if TOYS[case].get("d_mlp") == 0 else ("skip_transcoder", "molt")))
+    frozen = Frozen(weights(m), TOKENS)
+    run = Trace(frozen, [place(frozen, m, stand(name, m)) for name in names])
+    rows = [
+        run.features(part, site, site in writes, own, 0, len(part.positions))
+        for _, part, site, writes, own, _ in run.parts
+    ]
+    passes: list[tuple[dict[Site, torch.Tensor], slice, float]] = []
+    for _, part, _, writes, _, nodes in run.parts:
+        passes += [(change(part, writes, scale), nodes, scale - 1) for scale in (0.0, 2.0, -3.0)]
+    each = torch.eye(len(TOKENS))[:, :, None]
+    for site, (_, error) in run.fixed.items():
+        passes.append(({site: -each * run.cuts[site].error}, error, -1.0))
+    passes.append(({(0, "resid_pre"): each * frozen.weights.W_E[TOKENS]}, run.tokens, 1.0))
+    for changes, nodes, factor in passes:
+        out = FrozenPass(frozen, run.cuts, changes)
+        for (_, part, site, writes, _, _), row in zip(run.parts, rows, strict=True):
+            torch.testing.assert_close(
+                moved(run, out, part, site, writes).T, factor * row[:, nodes], rtol=0, atol=1e-5
+            )
+    (first, _, _), (second, _, _) = passes[0], passes[3]
+    both = {site: first.get(site, 0)[:1] if site in first else second[site][:1] for site in {*first, *second}}
+    together = FrozenPass(frozen, run.cuts, both).last
+    alone = [FrozenPass(frozen, run.cuts, {s: v[:1] for s, v in one.items()}).last for one in (first, second)]
+    torch.testing.assert_close(together - frozen.last, sum(alone) - 2 * frozen.last, rtol=0, atol=1e-5)
