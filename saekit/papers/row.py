@@ -132,7 +132,7 @@ def _side_by_side(
                     progress.ended(running.pop(future))
         except BaseException:
             for child in multiprocessing.active_children():
-                child.terminate()
+                child.kill()  # training takes SIGTERM for itself, and nothing is half-written
             raise
 
 
