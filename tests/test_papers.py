@@ -115,6 +115,11 @@ def test_seeds_run_side_by_side_and_are_judged_in_their_order(toy: Path) -> None
     assert told[-1] == (6, 6) and told == sorted(told)
 
 
+def test_what_seeds_share_is_made_once(toy: Path) -> None:
+    found, seconds = row.run("toy_row:SHARED", range(3), toy, lambda *_: None)
+    assert found.claims[0].ours == [0, 1, 4] and len(seconds) == 3 and not (toy / "seeds").exists()
+
+
 def test_a_seed_that_fails_leaves_the_others_to_go_on_from(toy: Path) -> None:
     (toy / "fail").touch()
     with pytest.raises(saekit.SaekitError, match="seed = 2 fails"):

@@ -28,4 +28,18 @@ def judge(found: Found) -> Reproduction:
     return Reproduction("toy", "none", "none", [claim], {}, [repr(found["row"])])
 
 
+def common(folder: Path) -> None:
+    """A file that all seeds read."""
+    folder.mkdir(exist_ok=True)
+    with (folder / "read").open("a") as file:
+        file.write("once\n")
+
+
+def measure_common(seed: int, tell: Tell, folder: Path) -> Found:
+    """As above, and what the file says."""
+    assert (folder / "read").read_text() == "once\n"
+    return measure(seed, tell)
+
+
 ROW = Row(measure, judge)
+SHARED = Row(measure_common, judge, common=common)

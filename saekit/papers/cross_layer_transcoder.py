@@ -1,6 +1,6 @@
 """Cross-layer transcoders: less error at equal L0, and shorter chains (Ameisen et al. 2025)."""
 
-import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,25 +74,29 @@ def _spliced(d: Dictionary, points: tuple[list[str], list[str]]) -> Dictionary:
     return d
 
 
-def measure(seed: int, tell: Tell) -> Found:
+READS, WRITES = ([f"blocks.{layer}.mlp:{side}" for layer in range(LAYERS)] for side in ("in", "out"))
+
+
+def common(folder: Path) -> None:
+    """What all MLPs read and write."""
+    points = [*READS, *WRITES]
+    harvest(load_model("code-lm"), "stdlib", points, out=folder / "acts", tokens=TOKENS, dtype="bf16")
+
+
+def measure(seed: int, tell: Tell, folder: Path) -> Found:
     """A CLT beside per-layer transcoders on code-lm's MLPs, and both on the hand-built chain."""
-    model = load_model("code-lm")
-    reads = [f"blocks.{layer}.mlp:in" for layer in range(LAYERS)]
-    writes = [f"blocks.{layer}.mlp:out" for layer in range(LAYERS)]
     shape: dict[str, Any] = {"d_in": 256, "n_layers": LAYERS, "n_features": LAYERS * WIDTH, "k": LAYERS * K}
-    with tempfile.TemporaryDirectory() as folder:
-        store = harvest(model, "stdlib", [*reads, *writes], out=f"{folder}/acts", tokens=TOKENS, dtype="bf16")
-        tell(1, 4, "training")
-        ds = {
-            CLT: create("clt", seed=seed, **shape),
-            PER_LAYER: create("clt", reach=1, seed=seed, **shape),
-            FROZEN: create("clt", seed=seed, atoms="frozen", **shape),
-        }
-        fit_all({n: _spliced(d, (reads, writes)) for n, d in ds.items()}, store, STEPS, BATCH, seed=seed)
-        tell(2, 4, "evaluating")
-        beside = {name: ds[name] for name in (PER_LAYER, FROZEN)}
-        report = evaluate(ds[CLT], model, "stdlib", tokens=16_384, controls=beside, seed=seed)
-    tell(3, 4, "chains")
+    ds = {
+        CLT: create("clt", seed=seed, **shape),
+        PER_LAYER: create("clt", reach=1, seed=seed, **shape),
+        FROZEN: create("clt", seed=seed, atoms="frozen", **shape),
+    }
+    placed = {n: _spliced(d, (READS, WRITES)) for n, d in ds.items()}
+    fit_all(placed, folder / "acts", STEPS, BATCH, seed=seed)
+    tell(1, 3, "evaluating")
+    beside = {name: ds[name] for name in (PER_LAYER, FROZEN)}
+    report = evaluate(ds[CLT], load_model("code-lm"), "stdlib", tokens=16_384, controls=beside, seed=seed)
+    tell(2, 3, "chains")
     controls = {PER_LAYER: PER_LAYER, FROZEN: FROZEN, RANDOM: "random"}
     return {
         "found": {
@@ -122,4 +126,4 @@ def judge(found: Found) -> Reproduction:
     )  # fmt: skip
 
 
-ROW = Row(measure, judge)
+ROW = Row(measure, judge, common=common)

@@ -38,12 +38,14 @@ class Row:
     ``judge(found)`` gets the same dicts with a list over the seeds at each leaf. ``tell(done, total, note)``
     draws a seed's progress. Seeds of a row that compares times (``timed``) have the machine to themselves. A row
     that compares with other toolkits also measures with ``peers``, the python of an environment they are in;
-    ``check`` gets the number of seeds and these options, and raises where the row can't be run so.
+    ``common(folder)`` makes what all seeds read, as a store of activations, and ``measure`` then gets the ``folder``;
+    it is begun anew after a stop, and is to go on from what it finds. ``check`` gets the number of seeds and these options, and raises where the row can't be run so.
     """
 
     measure: Callable[..., Found]
     judge: Callable[[Found], Reproduction]
     timed: bool = False
+    common: Callable[[Path], None] | None = None
     check: Callable[..., None] = lambda n_seeds: None
 
     @property
@@ -73,6 +75,9 @@ def run(
     mark = _mark(place, options)
     left = [seed for seed in seeds if not _holds(_file(kept, seed), mark)]
     threads = torch.get_num_threads()
+    if row.common is not None and left:
+        tell(0, None, "what the seeds share")
+        row.common(_common(kept))
     workers = 1 if row.timed else min(len(left), threads)
     progress = _Progress(tell, len(seeds), len(seeds) - len(left))
     if workers > 1:
@@ -159,9 +164,15 @@ def _measure(
         _told[-1].put((seed, done, total, note))
 
     began = time.monotonic()
-    found = load(place).measure(seed, tell or through, **options)
+    row: Row = load(place)
+    given = {"folder": _common(file.parent)} if row.common is not None else {}
+    found = row.measure(seed, tell or through, **options, **given)
     seconds = time.monotonic() - began
     write_atomic(file, json.dumps({"of": mark, "seconds": seconds, "found": found}).encode())
+
+
+def _common(kept: Path) -> Path:
+    return kept / "common"
 
 
 def _file(kept: Path, seed: int) -> Path:

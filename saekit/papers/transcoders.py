@@ -1,7 +1,7 @@
 """Transcoders: an MLP's function in sparse features, at no more loss than an SAE of its output (2406.11944, 2501.18823)."""
 
-import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from saekit.dictionaries import Dictionary, create
@@ -50,18 +50,19 @@ def _measured(ds: Mapping[tuple[str, int], Dictionary], model: Model, seed: int)
     return out
 
 
-def measure(seed: int, tell: Tell) -> Found:
+def common(folder: Path) -> None:
+    """What the MLP reads and writes."""
+    points = [f"{MODULE}:in", f"{MODULE}:out"]
+    harvest(load_model("code-lm"), "stdlib", points, out=folder / "acts", tokens=TOKENS, dtype="bf16")
+
+
+def measure(seed: int, tell: Tell, folder: Path) -> Found:
     """Transcoders with and without a skip, and an SAE of the same MLP's output, at the same L0."""
-    model = load_model("code-lm")
-    with tempfile.TemporaryDirectory() as folder:
-        points = [f"{MODULE}:in", f"{MODULE}:out"]
-        store = harvest(model, "stdlib", points, out=f"{folder}/acts", tokens=TOKENS, dtype="bf16")
-        tell(1, 3, "training")
-        ds = _dictionaries(seed)
-        named = {f"{name} {k}": d for (name, k), d in ds.items()}
-        fit_all(named, store, STEPS, BATCH, seed=seed)
-        tell(2, 3, "evaluating")
-        return _measured(ds, model, seed)
+    ds = _dictionaries(seed)
+    named = {f"{name} {k}": d for (name, k), d in ds.items()}
+    fit_all(named, folder / "acts", STEPS, BATCH, seed=seed)
+    tell(1, 2, "evaluating")
+    return _measured(ds, load_model("code-lm"), seed)
 
 
 def judge(found: Found) -> Reproduction:
@@ -93,4 +94,4 @@ def judge(found: Found) -> Reproduction:
     )  # fmt: skip
 
 
-ROW = Row(measure, judge)
+ROW = Row(measure, judge, common=common)
