@@ -248,6 +248,10 @@ def trace(
     ``target``: token ids, whose logits less the mean logit are meant, or directions (:class:`Target`); by default the
     likeliest next tokens, up to ten, that cover 95 %.
     """
+    if target is not None and len(target) == 0:
+        raise SaekitError(
+            "target is empty; name a token or a direction, or leave it out for the likeliest tokens"
+        )
     model = load_model(model)
     stands = [dictionaries] if not isinstance(dictionaries, Sequence) else list(dictionaries)
     tokens = _tokens(model, prompt)

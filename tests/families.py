@@ -21,6 +21,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, biases and scaled positions": ("LlamaForCausalLM", {**LLAMA, "attention_bias": True, "rope_parameters": SCALED}),
     "qwen2, biases": ("Qwen2ForCausalLM", LLAMA),
     "qwen3, norms": ("Qwen3ForCausalLM", {**LLAMA, "head_dim": 16}),
+    "gemma, norms that add 1": ("GemmaForCausalLM", {**LLAMA, "head_dim": 16}),
     "mistral, window": ("MistralForCausalLM", {**LLAMA, "sliding_window": 6}),
 }  # fmt: skip
 

@@ -13,7 +13,7 @@ from saekit.circuits.places import Heads, Neurons, place
 from saekit.circuits.trace import Target, Trace, trace
 from saekit.circuits.weights import weights
 from saekit.dictionaries.parts import Part
-from saekit.graph import Graph
+from saekit.graph import KINDS, Graph
 from saekit.models import Model
 from saekit.types import SaekitError
 
@@ -58,7 +58,8 @@ def check(graph: Graph, row: float = 1e-5, leaf: float = 1e-4) -> None:
 @pytest.mark.parametrize("double", [False, True])
 def test_rows_close_over_neurons_and_heads_of_every_make(case: str, double: bool) -> None:
     m = toy(case)
-    m.module.double() if double else m
+    if double:
+        m.module.double()
     neurons = [Neurons(f"blocks.{i}.mlp") for i in LAYERS] if TOYS[case].get("d_mlp") != 0 else []
     heads = [Heads(f"blocks.{i}.self_attn") for i in LAYERS]
     for stands in ([], neurons, heads, [*neurons, *heads]):
@@ -72,7 +73,7 @@ def test_rows_close_over_neurons_and_heads_of_every_make(case: str, double: bool
 def test_rows_close_over_every_kind_of_dictionary(name: str, case: str) -> None:
     m = toy(case)
     graph = trace(m, stand(name, m), TOKENS)
-    assert (graph.nodes.kind == 4).any() or name == "codebook"
+    assert (graph.nodes.kind == KINDS.index("feature")).any()
     check(graph)
 
 
@@ -97,6 +98,7 @@ def test_what_cannot_be_traced_is_refused() -> None:
         (inside, TOKENS, None, "is inside of what a circuit takes as one step"),
         ([stand("topk", m), stand("topk", m)], TOKENS, None, "is written by two dictionaries"),
         ([], TOKENS, [64], "target 64 is no token"),
+        ([], TOKENS, [], "target is empty"),
         ([], TOKENS.repeat(3), None, "prompt has 36 tokens and model 'toy' reads 32"),
         ([], TOKENS[:0], None, "give one sequence of at least one token"),
         ([], "text", None, "has no tokenizer; give token ids"),

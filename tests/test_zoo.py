@@ -76,7 +76,7 @@ def test_few_features_die_where_there_are_more_than_the_data_has(latents: int, s
     x = x + 30 * x.std()
     d = saekit.create("topk", d_in=64, n_features=latents, k=8)
     saekit.train(d, x, steps=steps, batch_size=512)
-    assert (d.encode(x).firing_counts() == 0).float().mean() < 0.055
+    assert (d.encode(x).firing_counts() == 0).float().mean() < 0.05
 
 
 def test_a_batch_that_cannot_be_learned_from_is_refused_and_leaves_nothing(rows: torch.Tensor) -> None:

@@ -87,7 +87,7 @@ def _check_alike(stores: Mapping[str, Store]) -> None:
 
 
 def _common(stores: Sequence[Store]) -> list[np.ndarray]:
-    """For each store the rows of the tokens that all keep, in order; a bit per token is held meanwhile."""
+    """For each store the rows of the tokens that all keep, in order; two bytes per token are held meanwhile."""
     total = sum(entry["tokens"] for entry in stores[0].manifest["shards"])
     kept = np.ones(total, dtype=bool)
     for store in stores:
