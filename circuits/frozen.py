@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saekit.circuits.queries import Queries
 from saekit.circuits.weights import Block, Norm, Weights
 
 Site = tuple[int, str]  # layer and name; the residual stream before a layer is that behind the one before
@@ -68,9 +69,17 @@ class Frozen:
             for block, at in zip(self.weights.blocks, self.seen, strict=True)
         ]
 
+    @cached_property
+    def queries(self) -> list[Queries]:
+        """Queries and keys of every layer's heads."""
+        return [
+            Queries(block.attention.patterns, at["attn_in"])
+            for block, at in zip(self.weights.blocks, self.seen, strict=True)
+        ]
+
     @torch.no_grad()
-    def back(self, start: Site, visit: Visit, bias: Bias) -> None:
-        """Walk the gradients of a batch of targets down from a site.
+    def back(self, start: Site, visit: Visit, bias: Bias, scores: bool = False) -> None:
+        """Walk the gradients of a batch of targets down from a site; ``scores``: through attention's scores as well.
 
         ``visit(site, gradient)`` is called at every site on the way, with [seq, batch, d] or None where nothing has
         come by, and returns the gradient that goes on. ``bias(layer, half, share)`` gets what biases of a half of a
@@ -78,16 +87,16 @@ class Frozen:
         """
         begin, gradient = depth(start), None
         for layer in range(start[0], -1, -1):
-            gradient = _Walk(self, layer, begin, visit, bias).block(gradient)
+            gradient = _Walk(self, layer, begin, visit, bias, scores).block(gradient)
         visit((0, "resid_pre"), gradient)
 
 
 class _Walk:
     """One block, from its output to its input."""
 
-    def __init__(self, frozen: Frozen, layer: int, begin: int, visit: Visit, bias: Bias):
+    def __init__(self, frozen: Frozen, layer: int, begin: int, visit: Visit, bias: Bias, scores: bool):
         self.frozen, self.layer, self.begin = frozen, layer, begin
-        self.visit_site, self.bias = visit, bias
+        self.visit_site, self.bias, self.scores = visit, bias, scores
         self.part: Block = frozen.weights.blocks[layer]
 
     def visit(self, name: str, gradient: Tensor | None) -> Tensor | None:
@@ -135,8 +144,22 @@ class _Walk:
         if g is not None:
             values = values_back(g, self.frozen.seen[self.layer]["patterns"], len(a.W_V))
             self.bias(self.layer, "attn", torch.einsum("ksbv,kv->sb", values, a.b_V))
-            g = torch.einsum("ksbv,kvi->sbi", values, a.W_V)
+            read = torch.einsum("ksbv,kvi->sbi", values, a.W_V)
+            if self.scores:
+                read = read + self.through_scores(g)
+            g = read
         return self.norm(self.visit("attn_in", g), "before_attention", "attn")
+
+    def through_scores(self, g: Tensor) -> Tensor:
+        """What comes down from what heads gather through where they look."""
+        a, seq = self.part.attention, len(g)
+        read = self.frozen.seen[self.layer]["attn_in"][:seq]
+        values = torch.einsum("si,kvi->ksv", read, a.W_V) + a.b_V[:, None]
+        values = values.repeat_interleave(len(a.W_O) // len(a.W_V), 0)
+        looked = torch.einsum("qbhv,hkv->hqbk", g.unflatten(-1, (len(a.W_O), -1)), values)
+        out, share = self.frozen.queries[self.layer].back(looked)
+        self.bias(self.layer, "attn", share)
+        return out
 
     def norm(self, g: Tensor | None, name: str, half: str) -> Tensor | None:
         """What comes down through a norm, if there is one."""

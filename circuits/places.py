@@ -10,7 +10,7 @@ from torch import Tensor
 
 from saekit.circuits.frozen import Frozen, Site, canonical, depth
 from saekit.dictionaries import Dictionary
-from saekit.dictionaries.parts import Part, constant, parts
+from saekit.dictionaries.parts import Attending, Part, constant, parts
 from saekit.models import Model
 from saekit.types import SaekitError
 
@@ -134,7 +134,8 @@ def _heads(frozen: Frozen, model: Model, stand: Heads) -> Placed:
     head, dim = n // d_v, n % d_v
     kv = head * len(a.W_V) // len(a.W_O)
     written = a.W_O[head, :, dim] * value[:, None]
-    part = Part(0, (0,), p, n, value, a.W_V[kv, dim], a.b_V[kv, dim], (written,), seen["patterns"], head)
+    part = Part(0, (0,), p, n, value, a.W_V[kv, dim], a.b_V[kv, dim], (written,), seen["patterns"], head,
+                Attending(a.patterns, seen["attn_in"]))  # fmt: skip
     out = (layer, "attn_out")
     return Placed(stand.hook_point, ((part, (layer, "attn_in"), (out,)),), (Written(out, None, a.b_O),))
 

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from saekit.registry import nearest
@@ -84,7 +84,7 @@ class Patterns(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch seq d_in"]) -> Float[Tensor, "batch head query source"]:
         """The share of its attention that each query gives to each source; rows sum to 1."""
-        c, seq = self.config, x.shape[1]
+        c = self.config
         q, k = (
             torch.einsum("bsi,hdi->bhsd", x, w) + b[:, None]
             for w, b in ((self.W_Q, self.b_Q), (self.W_K, self.b_K))
@@ -94,11 +94,25 @@ class Patterns(nn.Module):
         if c.rotary:
             q, k = self._turn(q), self._turn(k)
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-        scale = c.d_qk**-0.5 if c.attn_scale is None else c.attn_scale
-        back = torch.arange(seq, device=x.device)[:, None] - torch.arange(seq, device=x.device)
-        seen = back >= 0 if c.window is None else (back >= 0) & (back < c.window)
-        scores = (q * scale) @ k.transpose(-1, -2)
-        return scores.masked_fill(~seen, float("-inf")).softmax(-1)
+        scores = (q * self.scale) @ k.transpose(-1, -2)
+        return scores.masked_fill(~self.seen(x.shape[1]), float("-inf")).softmax(-1)
+
+    @property
+    def scale(self) -> float:
+        """What scores are multiplied by."""
+        given = self.config.attn_scale
+        return self.config.d_qk**-0.5 if given is None else given
+
+    def seen(self, seq: int) -> Bool[Tensor, "query source"]:
+        """Which sources each query sees."""
+        at = torch.arange(seq, device=self.b_Q.device)
+        back = at[:, None] - at
+        return back >= 0 if self.config.window is None else (back >= 0) & (back < self.config.window)
+
+    def turns(self, seq: int) -> Float[Tensor, "position d_qk d_qk"]:
+        """The matrices by which queries and keys turn with their position."""
+        eye = torch.eye(self.config.d_qk).to(self.b_Q)[:, None].expand(-1, seq, -1)
+        return (self._turn(eye) if self.config.rotary else eye).permute(1, 2, 0)
 
     def _norm(self, q: Tensor, weight: Tensor) -> Tensor:
         return q * torch.rsqrt(q.square().mean(-1, keepdim=True) + self.config.eps) * weight

@@ -10,10 +10,12 @@ import saekit
 from saekit.circuits.frozen import Frozen, Site
 from saekit.circuits.intervene import FrozenPass
 from saekit.circuits.places import Heads, Neurons, place
-from saekit.circuits.trace import Target, Trace, trace
+from saekit.circuits.rows import Own, Trace
+from saekit.circuits.targets import Target
+from saekit.circuits.trace import trace
 from saekit.circuits.weights import weights
 from saekit.dictionaries.parts import Part
-from saekit.graph import KINDS, Graph
+from saekit.graph import Graph
 from saekit.models import Model
 from saekit.types import SaekitError
 
@@ -48,10 +50,8 @@ def stand(name: str, model: Model) -> saekit.Dictionary:
 
 
 def check(graph: Graph, row: float = 1e-5, leaf: float = 1e-4) -> None:
-    assert graph.closure().max() <= row
-    targets = graph.of[-len(graph.targets) :]
-    totals = graph.total_effects()[:, graph.leaves].sum(1)
-    torch.testing.assert_close(totals.double(), graph.nodes.value[targets], rtol=0, atol=leaf)
+    found = graph.check(row, leaf)
+    assert found["row"] <= row and found["target"] <= leaf
 
 
 @pytest.mark.parametrize("case", TOYS)
@@ -73,7 +73,7 @@ def test_rows_close_over_neurons_and_heads_of_every_make(case: str, double: bool
 def test_rows_close_over_every_kind_of_dictionary(name: str, case: str) -> None:
     m = toy(case)
     graph = trace(m, stand(name, m), TOKENS)
-    assert (graph.nodes.kind == KINDS.index("feature")).any()
+    assert graph.of_kind("feature").any()
     check(graph)
 
 
@@ -119,9 +119,9 @@ def change(part: Part, writes: tuple[Site, ...], scale: float) -> dict[Site, tor
     return out
 
 
-def moved(run: Trace, out: FrozenPass, part: Part, site: Site, writes: tuple[Site, ...]) -> torch.Tensor:
+def moved(out: FrozenPass, own: Own) -> torch.Tensor:
     """By how much each feature of a part changes in each pass."""
-    x = out.at(site, site in writes) - run.frozen.at(site)
+    part, x = own.part, out.at(own.read, own.before) - out.frozen.at(own.read)
     if part.patterns is None:
         return (x[:, part.positions] * part.w).sum(-1)
     looks = part.patterns[part.heads, part.positions]
@@ -135,23 +135,18 @@ def test_a_frozen_intervention_on_every_source_is_its_column(case: str) -> None:
     names = ("topk", "lorsa", *(() if TOYS[case].get("d_mlp") == 0 else ("skip_transcoder", "molt")))
     frozen = Frozen(weights(m), TOKENS)
     run = Trace(frozen, [place(frozen, m, stand(name, m)) for name in names])
-    rows = [
-        run.features(part, site, site in writes, own, 0, len(part.positions))
-        for _, part, site, writes, own, _ in run.parts
-    ]
+    rows = [run.features(own, torch.arange(len(own.part.positions))) for own in run.parts]
     passes: list[tuple[dict[Site, torch.Tensor], slice, float]] = []
-    for _, part, _, writes, _, nodes in run.parts:
-        passes += [(change(part, writes, scale), nodes, scale - 1) for scale in (0.0, 2.0, -3.0)]
+    for own in run.parts:
+        passes += [(change(own.part, own.writes, scale), own.nodes, scale - 1) for scale in (0.0, 2.0, -3.0)]
     each = torch.eye(len(TOKENS))[:, :, None]
     for site, (_, error) in run.fixed.items():
         passes.append(({site: -each * run.cuts[site].error}, error, -1.0))
     passes.append(({(0, "resid_pre"): each * frozen.weights.W_E[TOKENS]}, run.tokens, 1.0))
     for changes, nodes, factor in passes:
         out = FrozenPass(frozen, run.cuts, changes)
-        for (_, part, site, writes, _, _), row in zip(run.parts, rows, strict=True):
-            torch.testing.assert_close(
-                moved(run, out, part, site, writes).T, factor * row[:, nodes], rtol=0, atol=1e-5
-            )
+        for own, row in zip(run.parts, rows, strict=True):
+            torch.testing.assert_close(moved(out, own).T, factor * row[:, nodes], rtol=0, atol=1e-5)
     (first, _, _), (second, _, _) = passes[0], passes[3]
     both = {site: first.get(site, 0)[:1] if site in first else second[site][:1] for site in {*first, *second}}
     together = FrozenPass(frozen, run.cuts, both).last

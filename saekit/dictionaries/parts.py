@@ -8,10 +8,21 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saekit.attention import Patterns
 from saekit.dictionaries.cross_layer import CrossLayer
 from saekit.dictionaries.dictionary import Dictionary
+from saekit.dictionaries.normalisation import Normalisation
 from saekit.dictionaries.sequences import Sequences
 from saekit.types import Codes
+
+
+@dataclass(frozen=True)
+class Attending:
+    """What makes a part's patterns: the module, the input that it reads, and what that was normalised by."""
+
+    module: Patterns
+    x: Float[Tensor, "seq d_in"]
+    norm: Normalisation | None = None
 
 
 @dataclass(frozen=True)
@@ -33,6 +44,7 @@ class Part:
     written: tuple[Tensor, ...]
     patterns: Float[Tensor, "head query source"] | None = None
     heads: Int[Tensor, " entry"] | None = None
+    attending: Attending | None = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +70,9 @@ def parts(d: Dictionary, x: Float[Tensor, "seq d_in"]) -> list[Part]:
     if not isinstance(d, Sequences):
         return [one]
     heads = one.features // (d.n_features // d.n_qk)
-    return [dataclasses.replace(one, patterns=d.patterns(x[None])[0], heads=heads)]
+    read = d.norm_in(x.to(d.device, d.dtype))
+    attending = Attending(d.wiring.patterns, read, d.norm_in)
+    return [dataclasses.replace(one, patterns=d.wiring.patterns(read[None])[0], heads=heads, attending=attending)]
 
 
 def _part(

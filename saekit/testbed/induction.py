@@ -1,4 +1,4 @@
-"""A two-layer attention-only transformer that learns induction: in a repeated sequence, what came next before."""
+"""Induction, by two layers of attention, with MLPs or without: in a repeated sequence, what came next before."""
 
 from typing import Any
 
@@ -7,6 +7,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from saekit.models import Model, load_model
+from saekit.testbed.tasks import Prompts, Task, single
+from saekit.testbed.transformer import TransformerConfig
 
 VOCABULARY, WIDTH, HEADS, LAYERS = 64, 64, 4, 2
 LENGTH, PERIODS = 24, (12, 20)  # tokens behind the separator; how soon they repeat, each at most once
@@ -35,6 +37,33 @@ def sequences(n: int, generator: torch.Generator) -> tuple[Int[Tensor, "n seq"],
 def known(periods: Int[Tensor, " n"]) -> Bool[Tensor, "n seq"]:
     """The positions whose next token has been seen behind the same token."""
     return torch.arange(LENGTH + 1) > periods[:, None]
+
+
+def prompts(n: int, generator: torch.Generator) -> Prompts:
+    """Sequences, asked at each position that is known; ``roles``: ``source`` has the last answer, ``end`` asks for it."""
+    tokens, periods = sequences(n, generator)
+    answers = tokens.roll(-1, 1)
+    # behind the last token comes what its period says
+    answers[:, -1] = tokens[torch.arange(n), LENGTH + 1 - periods]
+    answers = answers.where(known(periods), -1)
+    return single(tokens, answers, VOCABULARY, {"source": LENGTH + 1 - periods, "end": torch.full((n,), LENGTH)})
+
+
+def pairs(n: int, generator: torch.Generator) -> tuple[Prompts, Prompts]:
+    """Prompts, and the same with another token behind the previous occurrence of the last one: the end alone is asked."""
+    clean = prompts(n, generator)
+    rows, source = torch.arange(n), clean.roles["source"]
+    absent = torch.rand(n, VOCABULARY, generator=generator).scatter(1, clean.tokens, -1.0)
+    absent[:, 0] = -1
+    changed = clean.tokens.clone()
+    changed[rows, source] = absent.argmax(1)
+    last = torch.arange(LENGTH + 1) == LENGTH
+
+    def asked_last(tokens: Tensor) -> Prompts:
+        answers = tokens[rows, source][:, None].where(last, -1)
+        return single(tokens, answers, VOCABULARY, clean.roles)
+
+    return asked_last(clean.tokens), asked_last(changed)
 
 
 def trained(steps: int, seed: int = 0) -> Model:
@@ -69,3 +98,12 @@ def mass_after_previous(
     """Mean attention of queries whose token came before to the token after its previous occurrence."""
     sequence, query = known(periods).nonzero(as_tuple=True)
     return patterns[sequence, :, query, query - periods[sequence] + 1].mean(0)
+
+
+TASK = Task(
+    name="induction",
+    config=TransformerConfig(
+        vocabulary=VOCABULARY, context=LENGTH + 1, d_model=WIDTH, n_layers=LAYERS, n_heads=HEADS, d_head=16, d_mlp=128
+    ),
+    prompts=prompts, pairs=pairs, demand=0.95, steps=1500, rows=ROWS, rate=RATE,
+)  # fmt: skip

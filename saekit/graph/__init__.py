@@ -1,0 +1,6 @@
+"""Attribution graphs as data: what each node adds to the value of another. No model."""
+
+from saekit.graph.data import KINDS as KINDS
+from saekit.graph.data import Graph as Graph
+from saekit.graph.data import Nodes as Nodes
+from saekit.graph.data import columns as columns
