@@ -15,7 +15,18 @@ from saekit.types import Codes, SaekitError
 
 Scores = Sequence[Float[Tensor, "*seq unit"]]
 ABLATIONS = ("mean", "resample", "zero")
-SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # of the nodes: MIB's (Mueller et al. 2025)
+SHARES = (
+    0.001,
+    0.002,
+    0.005,
+    0.01,
+    0.02,
+    0.05,
+    0.1,
+    0.2,
+    0.5,
+    1.0,
+)  # of the nodes: MIB's (Mueller et al. 2025)
 
 
 def top(scores: Scores, n: int) -> list[Bool[Tensor, "*seq unit"]]:
@@ -52,7 +63,9 @@ class Yardstick:
         if ablation not in ABLATIONS:
             raise SaekitError(f"ablation {ablation!r} is unknown{nearest(ablation, ABLATIONS)}")
         if other is None and ablation != "zero":
-            raise SaekitError(f"other is not given, and ablation {ablation!r} takes nodes from other prompts; give some")
+            raise SaekitError(
+                f"other is not given, and ablation {ablation!r} takes nodes from other prompts; give some"
+            )
         self.spliced, self.metric, self.ablation = spliced, metric, ablation
         self.plain = spliced.run(tokens)
         self.tokens = self.plain.tokens
@@ -102,7 +115,9 @@ class Yardstick:
             outside = {g: Keep(~circuit[g]) for g in features}
             silent = {g: Keep(torch.zeros_like(circuit[g])) for g in features}
             for site in self.spliced.written:
-                loud, none = ({g: keep(self.other.codes(g)) for g, keep in k.items()} for k in (outside, silent))
+                loud, none = (
+                    {g: keep(self.other.codes(g)) for g, keep in k.items()} for k in (outside, silent)
+                )
                 added[site] = self._instead(self.other.hat(site, loud) - self.other.hat(site, none))
         run = self.spliced.run(self.tokens, Changes(features, errors, added))
         return measure(self.metric, run).mean().item()

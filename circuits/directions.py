@@ -18,7 +18,10 @@ from saekit.circuits.frozen import Frozen
 from saekit.circuits.weights import Norm, run_block
 from saekit.types import SaekitError
 
-FIRING, KEPT = 0.5, 0.7  # attention of a firing, and the share of what heads add that is followed up (Franco & Crovella)
+FIRING, KEPT = (
+    0.5,
+    0.7,
+)  # attention of a firing, and the share of what heads add that is followed up (Franco & Crovella)
 SIDES = ("query", "source")
 EXACT = 1e-6  # of the score: by so much a sum over all directions may miss it in fp64, of fp32 weights
 
@@ -145,8 +148,8 @@ class Firing:
         ]
         if self._norm is not None:
             rows = _back(self._norm, rows, rows.new_ones(1))
-        u, s, vectors = torch.linalg.svd(rows, full_matrices=False)
-        return vectors[s > EXACT * s[0]]
+        _, s, vectors = torch.linalg.svd(rows, full_matrices=False)
+        return vectors[s > EXACT * s[:1]]
 
     @property
     def _norm(self) -> Norm | None:
@@ -199,7 +202,8 @@ def writers(frozen: Frozen, layer: int) -> tuple[list[Writer], Float[Tensor, "wr
         if norm is not None:  # frozen, so that heads add up
             size = frozen.sizes[i]["after_attention"]
             each, fixed = (
-                (x - x.mean(-1, keepdim=True) if norm.centred else x) / size * norm.weight for x in (each, fixed)
+                (x - x.mean(-1, keepdim=True) if norm.centred else x) / size * norm.weight
+                for x in (each, fixed)
             )
             fixed = fixed + norm.bias
         names += [Writer("head", i, h) for h in range(len(each))]
@@ -211,9 +215,7 @@ def writers(frozen: Frozen, layer: int) -> tuple[list[Writer], Float[Tensor, "wr
     return names, torch.stack(out)
 
 
-def upstream(
-    firing: Firing, side: str, some: "Int[Tensor, ' kept'] | None" = None
-) -> dict[Writer, float]:
+def upstream(firing: Firing, side: str, some: "Int[Tensor, ' kept'] | None" = None) -> dict[Writer, float]:
     """What everything that was written to one side's position adds to the score by ``some`` directions (None: ``kept``).
 
     With the covector's own bias, which the norm's and the head's biases make, it adds up to their terms.
@@ -262,9 +264,7 @@ def follow(firing: Firing, kept: float = KEPT, least: float = FIRING) -> list[St
 
 
 @torch.no_grad()
-def attention_with(
-    firing: Firing, changes: Sequence[tuple[int, Float[Tensor, " d"]]]
-) -> float:
+def attention_with(firing: Firing, changes: Sequence[tuple[int, Float[Tensor, " d"]]]) -> float:
     """The firing's attention if the stream at some positions were changed, before this head alone (sizes follow)."""
     block = firing.frozen.weights.blocks[firing.layer]
     stream = firing.frozen.seen[firing.layer]["resid_pre"].clone()
@@ -289,7 +289,11 @@ def logits_with(
 
 
 def scaled(
-    firing: Firing, side: str, of: Float[Tensor, " d"], factor: float, some: "Int[Tensor, ' kept'] | None" = None
+    firing: Firing,
+    side: str,
+    of: Float[Tensor, " d"],
+    factor: float,
+    some: "Int[Tensor, ' kept'] | None" = None,
 ) -> tuple[int, Float[Tensor, " d"]]:
     """The change of one side's stream that scales what ``some`` directions (None: ``kept``) read of ``of``.
 

@@ -143,8 +143,8 @@ class _Walk:
         g = self.visit("z", g)
         if g is not None:
             values = values_back(g, self.frozen.seen[self.layer]["patterns"], len(a.W_V))
-            self.bias(self.layer, "attn", torch.einsum("ksbv,kv->sb", values, a.b_V))
-            read = torch.einsum("ksbv,kvi->sbi", values, a.W_V)
+            self.bias(self.layer, "attn", values @ a.b_V.flatten())
+            read = values @ a.W_V.flatten(0, 1)
             if self.scores:
                 read = read + self.through_scores(g)
             g = read
@@ -172,13 +172,14 @@ class _Walk:
 
 def values_back(
     g: Float[Tensor, "seq batch z"], patterns: Float[Tensor, "head all all"], n_kv: int
-) -> Float[Tensor, "kv seq batch d_v"]:
+) -> Float[Tensor, "seq batch kv_d_v"]:
     """From what heads gather to their values: each query's gradient goes to where it looks."""
     seq, batch, _ = g.shape
     heads = len(patterns)
     by_head = g.view(seq, batch, heads, -1).permute(2, 0, 1, 3).reshape(heads, seq, -1)
-    back = patterns[:, :seq, :seq].transpose(1, 2) @ by_head
-    return back.view(n_kv, heads // n_kv, seq, batch, -1).sum(1)
+    back = (patterns[:, :seq, :seq].transpose(1, 2) @ by_head).view(n_kv, heads // n_kv, seq, batch, -1)
+    back = back.squeeze(1) if heads == n_kv else back.sum(1)
+    return back.permute(1, 2, 0, 3).reshape(seq, batch, -1)
 
 
 def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -20,7 +20,9 @@ from saekit.types import Codes, SaekitError
 
 Metric = Callable[[Tensor], Tensor]  # of what is read [prompt, seq, vocabulary] to [prompt]
 Prompts = Sequence[Sequence[int]] | Tensor
-Circuit = Sequence[Bool[Tensor, "*seq unit"]]  # by group: which nodes belong to it; of each position, or of all alike
+Circuit = Sequence[
+    Bool[Tensor, "*seq unit"]
+]  # by group: which nodes belong to it; of each position, or of all alike
 METHODS = ("exact", "attribution", "integrated")
 STEPS, BATCH = 10, 256  # of integrated gradients; passes at a time
 CHUNK = 1 << 14  # nodes whose vectors are made at a time
@@ -65,7 +67,10 @@ class _Move:
         found = [run.entries(group) for run, _ in runs]
         keys, inverse = torch.cat([r * self.n + u for r, u in found]).unique(return_inverse=True)
         self.rows, self.units = keys // self.n, keys % self.n
-        self.runs = [(run, sign, at) for (run, sign), at in zip(runs, inverse.split([len(r) for r, _ in found]), strict=True)]
+        self.runs = [
+            (run, sign, at)
+            for (run, sign), at in zip(runs, inverse.split([len(r) for r, _ in found]), strict=True)
+        ]
 
     def vectors(self, some: Int[Tensor, " some"]) -> list[Float[Tensor, "some d"]]:
         """By how much what some entries write changes, at each site; their numbers rise."""
@@ -79,17 +84,13 @@ class _Move:
                 total.index_add_(0, place[at[mine]], sign * part.detach())
         return out
 
-    def chunks(self) -> Sequence[Tensor]:
-        """The entries' numbers, some at a time."""
-        return torch.arange(len(self.rows), device=self.rows.device).split(CHUNK)
-
     def dot(self, gradients: Mapping[Site, Float[Tensor, "prompt seq d"]]) -> Float[Tensor, " entry"]:
         """What the moves add by their gradients."""
-        out = [torch.zeros_like(self.rows[:0], dtype=torch.get_default_dtype())]
-        for some in self.chunks():
+        out = []
+        for some in torch.arange(len(self.rows), device=self.rows.device).split(CHUNK):
             own = zip(self.sites, self.vectors(some), strict=True)
             out.append(_sum([(gradients[s].flatten(0, 1)[self.rows[some]] * v).sum(1) for s, v in own]))
-        return torch.cat(out[1:] or out)
+        return torch.cat(out)
 
     def codes(self, values: Float[Tensor, " entry"]) -> Codes:
         """Values of the entries as codes."""
@@ -108,7 +109,9 @@ def measure(metric: Metric, run: Pass) -> Float[Tensor, " prompt"]:
     wanted = (len(run.tokens),)
     if not isinstance(value, Tensor) or tuple(value.shape) != wanted:
         got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
-        raise SaekitError(f"metric gives {got} for what is read, {tuple(run.out.shape)}; return one number for each prompt, {wanted}")
+        raise SaekitError(
+            f"metric gives {got} for what is read, {tuple(run.out.shape)}; return one number for each prompt, {wanted}"
+        )
     return value
 
 
@@ -160,12 +163,18 @@ def _gradients(spliced: Spliced, metric: Metric, tokens: Tensor, changes: Change
     run = spliced.run(tokens, changes)
     value = measure(metric, run)
     if not value.requires_grad:
-        raise SaekitError("metric is not differentiable in what it reads; use method 'exact', or torch operations that are")
+        raise SaekitError(
+            "metric is not differentiable in what it reads; use method 'exact', or torch operations that are"
+        )
     found = torch.autograd.grad(value.sum(), list(run.at.values()), allow_unused=True)
-    return {s: torch.zeros_like(x) if g is None else g for (s, x), g in zip(run.at.items(), found, strict=True)}
+    return {
+        s: torch.zeros_like(x) if g is None else g for (s, x), g in zip(run.at.items(), found, strict=True)
+    }
 
 
-def _integrated(metric: Metric, start: Pass, end: Pass | None, unit: Sequence[int], steps: int) -> dict[Site, Tensor]:
+def _integrated(
+    metric: Metric, start: Pass, end: Pass | None, unit: Sequence[int], steps: int
+) -> dict[Site, Tensor]:
     """Gradients averaged over the way of a site's features and errors, by the midpoint rule.
 
     The paper's code takes steps 0 .. N - 1 of N (left Riemann), whose effects miss the sum by O(1/N).
@@ -179,7 +188,9 @@ def _integrated(metric: Metric, start: Pass, end: Pass | None, unit: Sequence[in
     total: dict[Site, Tensor] = {}
     for step in range(steps):
         share = (step + 0.5) / steps
-        found = _gradients(start.spliced, metric, start.tokens, Changes(added={s: share * v for s, v in way.items()}))
+        found = _gradients(
+            start.spliced, metric, start.tokens, Changes(added={s: share * v for s, v in way.items()})
+        )
         total = {s: found[s] / steps + (total[s] if total else 0) for s in way}
     return total
 
@@ -204,7 +215,9 @@ def _exact(metric: Metric, start: Pass, move: _Move, batch: int) -> Codes:
             added[site] = whole.view(n * prompts, seq, -1)
         run = start.spliced.run(start.tokens.repeat(n, 1), Changes(added=added))
         values = torch.stack([metric(part) for part in run.out.split(prompts)])
-        moved = torch.stack([(v != 0).any(1) for v in vectors]).any(0)  # others' passes are the clean one but for rounding
+        moved = torch.stack([(v != 0).any(1) for v in vectors]).any(
+            0
+        )  # others' passes are the clean one but for rounding
         out[some] = (values - before)[here, at // seq] * moved
     return move.codes(out)
 
@@ -223,7 +236,12 @@ class Edges:
 
 
 def edges(
-    spliced: Spliced, metric: Metric, found: Effects, circuit: Circuit, clean: Prompts, patch: Prompts | None = None
+    spliced: Spliced,
+    metric: Metric,
+    found: Effects,
+    circuit: Circuit,
+    clean: Prompts,
+    patch: Prompts | None = None,
 ) -> Edges:
     """Edges ``grad_d m . grad_u d . (u_patch - u_clean)`` between kept nodes u and d, with all places between them held.
 
@@ -256,7 +274,9 @@ def edges(
             value, mine, slope = _downstream(run, g, table, found.gradients[g])
             for node in mine.unique().tolist() if value.requires_grad else []:
                 if node >= 0:
-                    collect(node, _to_places(run, value, slope * (mine == node).view(-1, *[1] * (slope.ndim - 1))))
+                    collect(
+                        node, _to_places(run, value, slope * (mine == node).view(-1, *[1] * (slope.ndim - 1)))
+                    )
         last = measure(metric, run)
         collect(len(table.nodes), _to_places(run, last, torch.ones_like(last)))
     return Edges(table.nodes, weights / len(start.tokens))
@@ -268,7 +288,9 @@ def check(spliced: Spliced, circuit: Circuit, seq: int) -> None:
     for g, n in enumerate(wanted):
         if len(circuit) != len(wanted) or tuple(circuit[g].shape) not in (n, (seq, *n)):
             got = tuple(circuit[g].shape) if g < len(circuit) else "nothing"
-            raise SaekitError(f"circuit has {got} for group {g} of {len(wanted)}; give a mask {n} or {(seq, *n)} for each")
+            raise SaekitError(
+                f"circuit has {got} for group {g} of {len(wanted)}; give a mask {n} or {(seq, *n)} for each"
+            )
 
 
 class _Table:
@@ -293,7 +315,9 @@ class _Table:
         return numbers[unit] if numbers.ndim == 1 else numbers[position, unit]
 
 
-def _downstream(run: Pass, group: int, table: _Table, gradients: Mapping[Site, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _downstream(
+    run: Pass, group: int, table: _Table, gradients: Mapping[Site, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
     """A group's own values in a cut pass, one an entry, the entries' nodes, and the metric's gradient in each."""
     seq, g = run.tokens.shape[1], run.spliced.groups[group]
     rows, units = run.entries(group)

@@ -1,7 +1,8 @@
 """A prompt with dictionaries in place: its nodes, and what each of them adds to anything that reads the stream."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ from saekit.circuits.targets import Feature, Target, value
 from saekit.dictionaries.parts import Part
 from saekit.graph import KINDS, Nodes
 from saekit.types import SaekitError
+
+Catch = Callable[[Site, Tensor], None]
 
 
 @dataclass
@@ -124,12 +127,13 @@ class Trace:
     @torch.no_grad()
     def rows(
         self, site: Site, covectors: Float[Tensor, "seq batch d"], before: bool = False, through: bool = False,
-        scores: bool = False,
+        scores: bool = False, catch: "Catch | None" = None,
     ) -> Float[Tensor, "batch node"]:  # fmt: skip
         """What every node adds to ``sum covectors x`` at a site; positions behind the covectors' are left out.
 
         ``before``: before a dictionary writes there, as its own features read it. ``through``: over all paths, also
-        those that go through other features. ``scores``: also through where attention looks.
+        those that go through other features. ``scores``: also through where attention looks. ``catch`` gets what
+        comes down to what heads gather, which then goes no further.
         """
         seq, batch, _ = covectors.shape
         out = covectors.new_zeros(batch, self.columns.n)
@@ -145,6 +149,9 @@ class Trace:
             gradient = add(gradient, waiting.pop((at, True), None))
             for own in self.readers.get((at, True), ()) if through else ():
                 gradient = add(gradient, self._features(own, out, seq, scores))
+            if catch is not None and at[1] == "z" and gradient is not None:
+                catch(at, gradient)
+                return None
             if at == (0, "resid_pre") and gradient is not None:
                 self._leaves(gradient, out)
             return gradient
@@ -236,28 +243,40 @@ class Trace:
         out[:, own.bias] += own.part.b[some, None].to(out)
         return out
 
-    def target(
-        self, target: Target | Feature, through: bool = False, scores: bool = False
-    ) -> Float[Tensor, "1 node"]:
-        """The row of a target; with ``through`` its total effects."""
-        if isinstance(target, Feature):
-            own, at = self.feature(target)
-            some = torch.tensor([at], device=own.part.positions.device)
-            out = self.rows(own.read, self.covectors(own, some), own.before, through, scores)
-            out[:, own.bias] += own.part.b[at].to(out)
-            return out
-        w = self.frozen.weights
-        p = target.position % self.seq
-        direction = target.direction.to(self.frozen.last)
-        back, bias = direction, target.bias
+    def targets(
+        self,
+        targets: Sequence[Target | Feature],
+        through: bool = False,
+        scores: bool = False,
+        catch: "Catch | None" = None,
+    ) -> Float[Tensor, "target node"]:
+        """The rows of targets; with ``through`` their total effects."""
+        plain = [t for t in targets if isinstance(t, Target)]
+        found = iter(self._directions(plain, through, scores, catch) if plain else ())
+        return torch.stack([
+            next(found) if isinstance(t, Target) else self._feature(t, through, scores, catch) for t in targets
+        ])  # fmt: skip
+
+    def _directions(self, targets: Sequence[Target], *how: Any) -> Tensor:
+        w, last = self.frozen.weights, self.frozen.last
+        at = torch.tensor([t.position % self.seq for t in targets], device=last.device)
+        back = torch.stack([t.direction.to(last) for t in targets])
+        bias = back.new_tensor([t.bias for t in targets])
         if w.norm is not None:
-            bias += float(direction @ w.norm.bias)
-            back = w.norm.back(direction, w.norm.size(self.frozen.last[p]))
-        covectors = back.new_zeros(p + 1, 1, len(back))
-        covectors[p, 0] = back
-        out = self.rows((len(w.blocks) - 1, "resid_post"), covectors, False, through, scores)
-        out[:, self.final] += bias
+            bias += back @ w.norm.bias
+            back = w.norm.back(back, w.norm.size(last[at]))
+        covectors = back.new_zeros(int(at.max()) + 1, *back.shape)
+        covectors[at, torch.arange(len(at), device=at.device)] = back
+        out = self.rows((len(w.blocks) - 1, "resid_post"), covectors, False, *how)
+        out[:, self.final] += bias[:, None]
         return out
+
+    def _feature(self, target: Feature, *how: Any) -> Tensor:
+        own, at = self.feature(target)
+        some = torch.tensor([at], device=own.part.positions.device)
+        out = self.rows(own.read, self.covectors(own, some), own.before, *how)
+        out[:, own.bias] += own.part.b[at].to(out)
+        return out[0]
 
     def value(self, target: Target | Feature) -> Tensor:
         """A target's value in the model's own pass."""

@@ -23,7 +23,6 @@ from saekit.models import Model, load_model
 from saekit.types import Codes, SaekitError
 
 
-
 @dataclass(frozen=True)
 class Group:
     """Nodes that go together, ``n`` at each position: features that read one site, or the one error of a place.
@@ -67,7 +66,9 @@ class Spliced:
         given = list(stands) if isinstance(stands, Sequence) else [stands]
         self.stands = [self._placed(stand) for stand in given]
         self.readout = None if readout is None else self._site(readout)
-        self.written: dict[Site, tuple[int, int]] = {}  # by site: which stand writes, and which of its places it is
+        self.written: dict[
+            Site, tuple[int, int]
+        ] = {}  # by site: which stand writes, and which of its places it is
         for i, stand in enumerate(self.stands):
             for at, site in enumerate(stand.writes):
                 if site in self.written:
@@ -96,28 +97,40 @@ class Spliced:
             self.units.append(tuple(unit))
             first, taken = first + n, own.stop
 
-    def run(self, tokens: "Sequence[Sequence[int]] | Tensor", changes: Changes | None = None, cut: bool = False) -> "Pass":
+    def run(
+        self, tokens: "Sequence[Sequence[int]] | Tensor", changes: Changes | None = None, cut: bool = False
+    ) -> "Pass":
         """One pass over token ids, [prompt, seq]; differentiable. ``cut``: what is written at places is a leaf each."""
         changes = changes or Changes()
         for kind, which in (("feature", changes.features), ("error", changes.errors)):
-            wrong = next((g for g in which if not 0 <= g < len(self.groups) or self.groups[g].kind != kind), None)
+            wrong = next(
+                (g for g in which if not 0 <= g < len(self.groups) or self.groups[g].kind != kind), None
+            )
             if wrong is not None:
                 raise SaekitError(f"group {wrong} is not one of {kind}s; see groups for what there is")
         wrong_site = next((site for site in changes.added if site not in self.written), None)
         if wrong_site is not None:
-            raise SaekitError(f"nothing writes {wrong_site}; add to one of {', '.join(map(str, self.written))}")
+            raise SaekitError(
+                f"nothing writes {wrong_site}; add to one of {', '.join(map(str, self.written))}"
+            )
         return Pass(self, self._tokens(tokens), changes, cut)
 
     def _tokens(self, tokens: Any) -> Tensor:
         ids = torch.as_tensor(tokens, device=self.weights.W_E.device)
         if ids.ndim != 2 or not ids.numel() or ids.is_floating_point():
-            raise SaekitError(f"tokens have shape {tuple(ids.shape)}; give ids of prompts of one length, [prompt, seq]")
+            raise SaekitError(
+                f"tokens have shape {tuple(ids.shape)}; give ids of prompts of one length, [prompt, seq]"
+            )
         context = self.weights.context
         if context is not None and ids.shape[1] > context:
-            raise SaekitError(f"prompts have {ids.shape[1]} tokens and model {self.model.name!r} reads {context}; give fewer")
+            raise SaekitError(
+                f"prompts have {ids.shape[1]} tokens and model {self.model.name!r} reads {context}; give fewer"
+            )
         wrong = ids[(ids < 0) | (ids >= len(self.weights.W_E))]
         if len(wrong):
-            raise SaekitError(f"token {int(wrong[0])} is none; the model has 0 to {len(self.weights.W_E) - 1}")
+            raise SaekitError(
+                f"token {int(wrong[0])} is none; the model has 0 to {len(self.weights.W_E) - 1}"
+            )
         return ids.long()
 
     def _site(self, point: str) -> Site:
@@ -134,7 +147,9 @@ class Spliced:
             return _units(self.weights, stand, self._site(stand.hook_point))
         reads, writes = (tuple(map(self._site, points)) for points in (stand.reads, stand.writes))
         if not writes:
-            raise SaekitError("a dictionary doesn't name its hook points; set reads and writes, or train it on a store")
+            raise SaekitError(
+                "a dictionary doesn't name its hook points; set reads and writes, or train it on a store"
+            )
         layered = isinstance(stand, CrossLayer)
         if len(reads) > 1 and not layered:
             raise SaekitError(
@@ -384,14 +399,18 @@ def _units(w: Weights, stand: Neurons | Heads, at: Site) -> _Units:
     block = w.blocks[layer]
     if isinstance(stand, Heads):
         if not site.startswith("attn"):
-            raise SaekitError(f"hook point {stand.hook_point!r} is no attention layer; name one, as in blocks.1.attn")
+            raise SaekitError(
+                f"hook point {stand.hook_point!r} is no attention layer; name one, as in blocks.1.attn"
+            )
         a = block.attention
         rows = a.W_O.transpose(1, 2).flatten(0, 1)
         return _Units(((layer, "z"),), ((layer, "attn_out"),), lambda z: z, rows, a.b_O)
     if block.mlp is None or not site.startswith("mlp"):
         raise SaekitError(f"hook point {stand.hook_point!r} is no MLP; name one, as in blocks.1.mlp")
     mlp = block.mlp
-    return _Units(((layer, "mlp_in"),), ((layer, "mlp_out"),), lambda x: _neurons(mlp, x), mlp.W_out.T, mlp.b_out)
+    return _Units(
+        ((layer, "mlp_in"),), ((layer, "mlp_out"),), lambda x: _neurons(mlp, x), mlp.W_out.T, mlp.b_out
+    )
 
 
 def _neurons(mlp: Mlp, x: Tensor) -> Tensor:
@@ -405,4 +424,6 @@ def _linked(d: Dictionary, codes: Codes, x: Tensor) -> Codes:
         return codes
     weight, _ = d.read_by(codes, x.detach())
     moved = x - x.detach()
-    return dataclasses.replace(codes, values=codes.values + (weight * moved.flatten(0, -2)[codes.row_ids()]).sum(1))
+    return dataclasses.replace(
+        codes, values=codes.values + (weight * moved.flatten(0, -2)[codes.row_ids()]).sum(1)
+    )

@@ -1,6 +1,7 @@
 """Attribution graphs: what every feature, error, token and bias adds to features and logits, exactly."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,13 +11,14 @@ from torch import Tensor, nn
 
 from saekit.circuits.frozen import Frozen
 from saekit.circuits.places import Stand, place
-from saekit.circuits.rows import Trace
+from saekit.circuits.rows import Own, Trace
 from saekit.circuits.targets import Feature, Given, Target, resolve
 from saekit.circuits.weights import weights
 from saekit.graph import Graph
 from saekit.graph.compress import Rows, below, compress
 from saekit.graph.data import with_targets
 from saekit.graph.prune import without
+from saekit.kernels.threads import parallel
 from saekit.models import Model, load_model
 from saekit.types import SaekitError
 
@@ -65,8 +67,8 @@ class _Rows:
         self.ends = np.cumsum([0, *(len(own.part.positions) for own in run.parts)])
         self.numbers: list[np.ndarray] = []  # of the features whose rows are there
         self.found: list[Rows] = []
-        self.last = self._compress(torch.cat([run.target(t) for t in targets]))
-        self.aware = torch.cat([run.target(t, through=True, scores=True) for t in targets])
+        self.last = self._compress(run.targets(targets))
+        self.aware = run.targets(targets, through=True, scores=True)
 
     def _compress(self, block: Tensor) -> Rows:
         width = self.run.columns.n + len(self.targets)
@@ -98,12 +100,23 @@ class _Rows:
         return np.concatenate([np.zeros(0, np.int64), *each])
 
     def _add(self, chosen: np.ndarray) -> None:
+        """Compute the rows of some features, a batch of one part at a time on each thread."""
+        jobs: list[tuple[Own, np.ndarray, int]] = []
         for own, first, stop in zip(self.run.parts, self.ends[:-1], self.ends[1:], strict=True):
             some = chosen[(chosen >= first) & (chosen < stop)]
-            for at in range(0, len(some), self.batch):
-                entries = torch.from_numpy(some[at : at + self.batch] - first).to(own.part.positions.device)
-                self.numbers.append(some[at : at + self.batch])
-                self.found.append(self._compress(self.run.features(own, entries)))
+            starts = range(0, len(some), self.batch)
+            jobs += [(own, some[at : at + self.batch], int(first)) for at in starts]
+        found: list[Any] = [None] * len(jobs)
+
+        def work(start: int, end: int) -> None:
+            for i in range(start, end):
+                own, some, first = jobs[i]
+                entries = torch.from_numpy(some - first).to(own.part.positions.device)
+                found[i] = self._compress(self.run.features(own, entries))
+
+        parallel(work, len(jobs), 1)
+        self.numbers += [some for _, some, _ in jobs]
+        self.found += found
 
     def graph(self, model: Model | None = None) -> Graph:
         """The graph of the rows that are there; features that have none are leaves."""
@@ -126,8 +139,16 @@ class _Rows:
             table, matrix, of, tuple(dict.fromkeys(e for e in ends if e)), dropped, aware,
             tuple(t.weight if isinstance(t, Target) else 1.0 for t in self.targets), tokens,
             () if decode is None else tuple(decode([t]) for t in tokens), tuple(one.name for one in run.placed),
-            tuple(run.biases), tuple(t.name for t in self.targets), {} if model is None else {"model": model.name},
+            tuple(run.biases), tuple(t.name for t in self.targets), {} if model is None else self._about(model),
         )  # fmt: skip
+
+    def _about(self, model: Model) -> dict[str, Any]:
+        """What graphs say of their model: its name, and its words for tokens that are targets."""
+        plain = [t.name for t in self.targets if t.name.isdecimal()]
+        words = (
+            {} if model.tokenizer is None else {name: model.tokenizer.decode([int(name)]) for name in plain}
+        )
+        return {"model": model.name, "vocabulary": len(self.run.frozen.weights.W_E), "outputs": words}
 
 
 def tokens_of(model: Model, prompt: "str | Sequence[int] | Tensor") -> Tensor:

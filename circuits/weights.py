@@ -50,8 +50,8 @@ class Norm:
         self, gradient: Float[Tensor, "*batch d"], size: Float[Tensor, "*rows 1"]
     ) -> Float[Tensor, "*batch d"]:
         """The gradient at the input, with the sizes as they are."""
-        gradient = gradient * self.weight / size
-        return gradient - gradient.mean(-1, keepdim=True) if self.centred else gradient
+        gradient = gradient * (self.weight / size)
+        return gradient.sub_(gradient.mean(-1, keepdim=True)) if self.centred else gradient
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,7 @@ class Graph:
         where = "" if at < 0 else f" at {at}" + (f" ({self.words[at]!r})" if self.words else "")
         match KINDS[kind]:
             case "target":
-                return f"target {self.targets[place]}{where}"
+                return f"target {self.output(place)}{where}"
             case "token" | "position":
                 return f"{KINDS[kind]}{where}"
             case "bias":
@@ -136,6 +136,10 @@ class Graph:
                 return "pruned"
         what = f"feature {place}" if KINDS[kind] == "feature" else "error"
         return f"{what} of {self.stands[int(n.stand[node])]} in layer {layer}{where}"
+
+    def output(self, target: int) -> str:
+        """A target in words: its token's text, where that is known."""
+        return str(self.about.get("outputs", {}).get(self.targets[target], self.targets[target]))
 
     def closure(self) -> Float[Array, " row"]:
         """By how much each row misses its node's value, over the larger of that and the row's root sum of squares."""

@@ -72,7 +72,7 @@ function shortList(tag, rows, most) {
   const list = make(tag, {}, rows.slice(0, most));
   if (rows.length <= most + 1) list.append(...rows.slice(most));
   else {
-    const more = make("li", {}, action(`${count(rows.length - most)} more`, () => more.replaceWith(...rows.slice(most)), { className: "more" }));
+    const more = make("li", { className: "rest" }, action(`${count(rows.length - most)} more`, () => more.replaceWith(...rows.slice(most)), { className: "more" }));
     list.append(more);
   }
   return list;
@@ -85,7 +85,7 @@ function nodeRow(at, value, largest, share) {
   row.dataset.of = at;
   row.classList.toggle("unseen", !isVisible(at));
   row.setAttribute("aria-label", [spoken(at), ...told.map((one) => one.textContent)].join(", "));
-  row.addEventListener("pointerenter", () => hover(isVisible(at) ? at : null));
+  row.addEventListener("pointerenter", () => hover(isVisible(at) ? at : null, true));
   row.addEventListener("pointerleave", () => hover(null));
   return make("li", {}, row);
 }
@@ -165,7 +165,8 @@ function overview() {
   const ranked = nodes.map((node, at) => [at, node.effects[state.effect] ?? 0]).filter(([at, value]) => value && nodes[at].kind !== "target").sort((a, b) => Math.abs(b[1]) - Math.abs(a[1])).slice(0, SOME);
   const written = Object.entries(data.facts).map(([key, value]) => make("div", {}, make("dt", {}, key.replaceAll("_", " ")), make("dd", {}, typeof value === "number" ? short(value) : plain(String(value)))));
   return [
-    make("section", { className: "list" }, make("h3", {}, "Targets"), make("ol", {}, targets.map((at) => nodeRow(at)))),
+    trail(),
+    make("section", { className: "list" }, make("h3", {}, "Targets"), shortList("ol", targets.map((at) => nodeRow(at, undefined, 1, nodes[at].prob || undefined)), SOME)),
     ranked.length ? make("section", { className: "list" }, make("h3", {}, "Largest total effects ", make("small", {}, `on ${targetName(on)}`)), make("ol", {}, ranked.map(([at, value]) => nodeRow(at, value, Math.abs(ranked[0][1]))))) : null,
     make("section", {}, make("h3", {}, "Graph"), make("dl", { className: "facts" }, kinds.map(([kind, n]) => make("div", {}, make("dt", {}, kind), make("dd", {}, count(n)))), make("div", {}, make("dt", {}, "links"), make("dd", {}, count(source.length)))), make("dl", { className: "facts wide" }, written)),
     make("section", { className: "keys" }, make("h3", {}, "Keys"), make("ul", {}, [["arrows", "walk the drawing"], ["p", "pin"], ["Backspace", "back"], ["/", "find"], ["Escape", "clear"]].map(([key, does]) => make("li", {}, make("kbd", {}, key), ` ${does}`)))),

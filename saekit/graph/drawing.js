@@ -3,9 +3,12 @@
 // them, the strongest on one, on the other those of what is selected, hovered or pinned.
 
 const figure = byId("figure");
-const svg = figure.appendChild(draw("svg", { "aria-hidden": "true" }));
+const canvases = { links: byId("links"), lit: byId("lit") };
+const axes = draw("g", { class: "axes" });
+figure.prepend(draw("svg", { "aria-hidden": "true" }, axes));
+const svg = figure.appendChild(draw("svg", { role: "group", "aria-label": "Nodes" }));
 const places = nodes.map(() => ({ x: 0, y: 0 }));
-const view = { width: 0, height: 0, radius: 5, hovered: null, found: new Set(), visible: [] };
+const view = { width: 0, height: 0, radius: 5, hovered: null, alone: false, found: new Set(), visible: [] };
 const SIZE = { feature: 1, error: 1.12, token: 0.88, position: 0.62, bias: 0.72, pruned: 0.72, target: 1.25 };
 
 function outline(kind, unit) {
@@ -109,7 +112,6 @@ function layOut(width, height) {
 
 // ---- nodes ----
 
-const axes = svg.appendChild(draw("g", { class: "axes" }));
 const marks = nodes.map((node, at) => svg.appendChild(draw("path", { id: `node-${at}`, class: `node ${node.kind}`, role: "img" })));
 const names = svg.appendChild(draw("g", { class: "names" }));
 
@@ -141,7 +143,7 @@ function drawAxes() {
     const x = left + size / 2;
     const text = position < 0 ? "anywhere" : tokens[position];
     const turn = view.flat ? "" : ` rotate(-50)`;
-    const label = draw("text", { class: "position", transform: `translate(${x} ${bottom + (view.flat ? 18 : 12)})${turn}` }, ...spans(cut(text, 14)));
+    const label = draw("text", { class: "position", transform: `translate(${x} ${bottom + (view.flat ? 18 : 12)})${turn}` }, ...spans(text, 14));
     if (view.flat) label.classList.add("flat");
     label.append(draw("title", {}, position < 0 ? "nodes of no one position" : `position ${position}: ${text}`));
     axes.append(label);
@@ -188,6 +190,7 @@ function nameNodes() {
   const chosen = members();
   const most = chosen.size ? [...linked(chosen, false).slice(0, 6), ...linked(chosen, true).slice(0, 4)].map(([at]) => at) : targets;
   const r = view.radius;
+  const floor = view.rows[0].top + view.rows[0].size;
   const taken = view.visible.map((at) => ({ left: places[at].x - r, right: places[at].x + r, top: places[at].y - r, bottom: places[at].y + r }));
   for (const at of new Set([...chosen, ...state.pins, ...most])) {
     if (!isVisible(at) || (nodes[at].kind === "token" && !chosen.has(at))) continue;
@@ -196,7 +199,7 @@ function nameNodes() {
     const width = text.length * 6.5;
     const room = [[x + r + 4, y - 7], [x - r - 4 - width, y - 7], [x - width / 2, y - r - 17], [x - width / 2, y + r + 3]]
       .map(([left, top]) => ({ left, right: left + width, top, bottom: top + 14 }))
-      .filter(({ left, right, top }) => left > 40 && right < view.width && top > 0);
+      .filter(({ left, right, top, bottom }) => left > 62 && right < view.width && top > 0 && bottom < floor);
     const free = room.find((box) => !taken.some((one) => overlap(one, box))) ?? (chosen.has(at) ? room[0] : undefined);
     if (!free) continue;
     taken.push(free);
@@ -206,7 +209,6 @@ function nameNodes() {
 
 // ---- links ----
 
-const canvases = { links: byId("links"), lit: byId("lit") };
 const palette = {};
 
 function readPalette() {
@@ -259,7 +261,7 @@ function drawLinks() {
   const dense = Math.min(1, 12 / Math.sqrt(some.length));
   some.reverse().forEach((link, index) => {
     const rank = (index + 1) / some.length;
-    stroke(pen, source[link], target[link], hue(weight[link]), (0.1 + 0.5 * rank ** 2) * (0.35 + 0.65 * dense), 0.7 + rank ** 3);
+    stroke(pen, source[link], target[link], hue(weight[link]), (0.1 + 0.5 * rank ** 2) * (0.12 + 0.88 * dense), 0.7 + rank ** 3);
   });
   view.drawn = some.length;
 }
@@ -282,15 +284,22 @@ function drawFan(pen, some, strength) {
 // the links of what is selected or hovered, those between pinned nodes, and the way walked so far
 function drawLit() {
   const pen = sheet(canvases.lit);
-  const hovering = view.hovered !== null && !members().has(view.hovered);
+  const chosen = members();
+  const hovering = view.hovered !== null && !chosen.has(view.hovered);
   const pins = new Set(state.pins);
   for (const from of pins) {
     for (const link of leaving[from]) {
       if (pins.has(target[link])) stroke(pen, from, target[link], palette.ink, 0.35, 1);
     }
   }
-  drawFan(pen, members(), hovering ? 0.3 : 1);
-  if (hovering) drawFan(pen, new Set([view.hovered]), 0.8);
+  drawFan(pen, chosen, hovering ? 0.3 : 1);
+  if (hovering && !view.alone) drawFan(pen, new Set([view.hovered]), 0.8);
+  for (const one of hovering ? chosen : []) {
+    for (const ends of [[one, view.hovered], [view.hovered, one]]) {
+      const value = between(...ends);
+      if (value) stroke(pen, ...ends, hue(value), 1, 3.2);
+    }
+  }
   pen.setLineDash([5, 4]);
   [...state.trail, state.node].forEach((at, index, way) => {
     const next = way[index + 1];
@@ -299,7 +308,7 @@ function drawLit() {
     if (link) stroke(pen, ...link, palette.ink, 0.8, 1.5);
   });
   pen.setLineDash([]);
-  canvases.links.classList.toggle("faint", members().size > 0 || hovering);
+  canvases.links.classList.toggle("faint", chosen.size > 0 || hovering);
 }
 
 const drawn = { places: "", links: "" }; // what stands on the drawing now
@@ -317,6 +326,7 @@ function redraw() {
   nameNodes();
   if (links !== drawn.links) drawLinks();
   drawLit();
+  put(figure, { "aria-activedescendant": state.node === null ? "" : `node-${state.node}` });
   Object.assign(drawn, { places: now, links });
 }
 
@@ -336,8 +346,10 @@ function under(event) {
   return nearest(event.clientX - box.left, event.clientY - box.top, Math.max(10, 1.8 * view.radius));
 }
 
-function hover(at) {
+// a node pointed at in the drawing shows its links, one in a list its link with what is selected
+function hover(at, alone = false) {
   if (at === view.hovered) return;
+  view.alone = alone;
   if (view.hovered !== null) marks[view.hovered].classList.remove("hovered");
   view.hovered = at;
   if (at !== null) marks[at].classList.add("hovered");

@@ -20,7 +20,7 @@ function put(node, properties) {
 
 function make(tag, properties = {}, ...children) {
   const node = put(document.createElement(tag), properties);
-  node.append(...children.flat().filter((child) => child !== null && child !== ""));
+  node.append(...children.flat(2).filter((child) => child !== null && child !== ""));
   return node;
 }
 
@@ -34,15 +34,15 @@ function draw(tag, attributes, ...children) {
 
 function digits(value) {
   const size = Math.abs(value);
-  if (size && size < 1e-3) return value.toExponential(1);
+  if (size && size < 1e-2) return value.toExponential(1);
   return size < 1000 ? value.toPrecision(3) : String(Math.round(value));
 }
 
 const minus = (text) => text.replaceAll("-", "−");
 const signed = (value) => (value > 0 ? "+" : "") + minus(digits(value)); // as many digits each: for columns
-const short = (value) => minus(Math.abs(value) < 1e-3 ? digits(value) : String(+digits(value)));
+const short = (value) => value === 0 ? "0" : minus(Math.abs(value) < 1e-2 ? digits(value) : String(+digits(value)));
 const count = (value) => value.toLocaleString("en");
-const percent = (share) => (share < 1e-4 ? "< 0.01 %" : share < 0.0995 ? `${(100 * share).toPrecision(2)} %` : `${Math.round(100 * share)} %`);
+const percent = (share) => (share < 1e-3 ? "< 0.1 %" : share < 0.0995 ? `${(100 * share).toPrecision(2)} %` : `${Math.round(100 * share)} %`);
 
 // ---- text of tokens: whitespace and control characters made visible ----
 
@@ -71,10 +71,20 @@ function pieces(text) {
 }
 
 const glyphs = (text) => pieces(text).map(([piece, apart]) => (apart ? make("i", {}, piece) : piece));
-const spans = (text) => pieces(text).map(([piece, apart]) => draw("tspan", apart ? { class: "apart" } : {}, piece));
 const plain = (text) => text.replace(SPECIAL, sign);
 const quoted = (text) => `“${plain(text)}”`;
 const cut = (text, most) => ([...text].length > most ? `${[...text].slice(0, most - 1).join("")}…` : text);
+
+// the first pieces of a text, as parts of an SVG text
+function spans(text, most) {
+  const parts = [];
+  for (const [piece, apart] of pieces(text)) {
+    parts.push(draw("tspan", apart ? { class: "apart" } : {}, cut(piece, Math.max(2, most))));
+    most -= [...piece].length;
+    if (most <= 0) break;
+  }
+  return parts;
+}
 
 // ---- nodes and links ----
 
@@ -115,8 +125,8 @@ const usual = {
   pins: (data.q.pinnedIds ?? []).map((id) => numberOf.get(id)),
   groups: (data.q.supernodes ?? []).map(([name, ...ids]) => ({ name, members: ids.map((id) => numberOf.get(id)) })),
   labels: new Map(JSON.parse(data.q.clerps || "[]").map(([feature, label]) => [String(feature), label])),
-  reach: reaches[1],
-  least: Math.abs(weight[byStrength[Math.round(0.2 * nodes.length)] ?? byStrength.at(-1)] ?? 0), // weight of links drawn
+  reach: data.q.pruningThreshold ?? reaches[1], // of influence, cumulative: nodes beyond it are hidden
+  least: Math.abs(weight[byStrength[20 + Math.round(0.2 * nodes.length)] ?? byStrength.at(-1)] ?? 0), // weight of links drawn
   effect: 0, // the target whose total effects colour the drawing
   query: "",
   larger: false,
@@ -143,7 +153,7 @@ const isVisible = (at) => {
 function labelOf(at) {
   const { kind, label, feature, number, type, position } = nodes[at];
   const given = kind === "feature" ? state.labels.get(String(feature)) : undefined;
-  if (given || label) return plain(given || label);
+  if (given || label.trim()) return plain(given || label);
   if (kind === "feature") return `feature ${number}`;
   if (kind === "token" && position !== null) return quoted(tokens[position]);
   return kind === "target" ? "target" : type;

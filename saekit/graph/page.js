@@ -182,15 +182,14 @@ function change(part, moved) {
 
 const KEPT = 40; // steps of the way that are kept
 
+const wayOn = () => (state.node === null ? state.trail : [...state.trail, state.node].slice(-KEPT));
+
 function select(at) {
-  if (at === state.node || at === null) return;
-  const way = state.node === null ? state.trail : [...state.trail, state.node].slice(-KEPT);
-  change({ node: at, group: null, trail: way });
+  if (at !== state.node || state.group !== null) change({ node: at, group: null, trail: wayOn() });
 }
 
 function selectGroup(name) {
-  const way = state.node === null ? state.trail : [...state.trail, state.node].slice(-KEPT);
-  change({ group: name, node: null, trail: way });
+  change({ group: name, node: null, trail: wayOn() });
 }
 
 function goBack() {
@@ -274,8 +273,7 @@ function listen() {
   });
   figure.addEventListener("click", (event) => {
     const at = under(event);
-    if (at === null) clear();
-    else if (event.shiftKey) pin(at);
+    if (event.shiftKey && at !== null) pin(at);
     else select(at);
   });
   document.addEventListener("pointerover", (event) => {

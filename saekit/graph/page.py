@@ -37,9 +37,10 @@ def page(data: Mapping[str, Any]) -> str:
     """The page as HTML, of a graph in the JSON of circuit-tracer's frontend and Neuronpedia.
 
     ``data`` has ``metadata`` (``prompt_tokens``), ``nodes``, ``links`` and ``qParams`` (what is pinned, grouped and
-    labelled when the page opens). Two keys are ours: a node's ``total_effect``, what it adds to every target over all
-    paths, in the order of the target nodes; and ``contexts``, which maps a node's id to texts on which its feature is
-    most active, {"tokens": [...], "values": [...], "at": index of the peak}.
+    labelled when the page opens). Some keys are ours: a node's ``total_effect``, what it adds to every target over all
+    paths, in the order of the target nodes; its ``position``, -1 for none; its ``stand``, a number in ``saekit.stands``,
+    which says of what dictionary it is; and ``contexts``, which maps a node's id to texts on which its feature is most
+    active, {"tokens": [...], "values": [...], "at": index of the peak}.
     """
     _check(data)
     here = Path(__file__).parent
@@ -75,8 +76,10 @@ def _check(data: Mapping[str, Any]) -> None:
                 f"node_id {name!r} is not unique: nodes[{seen[name]}] and nodes[{number}] have it; give every node its own"
             )
         seen[name] = number
-        if not re.fullmatch(r"E|-?\d+", layer):
-            raise SaekitError(f"node {name!r} has layer {layer!r}; write a number, or E for embeddings")
+        if not re.fullmatch(r"E|-1|\d+", layer):
+            raise SaekitError(
+                f"node {name!r} has layer {layer!r}; write a number, E for embeddings, or -1 for none"
+            )
         if position is not None and not -1 <= position < n_tokens:
             raise SaekitError(
                 f"node {name!r} has ctx_idx {position}, but metadata.prompt_tokens has {n_tokens} tokens; give all of the prompt's"
@@ -135,7 +138,7 @@ def _content(data: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "facts": {k: v for k, v in facts.items() if k not in ("slug", "title_prefix", "schema_version")},
         "tokens": list(data["metadata"].get("prompt_tokens", ())),
-        "nodes": [_node(node, cantor) for node in data["nodes"]],
+        "nodes": [_node(node, cantor, data.get("saekit", {}).get("stands", ())) for node in data["nodes"]],
         "source": [at[link["source"]] for link in data["links"]],
         "target": [at[link["target"]] for link in data["links"]],
         "weight": [_rounded(link["weight"]) for link in data["links"]],
@@ -146,9 +149,10 @@ def _content(data: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _node(node: Mapping[str, Any], cantor: bool) -> dict[str, Any]:
-    kind = _kind(node)
-    layer, position, feature = str(node["layer"]), node["ctx_idx"], node.get("feature")
+def _node(node: Mapping[str, Any], cantor: bool, stands: Sequence[str]) -> dict[str, Any]:
+    kind, stand = _kind(node), node.get("stand", -1)
+    # viewers need a place to draw a node at; ours says where it is, if anywhere
+    layer, position, feature = str(node["layer"]), node.get("position", node["ctx_idx"]), node.get("feature")
     number = feature
     if kind == "feature" and cantor and feature is not None:
         diagonal = (math.isqrt(8 * feature + 1) - 1) // 2
@@ -157,8 +161,8 @@ def _node(node: Mapping[str, Any], cantor: bool) -> dict[str, Any]:
     return {
         "id": node["node_id"],
         "kind": kind,
-        "type": node["feature_type"],
-        "layer": None if layer == "E" else int(layer),
+        "type": stands[stand] if 0 <= stand < len(stands) else node["feature_type"],
+        "layer": None if layer == "E" or int(layer) < 0 else int(layer),
         "position": None if position is None or position < 0 else position,
         "feature": feature,
         "number": number,

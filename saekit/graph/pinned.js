@@ -4,7 +4,7 @@
 
 const board = byId("board");
 const ticked = new Set(); // boxes to be grouped next, by key
-const BOX = { width: 164, height: 38, gap: 10, column: 250 };
+const BOX = { width: 178, height: 38, gap: 8, between: 44 };
 
 function boxes() {
   const grouped = new Set(state.groups.flatMap((group) => group.members));
@@ -14,7 +14,7 @@ function boxes() {
     ...state.pins.filter((at) => !grouped.has(at)).map((at) => ({ key: `node ${at}`, at, members: [at], name: targetName(at) })),
   ];
   for (const box of some) {
-    box.depth = Math.round(2 * mean(box.members.map((at) => rowAt[at])));
+    box.depth = mean(box.members.map((at) => rowAt[at]));
     box.along = mean(box.members.map((at) => columnAt[at]));
   }
   return some.sort((a, b) => a.depth - b.depth || a.along - b.along);
@@ -37,17 +37,32 @@ function sums(some) {
   return [...found.values()].sort((a, b) => Math.abs(b.sum) - Math.abs(a.sum));
 }
 
-function placeBoxes(some) {
-  const columns = [...new Set(some.map((box) => box.depth))];
-  const tall = Math.max(...columns.map((depth) => some.filter((box) => box.depth === depth).length));
-  const height = Math.max(board.clientHeight - 8, tall * (BOX.height + BOX.gap) + BOX.gap);
-  const pitch = Math.max(BOX.width + 70, Math.min(BOX.column, (board.clientWidth - BOX.width - 32) / Math.max(1, columns.length - 1)));
-  columns.forEach((depth, column) => {
-    const here = some.filter((box) => box.depth === depth);
-    const step = Math.min(BOX.height + 26, (height - BOX.gap) / here.length);
-    here.forEach((box, index) => Object.assign(box, { x: 12 + column * pitch, y: height / 2 + (index - (here.length - 1) / 2) * step }));
+// columns by the longest way that leads to a box, fewer where there is no room for so many
+function placeBoxes(some, found) {
+  const depths = new Map();
+  for (const box of some) {
+    const before = found.filter(({ from, to }) => to === box && depths.has(from)).map(({ from }) => depths.get(from));
+    depths.set(box, Math.max(-1, ...before) + 1);
+  }
+  // what nothing leads to stands right before where it leads, but for tokens
+  for (const box of some) {
+    const after = found.filter(({ from }) => from === box).map(({ to }) => depths.get(to));
+    if (!found.some(({ to }) => to === box) && rowKeys[Math.floor(box.depth)] >= 0 && after.length) depths.set(box, Math.max(0, Math.min(...after) - 1));
+  }
+  const needed = Math.max(...depths.values()) + 1;
+  const fits = Math.max(2, Math.floor((board.clientWidth - 24 + BOX.between) / (BOX.width + BOX.between)));
+  const n = Math.min(needed, fits);
+  const columns = Array.from({ length: n }, () => []);
+  for (const [box, depth] of depths) columns[Math.floor((depth * n) / needed)].push(box);
+  const tall = Math.max(...columns.map((column) => column.length));
+  const height = Math.max(board.clientHeight - 4, tall * (BOX.height + BOX.gap) + BOX.gap);
+  const pitch = Math.max(BOX.width + BOX.between, Math.min(270, (board.clientWidth - BOX.width - 24) / Math.max(1, n - 1)));
+  columns.forEach((column, at) => {
+    const step = Math.min(BOX.height + 26, (height - BOX.gap) / column.length);
+    column.sort((a, b) => a.along - b.along);
+    column.forEach((box, index) => Object.assign(box, { column: at, x: 12 + at * pitch, y: height / 2 + (index - (column.length - 1) / 2) * step }));
   });
-  return { width: 24 + BOX.width + (columns.length - 1) * pitch, height };
+  return { width: 24 + BOX.width + (n - 1) * pitch, height };
 }
 
 function boxElement(box) {
@@ -69,25 +84,32 @@ function boxElement(box) {
   return element;
 }
 
+const around = ({ x, y }) => ({ left: x - 25, right: x + 25, top: y - 7, bottom: y + 7 });
+
+// a point of the curve that leaves and arrives level
+function along(t, x0, x1, x2, x3, y0, y3) {
+  const [u, v, w, z] = [(1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t * t * (1 - t), t ** 3];
+  return { x: u * x0 + v * x1 + w * x2 + z * x3, y: (u + v) * y0 + (w + z) * y3 };
+}
+
 function linkElements({ from, to, sum, links }, largest, room) {
   const share = Math.abs(sum) / largest;
-  const [a, b] = [{ x: from.x + BOX.width, y: from.y }, { x: to.x, y: to.y }];
-  const same = from.depth === to.depth;
-  const bend = Math.max(36, 0.45 * Math.abs(b.x - a.x));
-  const d = same
-    ? `M${a.x} ${a.y}C${a.x + 46} ${a.y} ${a.x + 46} ${b.y} ${a.x} ${b.y}`
-    : `M${a.x} ${a.y}C${a.x + bend} ${a.y} ${b.x - bend} ${b.y} ${b.x} ${b.y}`;
-  const line = draw("path", { d, class: sum < 0 ? "flow negative" : "flow", "--share": share.toFixed(3) });
+  const same = from.column === to.column; // then around the right, from one of a column to another
+  const back = same ? -1 : 1;
+  const [a, b] = [{ x: from.x + BOX.width, y: from.y }, { x: same ? to.x + BOX.width : to.x, y: to.y }];
+  const tip = b.x - 6 * back;
+  const bend = same ? 34 : Math.max(30, 0.45 * Math.abs(b.x - a.x));
+  const d = `M${a.x} ${a.y}C${a.x + bend} ${a.y} ${tip - bend * back} ${b.y} ${tip} ${b.y}`;
+  const sort = sum < 0 ? " negative" : "";
+  const line = draw("g", { class: `flow${sort}`, "--share": share.toFixed(3) }, draw("path", { d }), draw("path", { class: "tip", d: `M${b.x} ${b.y}L${tip - 2 * back} ${b.y - 4}V${b.y + 4}z` }));
   const wide = draw("path", { d, class: "reach" });
   const said = `${from.name} → ${to.name}\n${signed(sum)}${links > 1 ? `, sum of ${links} links` : ""}`;
   wide.dataset.tip = said;
   const elements = [line, wide];
-  // nearer to where it ends, since what ends there is compared
-  const at = same ? { x: a.x + 36, y: (a.y + b.y) / 2 } : { x: a.x + 0.6 * (b.x - a.x), y: a.y + 0.648 * (b.y - a.y) };
-  const clear = room.every((other) => Math.abs(other.x - at.x) > 44 || Math.abs(other.y - at.y) > 13);
-  if (share > 0.04 && clear) {
-    room.push(at);
-    elements.push(draw("text", { x: at.x, y: at.y, class: "sum" }, signed(sum)));
+  const spot = [0.35, 0.5, 0.65, 0.2, 0.8].map((t) => along(t, a.x, a.x + bend, tip - bend * back, tip, a.y, b.y)).find((at) => room.every((one) => !overlap(one, around(at))));
+  if (share > 0.03 && spot) {
+    room.push(around(spot));
+    elements.push(draw("text", { ...spot, class: "sum" }, signed(sum)));
   }
   return elements;
 }
@@ -103,10 +125,10 @@ function drawBoard() {
     sayTicked();
     return;
   }
-  const { width, height } = placeBoxes(some);
   const found = sums(some);
+  const { width, height } = placeBoxes(some, found);
   const largest = Math.abs(found[0]?.sum ?? 1);
-  const room = [];
+  const room = some.map(({ x, y }) => ({ left: x, right: x + BOX.width, top: y - BOX.height / 2, bottom: y + BOX.height / 2 }));
   const lines = draw("svg", { width, height, "aria-hidden": "true" });
   const drawn = found.map((one) => linkElements(one, largest, room));
   for (const layer of [0, 1, 2]) lines.append(...drawn.map((elements) => elements[layer]).filter(Boolean).reverse());

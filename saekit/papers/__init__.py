@@ -31,5 +31,6 @@ PAPERS = Registry(
         "codebook-features": "saekit.papers.codebook_features:ROW",
         "complete-replacement": "saekit.papers.complete_replacement:ROW",
         "mutual-regularisation": "saekit.papers.mutual_regularisation:ROW",
+        "sparse-attention-decomposition": "saekit.papers.sparse_attention_decomposition:ROW",
     },
 )

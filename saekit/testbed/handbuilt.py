@@ -25,7 +25,7 @@ D_DISTRACTOR = 4  # dimensions of a distractor head
 # ("token", position), ("position", position), ("bias", layer), ("head", layer, head, position),
 # ("neuron", layer, neuron, position), ("feature", layer, feature, position), ("target", token)
 Node = tuple[str | int, ...]
-Moves = Sequence[tuple[Float[Tensor, "row feature"], Float[Tensor, "row feature"]]]
+Moves = Sequence[tuple[Float[Tensor, "_ feature"], Float[Tensor, "_ feature"]]]
 
 
 class Edge(NamedTuple):
@@ -157,18 +157,27 @@ class Builder:
         (q, k), (v, o) = ([torch.cat(side) for side in zip(*pairs, strict=True)] for pairs in (looks, moves))
         self.heads[layer].append(_Head(q, k, v, o))
 
-    def neuron(self, layer: int, read: Float[Tensor, " feature"], bias: float, write: Float[Tensor, " feature"]) -> None:
+    def neuron(
+        self, layer: int, read: Float[Tensor, " feature"], bias: float, write: Float[Tensor, " feature"]
+    ) -> None:
         """A neuron, ``ReLU(read x + bias)`` times ``write``."""
         self.neurons[layer].append(_Neuron(read, bias, write))
 
     def finish(self, prompts: Callable[[int, torch.Generator], list[Prompt]], outputs: Sequence[int], *,
                distractors: int = 0, rotate: bool = False, width: int | None = None, norm: str = "none",
                seed: int = 0) -> Known:  # fmt: skip
-        """The model. ``distractors``: so many heads and neurons in each layer that read anything and write little.
+        """The model; logits of tokens that are no outputs lie 1 lower.
+
+        ``distractors``: so many heads and neurons in each layer that read anything and write little.
 
         ``rotate``: the features' directions are rotated, which leaves the function as it is. ``width``: of the stream;
         below the number of features they are superposed.
         """
+        if norm == "layer":
+            raise SaekitError(
+                "norm = 'layer' takes a mean over dimensions that are features here; choose 'rms' or 'none'"
+            )
+        self.b_U += torch.isin(torch.arange(len(self.b_U)), torch.tensor(outputs)).float() - 1
         frame = directions(self.n, width, rotate, seed)
         g = torch.Generator().manual_seed(seed)
         heads = [[*own, *(self._distractor_head(g) for _ in range(distractors))] for own in self.heads]
@@ -186,7 +195,9 @@ class Builder:
         return Known(model, prompts, torch.tensor(outputs), frame, self.spaces)
 
     def _distractor_head(self, g: torch.Generator) -> _Head:
-        q, k, v, o = (torch.randn(D_DISTRACTOR, self.n, generator=g) / math.sqrt(D_DISTRACTOR) for _ in range(4))
+        q, k, v, o = (
+            torch.randn(D_DISTRACTOR, self.n, generator=g) / math.sqrt(D_DISTRACTOR) for _ in range(4)
+        )
         return _Head(q, k, v, SMALL * math.sqrt(D_DISTRACTOR) * o)
 
     def _distractor_neuron(self, g: torch.Generator) -> _Neuron:

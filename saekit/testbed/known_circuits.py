@@ -76,7 +76,9 @@ def _repeated(b: Builder, g: torch.Generator) -> Prompt:
         Pair(("token", q), first, second, k, SHARP),
     )
     path = (("token", k), ("feature", 0, b.spaces["tok"][answer], k), ("feature", 1, b.spaces["out"][answer], q), ("target", answer))  # fmt: skip
-    return Prompt(torch.tensor(tokens), (answer,), edges, pairs, {(("token", k), ("target", answer)): 1.0}, path)
+    return Prompt(
+        torch.tensor(tokens), (answer,), edges, pairs, {(("token", k), ("target", answer)): 1.0}, path
+    )
 
 
 def indirect_object(**options: Any) -> Known:
@@ -152,11 +154,15 @@ def lookup(**options: Any) -> Known:
     colon, values, keys = 1, range(2, 2 + KEYS), range(2 + KEYS, 2 + 2 * KEYS)
     vocabulary, context = keys[-1] + 1, 20
     b = Builder({"value": KEYS, "key": KEYS, "kind": 1, "pos": context, "brought": KEYS, "out": KEYS}, vocabulary, context, layers=2)  # fmt: skip
-    value, key, begin, pos, brought, out = (b.rows(s) for s in ("value", "key", "kind", "pos", "brought", "out"))
+    value, key, begin, pos, brought, out = (
+        b.rows(s) for s in ("value", "key", "kind", "pos", "brought", "out")
+    )
     b.W_E[values[0] : keys[0]], b.W_E[keys[0] :], b.W_E[0] = value, key, begin
     b.W_U[values[0] : keys[0]] = out
     b.W_pos += pos
-    b.head(0, [(SHARP * pos[2:], pos[:-2]), (SHARP * pos[:2].sum(0, keepdim=True), pos[:1])], [(value, brought)])
+    b.head(
+        0, [(SHARP * pos[2:], pos[:-2]), (SHARP * pos[:2].sum(0, keepdim=True), pos[:1])], [(value, brought)]
+    )
     b.head(1, [(SHARP * key, key), (-SHARP * pos, pos)], [(brought, out)])
 
     def prompts(count: int, g: torch.Generator) -> list[Prompt]:
@@ -179,7 +185,9 @@ def _docstring(b: Builder, values: range, keys: range, colon: int, g: torch.Gene
         Pair(("token", q), ("token", p), match, p, SHARP),
     )
     path = (("token", p - 2), ("feature", 0, b.spaces["brought"][v], p), ("feature", 1, b.spaces["out"][v], q), target)  # fmt: skip
-    totals: dict[tuple[Node, Node], float] = {(node, target): 1.0 for node in (("token", p - 2), bring, match)}
+    totals: dict[tuple[Node, Node], float] = {
+        (node, target): 1.0 for node in (("token", p - 2), bring, match)
+    }
     return Prompt(torch.tensor(tokens), (values[v],), edges, pairs, totals, path)
 
 
@@ -201,9 +209,15 @@ def backup(**options: Any) -> Known:
     b.W_U[signals[0] :] = out
     rest = (SHARP * (is_begin + is_word + is_signal), is_begin)
     written = out.sum(0, keepdim=True)
-    gate = SHARP + math.log(1 / SHARE - 1)  # less attention for the signal, against the first token's score of 0
+    gate = SHARP + math.log(
+        1 / SHARE - 1
+    )  # less attention for the signal, against the first token's score of 0
     b.head(0, [(SHARP * is_end, is_signal), rest], [(signal, out)])
-    b.head(1, [(SHARP * is_end, is_signal - is_word - is_end), (-gate * written, is_signal), rest], [(signal, out)])
+    b.head(
+        1,
+        [(SHARP * is_end, is_signal - is_word - is_end), (-gate * written, is_signal), rest],
+        [(signal, out)],
+    )
     b.head(1, [(SHARP * is_end, is_end), rest], [(out, -INHIBITION * out)])
 
     def prompts(count: int, g: torch.Generator) -> list[Prompt]:

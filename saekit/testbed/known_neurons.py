@@ -22,7 +22,9 @@ def boolean(**options: Any) -> Known:
     """
     begin, bit, equals, first = 0, 1, 3, 4
     n = len(OPERATIONS)
-    b = Builder({"bit": 1, "kind": 3, "pos": BITS + 2, "a": 1, "b": 1, "out": n}, first + 2 * n, BITS + 2, layers=1)
+    b = Builder(
+        {"bit": 1, "kind": 3, "pos": BITS + 2, "a": 1, "b": 1, "out": n}, first + 2 * n, BITS + 2, layers=1
+    )
     is_begin, is_bit, is_equals = (b.rows("kind", i) for i in range(3))
     out = b.rows("out")
     b.W_E[begin], b.W_E[bit : bit + 2], b.W_E[equals] = is_begin, is_bit, is_equals
@@ -51,7 +53,9 @@ def _bits(bits: list[int], first: int) -> Prompt:
     for i, on in enumerate(bits[:2]):
         head = ("head", 0, i, q)
         edges += [Edge(("token", i + 1), head, 1.0)] * on
-        edges += [Edge(head, neuron, 1.0) for neuron, value in zip(neurons, values, strict=True) if on and value]
+        edges += [
+            Edge(head, neuron, 1.0) for neuron, value in zip(neurons, values, strict=True) if on and value
+        ]
     if values[1]:
         edges.append(Edge(("bias", 0), neurons[1], -1.0))
     answers = []
@@ -162,5 +166,7 @@ def transcoders(known: Known) -> tuple[list[Dictionary], Dictionary]:
     across.parts[0].encoder.copy_(stages[0])
     written = [GAIN ** (i + 1) * stages[i + 1] for i in range(layers)]
     across.parts[0].atoms.weight.copy_(torch.cat(written, 1))
-    across.reads, across.writes = (tuple(f"layers.{i}.mlp:{side}" for i in range(layers)) for side in ("in", "out"))
+    across.reads, across.writes = (
+        tuple(f"layers.{i}.mlp:{side}" for i in range(layers)) for side in ("in", "out")
+    )
     return single, across.eval()

@@ -1,0 +1,233 @@
+"""A graph in the JSON that circuit-tracer's viewer and Neuronpedia open, with what saekit needs to read it back."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from scipy.sparse import csr_array
+
+from saekit import records
+from saekit.activations import write_atomic
+from saekit.graph.data import KINDS, Graph, Nodes
+from saekit.graph.files import LISTS
+from saekit.types import SaekitError
+
+DRAWN = 2000  # nodes that a page draws; a larger graph is pruned for it
+TYPES = {
+    "token": "embedding", "position": "position embedding", "bias": "bias", "error": "mlp reconstruction error",
+    "feature": "cross layer transcoder", "pruned": "pruned mass", "target": "logit",
+}  # fmt: skip
+Labels = Mapping[tuple[int, int], str]  # of (stand, feature)
+Contexts = Mapping[tuple[int, int], Sequence[Mapping[str, Any]]]
+
+
+def ids(graph: Graph) -> list[str]:
+    """A name for each node that no other has: ``3_117_5`` is feature 117 of layer 3's first dictionary at position 5."""
+    n = graph.nodes
+    first: dict[int, int] = {}
+    for stand in sorted({int(s) for s in n.stand if s >= 0}):
+        for layer in np.unique(n.layer[n.stand == stand]).tolist():
+            first.setdefault(layer, stand)
+    out = []
+    for kind, layer, at, stand, place in zip(n.kind, n.layer, n.position, n.stand, n.place, strict=True):
+        own = "" if stand == first.get(int(layer)) else f"d{stand}_"
+        match KINDS[kind]:
+            case "token":
+                out.append(f"E_{place}_{at}")
+            case "position":
+                out.append(f"P_{at}")
+            case "bias":
+                out.append(f"{layer}_bias_{place}_{max(at, 0)}")
+            case "error":
+                out.append(f"{layer}_error_{own}{at}")
+            case "feature":
+                out.append(f"{layer}_{own}{place}_{at}")
+            case "pruned":
+                out.append("pruned")
+            case _:
+                out.append(f"{layer + 1}_{_vocabulary(graph, int(place))}_{at}")
+    return out
+
+
+def _vocabulary(graph: Graph, target: int) -> int:
+    """A target's token, or a number behind all tokens."""
+    name = graph.targets[target]
+    return int(name) if name.isdecimal() else int(graph.about.get("vocabulary", 10**6)) + target
+
+
+def export(
+    graph: Graph, path: "str | Path | None" = None, slug: str = "graph", labels: Labels | None = None,
+    contexts: Contexts | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """The graph as JSON of circuit-tracer's schema 1 (also Neuronpedia's); written to ``path``, where one is given.
+
+    ``labels`` names features by ``(stand, feature)``; ``contexts`` gives texts on which they are active, each with
+    ``tokens``, ``values`` and ``at``. The same graph makes the same bytes.
+    """
+    if not re.fullmatch(r"[a-z0-9-]+", slug):
+        raise SaekitError(f"slug {slug!r} must be lower-case letters, digits and dashes")
+    names = ids(graph)
+    words = graph.words or tuple(str(token) for token in graph.tokens)
+    data = {
+        "metadata": {
+            "slug": slug, "scan": str(graph.about.get("model", "custom")), "transcoder_list": [],
+            "prompt_tokens": list(words), "prompt": "".join(words), "node_threshold": 1.0, "schema_version": 1,
+            "info": {"generator": {"name": "saekit", "version": version("saekit")}, "create_time_ms": 0},
+        },
+        "qParams": {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": "", "clerps": "[]"},
+        "nodes": _nodes(graph, names, words, labels or {}),
+        "links": _links(graph, names),
+        "saekit": {
+            **{name: list(getattr(graph, name)) for name in LISTS}, "about": graph.about,
+            "dropped": graph.dropped.tolist(), "aware": graph.aware.tolist(), "half": str(graph.rows.dtype),
+        },
+    }  # fmt: skip
+    if contexts:
+        n = graph.nodes
+        features = np.flatnonzero(graph.of_kind("feature"))
+        keys = {names[i]: (int(n.stand[i]), int(n.place[i])) for i in features}
+        data["contexts"] = {name: list(contexts[key]) for name, key in keys.items() if key in contexts}
+    if path is not None:
+        write_atomic(Path(path), json.dumps(data).encode())
+    return data
+
+
+def _cumulative(influence: Float[np.ndarray, " node"], free: np.ndarray) -> np.ndarray:
+    """The share of the influence that is reached with each node, the strongest first."""
+    order = np.argsort(-influence[free], kind="stable")
+    at = np.flatnonzero(free)[order]
+    out = np.ones(len(influence))
+    out[at] = np.cumsum(influence[at]) / max(influence[at].sum(), 1e-300)
+    return out
+
+
+def _nodes(graph: Graph, names: list[str], words: Sequence[str], labels: Labels) -> list[dict[str, Any]]:
+    n, influence = graph.nodes, graph.influence()
+    reached = _cumulative(influence, ~graph.of_kind("target", "pruned"))
+    totals = graph.total_effects()
+    last = len(graph.tokens) - 1
+    out = []
+    for i, name in enumerate(names):
+        kind, layer, at, stand, place = (
+            int(getattr(n, c)[i]) for c in ("kind", "layer", "position", "stand", "place")
+        )
+        what, target = KINDS[kind], KINDS[kind] == "target"
+        number = {
+            "feature": _cantor(layer, place),
+            "token": at,
+            "target": _vocabulary(graph, place) if target else 0,
+        }
+        label = labels.get((stand, place), "") if what == "feature" else graph.label(i)
+        if target:
+            label = f'Output "{graph.output(place)}" (p={graph.weights[place]:.3f})'
+        where = last if at < 0 else at
+        out.append({
+            "node_id": name, "feature": number.get(what, -1), "layer": "E" if layer < 0 else str(layer + target),
+            "ctx_idx": where, "feature_type": TYPES[what], "jsNodeId": _js(what, name, layer, at, place), "clerp": label,
+            "influence": None if target else float(reached[i]), "activation": _number(n.value[i]),
+            "token_prob": float(graph.weights[place]) if target else 0.0, "is_target_logit": target,
+            "run_idx": 0, "reverse_ctx_idx": 0, "kind": what, "stand": stand, "place": place, "depth": layer,
+            "position": at, "total_effect": totals[:, i].tolist(),
+        })  # fmt: skip
+    return out
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
+def _cantor(layer: int, feature: int) -> int:
+    both = layer + feature
+    return both * (both + 1) // 2 + feature
+
+
+def _js(kind: str, name: str, layer: int, at: int, place: int) -> str:
+    match kind:
+        case "token":
+            return f"E_{place}-{at}"
+        case "feature":
+            return f"{layer}_{place}-0"
+        case "target":
+            return f"L_{place}-{at}"
+    return f"{name}-0"
+
+
+def _links(graph: Graph, names: list[str]) -> list[dict[str, Any]]:
+    rows = graph.rows
+    targets = np.repeat(graph.of, np.diff(rows.indptr)).tolist()
+    return [
+        {"source": names[s], "target": names[t], "weight": w}
+        for s, t, w in zip(rows.indices.tolist(), targets, rows.data.tolist(), strict=True)
+    ]
+
+
+SHAPE = {
+    "nodes": [{"node_id": str, "kind": str, "depth": int, "position": int, "stand": int, "place": int}],
+    "links": [{"source": str, "target": str, "weight": float}],
+    "saekit": {**{name: [kind] for name, kind in LISTS.items()}, "about": dict, "dropped": [float], "aware": [list], "half": str},
+}  # fmt: skip
+
+
+def read(data: "dict[str, Any] | str | Path") -> Graph:
+    """A graph from the JSON that :func:`export` made, exactly as it was."""
+    fix = "export the graph again"
+    if isinstance(data, str | Path):
+        data = records.read(Path(data), "an exported graph", SHAPE, fix)
+    else:
+        records.check(data, SHAPE, "an exported graph", fix)
+    number = {node["node_id"]: i for i, node in enumerate(data["nodes"])}
+    if len(number) < len(data["nodes"]):
+        raise SaekitError(f"an exported graph names two nodes alike; {fix}")
+    table = Nodes(
+        np.array([KINDS.index(node["kind"]) for node in data["nodes"]]),
+        *(np.array([node[c] for node in data["nodes"]]) for c in ("depth", "position", "stand", "place")),
+        np.array([np.nan if node["activation"] is None else node["activation"] for node in data["nodes"]]),
+    )
+    of = np.flatnonzero(np.isin(table.kind, [KINDS.index("feature"), KINDS.index("target")]))
+    extra = data["saekit"]
+    try:
+        ends = [(number[link["target"]], number[link["source"]]) for link in data["links"]]
+    except KeyError as error:
+        raise SaekitError(
+            f"an exported graph has a link to {error}, which is none of its nodes; {fix}"
+        ) from None
+    weights = np.array([link["weight"] for link in data["links"]], extra["half"])
+    at, sources = np.array(ends, np.int64).reshape(-1, 2).T
+    line = np.searchsorted(of, at)
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(line, minlength=len(of)))])
+    rows = csr_array((weights, sources.astype(np.int32), offsets), shape=(len(of), len(table)))
+    lists = {name: tuple(extra[name]) for name in LISTS}
+    aware = np.array(extra["aware"], np.float64).reshape(len(extra["targets"]), len(table))
+    return Graph(
+        nodes=table,
+        rows=rows,
+        of=of,
+        dropped=np.array(extra["dropped"]),
+        aware=aware,
+        about=extra["about"],
+        **lists,
+    )
+
+
+def html(
+    graph: Graph,
+    path: "str | Path | None" = None,
+    labels: Labels | None = None,
+    contexts: Contexts | None = None,
+) -> str:
+    """The graph as one page that needs no network; written to ``path``, where one is given.
+
+    A graph of more than 2000 nodes is pruned first, so that it can be drawn.
+    """
+    from saekit.graph.page import page
+
+    shown = graph.prune() if len(graph.nodes) > DRAWN else graph
+    text = page(export(shown, labels=labels, contexts=contexts))
+    if path is not None:
+        write_atomic(Path(path), text.encode())
+    return text
