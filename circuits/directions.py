@@ -23,6 +23,7 @@ FIRING, KEPT = (
     0.7,
 )  # attention of a firing, and the share of what heads add that is followed up (Franco & Crovella)
 SIDES = ("query", "source")
+Change = tuple[int, Tensor]  # a position, and what is added to the stream there [d]
 EXACT = 1e-6  # of the score: by so much a sum over all directions may miss it in fp64, of fp32 weights
 
 
@@ -264,7 +265,7 @@ def follow(firing: Firing, kept: float = KEPT, least: float = FIRING) -> list[St
 
 
 @torch.no_grad()
-def attention_with(firing: Firing, changes: Sequence[tuple[int, Float[Tensor, " d"]]]) -> float:
+def attention_with(firing: Firing, changes: Sequence[Change]) -> float:
     """The firing's attention if the stream at some positions were changed, before this head alone (sizes follow)."""
     block = firing.frozen.weights.blocks[firing.layer]
     stream = firing.frozen.seen[firing.layer]["resid_pre"].clone()
@@ -275,9 +276,7 @@ def attention_with(firing: Firing, changes: Sequence[tuple[int, Float[Tensor, " 
 
 
 @torch.no_grad()
-def logits_with(
-    firing: Firing, changes: Sequence[tuple[int, Float[Tensor, " d"]]]
-) -> Float[Tensor, "seq vocabulary"]:
+def logits_with(firing: Firing, changes: Sequence[Change]) -> Float[Tensor, "seq vocabulary"]:
     """The model's logits if the stream before the firing's layer were changed, for all that comes behind it."""
     w = firing.frozen.weights
     x = firing.frozen.seen[firing.layer]["resid_pre"].clone()
@@ -294,7 +293,7 @@ def scaled(
     of: Float[Tensor, " d"],
     factor: float,
     some: "Int[Tensor, ' kept'] | None" = None,
-) -> tuple[int, Float[Tensor, " d"]]:
+) -> Change:
     """The change of one side's stream that scales what ``some`` directions (None: ``kept``) read of ``of``.
 
     ``of`` is something that was written there, or the whole stream; a ``factor`` of 0 removes, one above 1 boosts.

@@ -6,28 +6,30 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saekit.circuits.frozen import Frozen, Site, canonical
-from saekit.circuits.places import Written
-from saekit.circuits.weights import Norm
+from saekit.circuits.frozen import Site, canonical
+from saekit.circuits.rows import Own, Trace
+from saekit.circuits.weights import Norm, run_block
 
 Changes = Mapping[Site, Float[Tensor, "batch seq d"]]
 
 
 class FrozenPass:
-    """A batch of passes with patterns, norms' sizes and neurons' slopes as they were on the prompt.
+    """A batch of passes with patterns, norms' sizes, neurons' slopes and active features as they were on the prompt.
 
-    ``changes`` is added at sites; (0, "resid_pre") is the embedding. What dictionaries write (``cuts``) stays as it was
-    but for the changes there, and for what a skip passes on: features don't react. :attr:`seen` has every site.
+    ``changes`` is added at sites; (0, "resid_pre") is the embedding. What dictionaries write stays as it was but for the
+    changes there, for what a skip passes on and, where features ``react``, for what the active ones make of what they
+    read, linearly. :attr:`seen` has every site.
     """
 
-    def __init__(self, frozen: Frozen, cuts: Mapping[Site, Written], changes: Changes):
-        self.frozen, self.cuts, self.changes = frozen, cuts, changes
+    def __init__(self, run: Trace, changes: Changes, react: bool = False):
+        self.run, self.frozen, self.changes, self.react = run, run.frozen, changes, react
         batch = max((len(change) for change in changes.values()), default=1)
         self.seen: list[dict[str, Tensor]] = []
         self.before: dict[Site, Tensor] = {}  # what dictionaries find where they write
-        x = frozen.seen[0]["resid_pre"].expand(batch, -1, -1)
+        self.moved: dict[Site, Tensor] = {}  # what reacting features write more
+        x = self.frozen.seen[0]["resid_pre"].expand(batch, -1, -1)
         x = self._at((0, "resid_pre"), x)
-        for layer in range(len(frozen.seen)):
+        for layer in range(len(self.frozen.seen)):
             self.seen.append({})
             x = self._block(layer, x)
         self.last = x
@@ -37,16 +39,43 @@ class FrozenPass:
         layer, name = canonical(site)
         return self.before[layer, name] if before else self.seen[layer][name]
 
+    def change(self, own: Own) -> Float[Tensor, "batch entry"]:
+        """By how much each feature of a part changes, if it stays active."""
+        return self._change(own, self.at(own.read, own.before))
+
+    def _change(self, own: Own, x: Tensor) -> Tensor:
+        part, moved = own.part, x - self.frozen.at(own.read)
+        w = part.w.to(moved)
+        if part.patterns is None or part.heads is None:
+            return torch.einsum("bed,ed->be", moved[:, part.positions], w)
+        looks = part.patterns[part.heads, part.positions].to(moved)
+        return torch.einsum("es,bse->be", looks, moved @ w.T)
+
+    def _react(self, site: Site, value: Tensor, before: bool) -> None:
+        """What features that read a site write more."""
+        for own in self.run.readers.get((site, before), ()) if self.react else ():
+            share = self._change(own, value) / own.part.values.to(value)
+            for written, vectors in zip(own.writes, own.part.written, strict=True):
+                moved = self.moved.setdefault(
+                    written, torch.zeros_like(self.frozen.at(written)).expand_as(value).clone()
+                )
+                moved.index_add_(1, own.part.positions, share[:, :, None] * vectors.to(value))
+
     def _at(self, site: Site, value: Tensor) -> Tensor:
         """A site's value after what stands there and the changes."""
-        cut = self.cuts.get(site)
+        cut = self.run.cuts.get(site)
         if cut is not None:
             self.before[site] = value
+            self._react(site, value, True)
             value = self.frozen.at(site).expand_as(value)
+            if site in self.moved:
+                value = value + self.moved[site]
             if cut.skip is not None:
                 read, matrix = cut.skip
                 value = value + (self.at(read, read == site) - self.frozen.at(read)) @ matrix.T.to(value)
-        return value + self.changes[site] if site in self.changes else value
+        value = value + self.changes[site] if site in self.changes else value
+        self._react(site, value, False)
+        return value
 
     def _site(self, layer: int, name: str, value: Tensor) -> Tensor:
         value = self._at((layer, name), value)
@@ -80,3 +109,23 @@ class FrozenPass:
         out = self._site(layer, "mlp_out", hidden @ mlp.W_out.T + mlp.b_out)
         added = self._site(layer, "mlp_add", self._norm(layer, "after_mlp", out))
         return self._site(layer, "resid_post", middle + added)
+
+
+def free_pass(run: Trace, changes: Changes) -> Float[Tensor, "batch seq d"]:
+    """The final stream of a batch of passes with changes, in which everything reacts: norms, neurons and patterns.
+
+    Dictionaries are not in the way: changes are added to what the model itself has at their places.
+    """
+    w = run.frozen.weights
+    batch = max((len(change) for change in changes.values()), default=1)
+    embedded = run.frozen.seen[0]["resid_pre"]
+    out = []
+    for i in range(batch):
+        here = {site: change[min(i, len(change) - 1)] for site, change in changes.items()}
+        x = embedded + here[0, "resid_pre"] if (0, "resid_pre") in here else embedded
+        for layer, block in enumerate(w.blocks):
+            x = run_block(block, x, {name: change for (at, name), change in here.items() if at == layer})[
+                "resid_post"
+            ]
+        out.append(x)
+    return torch.stack(out)

@@ -134,7 +134,7 @@ def effects(
     if method == "exact":
         return Effects(tuple(spliced.groups), tuple(_exact(metric, start, m, batch) for m in moves), ())
     if method == "attribution":
-        found = [_gradients(spliced, metric, start.tokens, Changes())] * len(spliced.units)
+        found = [_gradients(spliced, metric, start.tokens, list(spliced.written))] * len(spliced.units)
     else:
         found = [_integrated(metric, start, end, unit, steps) for unit in spliced.units]
     of = {g: gradients for unit, gradients in zip(spliced.units, found, strict=True) for g in unit}
@@ -158,9 +158,11 @@ def _runs(spliced: Spliced, clean: Prompts, patch: Prompts | None) -> tuple[Pass
 
 
 @torch.enable_grad()
-def _gradients(spliced: Spliced, metric: Metric, tokens: Tensor, changes: Changes) -> dict[Site, Tensor]:
-    """The metric's gradient at every written site, each prompt's by itself."""
-    run = spliced.run(tokens, changes)
+def _gradients(
+    spliced: Spliced, metric: Metric, tokens: Tensor, sites: Sequence[Site], added: "Mapping[Site, Tensor] | None" = None
+) -> dict[Site, Tensor]:  # fmt: skip
+    """The metric's gradient at some sites that are written, each prompt's by itself."""
+    run = spliced.run(tokens, Changes(added=added or {}))
     value = measure(metric, run)
     if not value.requires_grad:
         raise SaekitError(

@@ -51,6 +51,7 @@ class Placed:
     written: tuple[Written, ...]
 
 
+@torch.no_grad()
 def place(frozen: Frozen, model: Model, stand: Stand) -> Placed:
     """A stand in its place; raises where it doesn't fit into the model."""
     if isinstance(stand, Neurons):
@@ -102,8 +103,9 @@ def _check_widths(d: Dictionary, width: int, frozen: Frozen, writes: Sequence[Si
 
 
 def _all(values: Float[Tensor, "seq unit"]) -> tuple[Tensor, Tensor]:
-    """Positions and units of everything that is active."""
-    at = (values != 0).nonzero()
+    """Positions and units of everything that is active, beyond what rounding makes of nothing."""
+    least = 4 * torch.finfo(values.dtype).eps * values.abs().max()
+    at = (values.abs() > least).nonzero()
     return at[:, 0], at[:, 1]
 
 

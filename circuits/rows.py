@@ -243,6 +243,7 @@ class Trace:
         out[:, own.bias] += own.part.b[some, None].to(out)
         return out
 
+    @torch.no_grad()
     def targets(
         self,
         targets: Sequence[Target | Feature],

@@ -1,6 +1,6 @@
 """Transformers as plain tensors: embeddings, blocks and unembedding, and what a prompt makes of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -126,21 +126,34 @@ class Weights:
         return seen, last @ self.W_U.T + self.b_U
 
 
-def run_block(block: Block, x: Float[Tensor, "seq d"]) -> dict[str, Tensor]:
-    """What a block has at each of its sites."""
+def run_block(
+    block: Block, x: Float[Tensor, "seq d"], added: "Mapping[str, Tensor] | None" = None
+) -> dict[str, Tensor]:
+    """What a block has at each of its sites; ``added`` is added at sites behind its input."""
+    added = added or {}
     at = {"resid_pre": x}
-    at["attn_in"] = x if block.before_attention is None else block.before_attention(x)
-    at["patterns"], at["z"], at["attn_out"] = block.attention.heads(at["attn_in"])
-    added = at["attn_out"]
-    at["attn_add"] = added if block.after_attention is None else block.after_attention(added)
-    at["resid_mid"] = x + at["attn_add"]
+
+    def see(site: str, value: Tensor) -> Tensor:
+        at[site] = value + added[site] if site in added else value
+        return at[site]
+
+    def normed(norm: Norm | None, value: Tensor) -> Tensor:
+        return value if norm is None else norm(value)
+
+    a = block.attention
+    read = see("attn_in", normed(block.before_attention, x))
+    at["patterns"], z, made = a.heads(read)
+    z = see("z", z)
+    if "z" in added:
+        made = z @ a.W_O.transpose(1, 2).flatten(0, 1) + a.b_O
+    middle = x + see("attn_add", normed(block.after_attention, see("attn_out", made)))
+    middle = see("resid_mid", middle)
     if block.mlp is None:
-        return {**at, "resid_post": at["resid_mid"]}
-    read = x if block.parallel else at["resid_mid"]
-    at["mlp_in"] = read if block.before_mlp is None else block.before_mlp(read)
-    at["mlp_out"] = block.mlp(at["mlp_in"])
-    at["mlp_add"] = at["mlp_out"] if block.after_mlp is None else block.after_mlp(at["mlp_out"])
-    return {**at, "resid_post": at["resid_mid"] + at["mlp_add"]}
+        see("resid_post", middle)
+        return at
+    read = see("mlp_in", normed(block.before_mlp, x if block.parallel else middle))
+    see("resid_post", middle + see("mlp_add", normed(block.after_mlp, see("mlp_out", block.mlp(read)))))
+    return at
 
 
 def weights(model: "Model | str | nn.Module") -> Weights:

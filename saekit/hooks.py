@@ -161,6 +161,28 @@ def whole_sequences(module: nn.Module) -> Iterator[None]:
             settings.use_cache = before
 
 
+class Clock:
+    """Where in the text the running pass begins: behind what keys and values are cached for."""
+
+    start = 0
+
+
+@contextmanager
+def passes(module: nn.Module) -> Iterator[Clock]:
+    """A clock that is set at the beginning of each of the module's passes."""
+    clock = Clock()
+
+    def begin(_module: nn.Module, _args: tuple, kwargs: dict) -> None:
+        cached = [v.get_seq_length() for v in kwargs.values() if hasattr(v, "get_seq_length")]
+        clock.start = int(cached[0]) if cached else 0
+
+    handle = module.register_forward_pre_hook(begin, with_kwargs=True)
+    try:
+        yield clock
+    finally:
+        handle.remove()
+
+
 def spliced(site_mask: Tensor, replacement: Tensor) -> Callable[[Tensor], Tensor]:
     """An intervention that replaces the unmasked positions and leaves the others as they are."""
 

@@ -10,7 +10,7 @@ import saekit
 from saekit.circuits.frozen import Frozen, Site
 from saekit.circuits.intervene import FrozenPass
 from saekit.circuits.places import Heads, Neurons, place
-from saekit.circuits.rows import Own, Trace
+from saekit.circuits.rows import Trace
 from saekit.circuits.targets import Target
 from saekit.circuits.trace import trace
 from saekit.circuits.weights import weights
@@ -119,15 +119,6 @@ def change(part: Part, writes: tuple[Site, ...], scale: float) -> dict[Site, tor
     return out
 
 
-def moved(out: FrozenPass, own: Own) -> torch.Tensor:
-    """By how much each feature of a part changes in each pass."""
-    part, x = own.part, out.at(own.read, own.before) - out.frozen.at(own.read)
-    if part.patterns is None:
-        return (x[:, part.positions] * part.w).sum(-1)
-    looks = part.patterns[part.heads, part.positions]
-    return (torch.einsum("es,bsd->bed", looks, x) * part.w).sum(-1)
-
-
 @pytest.mark.parametrize("case", TOYS)
 def test_a_frozen_intervention_on_every_source_is_its_column(case: str) -> None:
     """At several scales; two sources add; of features, errors, tokens and positions."""
@@ -144,11 +135,11 @@ def test_a_frozen_intervention_on_every_source_is_its_column(case: str) -> None:
         passes.append(({site: -each * run.cuts[site].error}, error, -1.0))
     passes.append(({(0, "resid_pre"): each * frozen.weights.W_E[TOKENS]}, run.tokens, 1.0))
     for changes, nodes, factor in passes:
-        out = FrozenPass(frozen, run.cuts, changes)
+        out = FrozenPass(run, changes)
         for own, row in zip(run.parts, rows, strict=True):
-            torch.testing.assert_close(moved(out, own).T, factor * row[:, nodes], rtol=0, atol=1e-5)
+            torch.testing.assert_close(out.change(own).T, factor * row[:, nodes], rtol=0, atol=1e-5)
     (first, _, _), (second, _, _) = passes[0], passes[3]
     both = {site: first.get(site, 0)[:1] if site in first else second[site][:1] for site in {*first, *second}}
-    together = FrozenPass(frozen, run.cuts, both).last
-    alone = [FrozenPass(frozen, run.cuts, {s: v[:1] for s, v in one.items()}).last for one in (first, second)]
+    together = FrozenPass(run, both).last
+    alone = [FrozenPass(run, {s: v[:1] for s, v in one.items()}).last for one in (first, second)]
     torch.testing.assert_close(together - frozen.last, sum(alone) - 2 * frozen.last, rtol=0, atol=1e-5)

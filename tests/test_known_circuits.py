@@ -14,7 +14,6 @@ from sklearn.metrics import roc_auc_score
 
 import saekit
 from saekit.circuits import qk
-from saekit.circuits.frozen import Frozen
 from saekit.circuits.intervene import FrozenPass
 from saekit.circuits.patching import effects
 from saekit.circuits.places import Heads, Neurons, Stand
@@ -214,15 +213,10 @@ def links(known: Known, prompt: Prompt, least: float) -> Links:
     own = names(known, heads.nodes, traced.graph.stands)
     worth: dict[Node, float] = {("target", prompt.answers[0]): 1.0}
     out: Links = {}
-    for layer in reversed(range(known.model.module.shape.n_layers + 1)):
-        here = [
-            n
-            for n, w in worth.items()
-            if w >= least and (n[1] == layer if n[0] == "head" else n[0] == "target")
-        ]
-        for node in here:
-            if node[0] == "target" and layer < known.model.module.shape.n_layers:
-                continue
+    top = known.model.module.shape.n_layers
+    for layer in range(top, -1, -1):
+        here = [n for n in worth if n[0] in ("head", "target") and (n[1] if n[0] == "head" else top) == layer]
+        for node in (n for n in here if worth[n] >= least):
             roles = {"V": inputs[node]}
             if node[0] == "head":
                 roles |= looks(heads, own, node)
@@ -239,13 +233,14 @@ def looks(heads: qk.Heads, own: list[Node], node: Node) -> dict[str, dict[Node, 
     """What is in a head's query, and what in its keys, by the strongest pair that it is part of."""
     _, layer, head, query = (node[0], *map(int, node[1:]))
     out: dict[str, dict[Node, float]] = {"Q": defaultdict(float), "K": defaultdict(float)}
-    some = sorted(set(own), key=str)
-    same = np.array([[name == other for name in own] for other in some], np.float32)
+    number = {name: i for i, name in enumerate(dict.fromkeys(own))}
+    same = np.zeros((len(number), len(own)), np.float32)
+    same[[number[name] for name in own], np.arange(len(own))] = 1
     for key in range(query + 1):
         found = heads.qk(layer, head, query, key)
         pairs = np.abs((same @ found.query_parts.T) @ (same @ found.key_parts.T).T)
         for side, axis in (("Q", 1), ("K", 0)):
-            for name, weight in zip(some, pairs.max(axis), strict=True):
+            for name, weight in zip(number, pairs.max(axis), strict=True):
                 out[side][name] = max(out[side][name], float(weight))
     return out
 
@@ -372,9 +367,9 @@ def test_ablation_wakes_a_backup_and_frozen_ablation_does_not() -> None:
         free = float(known.logits([prompt])[0, answer] - before)
     assert free == pytest.approx(INHIBITION - SHARE, abs=1e-4) and free > 0
     record = weights(known.model)
-    frozen = Frozen(record, prompt.tokens)
-    z = frozen.at((0, "z"))[None]
-    change = FrozenPass(frozen, {}, {(0, "z"): without(z) - z}).last[0, -1] - frozen.last[-1]
+    run = qk.traced(known.model, [], prompt.tokens)
+    z = run.frozen.at((0, "z"))[None]
+    change = FrozenPass(run, {(0, "z"): without(z) - z}).last[0, -1] - run.frozen.last[-1]
     assert float(change @ record.W_U[answer]) == pytest.approx(-total, abs=1e-4)
     gate = prompt.pairs[2]
     at = qk.qk(known.model, units(known), prompt.tokens, 1, 0, q, gate.at)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 KINDS = ("token", "position", "bias", "error", "feature", "pruned", "target")
 Array = np.ndarray
+Number = int | np.integer
 
 
 @dataclass(frozen=True)
@@ -100,27 +101,27 @@ class Graph:
             found &= True if value is None else getattr(self.nodes, column) == value
         return np.flatnonzero(found)
 
-    def row(self, node: int) -> int:
+    def row(self, node: Number) -> int:
         """The row of a feature or target."""
         at = int(np.searchsorted(self.of, node))
         if at == len(self.of) or self.of[at] != node:
             raise SaekitError(f"node {node} ({self.label(node)}) has no row; choose a feature or a target")
         return at
 
-    def edge(self, source: int, target: int) -> float:
+    def edge(self, source: Number, target: Number) -> float:
         """What one node adds to another directly."""
         at = self.row(target)
         part = slice(self.rows.indptr[at], self.rows.indptr[at + 1])
         return float(self.rows.data[part][self.rows.indices[part] == source].sum())
 
-    def inputs(self, node: int) -> list[tuple[int, float]]:
+    def inputs(self, node: Number) -> list[tuple[int, float]]:
         """What adds to a node, the strongest first."""
         at = self.row(node)
         part = slice(self.rows.indptr[at], self.rows.indptr[at + 1])
         order = np.argsort(-np.abs(self.rows.data[part]), kind="stable")
         return [(int(self.rows.indices[part][i]), float(self.rows.data[part][i])) for i in order]
 
-    def label(self, node: int) -> str:
+    def label(self, node: Number) -> str:
         """A node in words."""
         n = self.nodes
         kind, layer, at, place = (int(getattr(n, c)[node]) for c in ("kind", "layer", "position", "place"))

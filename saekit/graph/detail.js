@@ -25,7 +25,7 @@ function facts(at) {
     "dl",
     { className: "facts" },
     fact("kind", type === kind || kind !== "feature" ? kind : `${kind} (${type})`),
-    fact("layer", layer === null ? "embeddings" : kind === "target" ? null : String(layer)),
+    fact("layer", layer === null || kind === "target" ? null : String(layer)),
     fact("position", position === null ? null : [`${position} `, make("span", { className: "token" }, glyphs(tokens[position]))]),
     fact("number", kind === "feature" ? String(number) : null),
     fact(kind === "target" ? "value" : "activation", activation === null ? null : short(activation)),

@@ -169,8 +169,8 @@ function tints() {
 function tintNodes() {
   const chosen = members();
   const tinted = tints();
-  // targets' own totals would outshine all others
-  const rivals = [...tinted].filter(([at]) => chosen.size || nodes[at].kind !== "target").map(([, value]) => Math.abs(value));
+  // the totals of targets and of what was pruned would outshine all others
+  const rivals = [...tinted].filter(([at]) => chosen.size || !["target", "pruned"].includes(nodes[at].kind)).map(([, value]) => Math.abs(value));
   const largest = rivals.reduce((most, value) => Math.max(most, value), 0) || 1;
   svg.classList.toggle("selecting", chosen.size > 0);
   const [pins, way] = [new Set(state.pins), new Set(state.trail)];

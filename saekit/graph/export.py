@@ -1,5 +1,6 @@
 """A graph in the JSON that circuit-tracer's viewer and Neuronpedia open, with what saekit needs to read it back."""
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -77,6 +78,7 @@ def export(
         "metadata": {
             "slug": slug, "scan": str(graph.about.get("model", "custom")), "transcoder_list": [],
             "prompt_tokens": list(words), "prompt": "".join(words), "node_threshold": 1.0, "schema_version": 1,
+            "scores": dataclasses.asdict(graph.scores()),
             "info": {"generator": {"name": "saekit", "version": version("saekit")}, "create_time_ms": 0},
         },
         "qParams": {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": "", "clerps": "[]"},
@@ -123,6 +125,7 @@ def _nodes(graph: Graph, names: list[str], words: Sequence[str], labels: Labels)
             "target": _vocabulary(graph, place) if target else 0,
         }
         label = labels.get((stand, place), "") if what == "feature" else graph.label(i)
+        label = repr(words[at]) if what == "token" else label
         if target:
             label = f'Output "{graph.output(place)}" (p={graph.weights[place]:.3f})'
         where = last if at < 0 else at

@@ -96,7 +96,9 @@ source.forEach((from, link) => {
   entering[target[link]].push(link);
   taken[target[link]] += Math.abs(weight[link]);
 });
-const byStrength = source.map((_, link) => link).sort((a, b) => Math.abs(weight[b]) - Math.abs(weight[a]));
+// what was pruned adds to nearly everything: its links are drawn where it is selected, and listed
+const drawable = source.map((_, link) => link).filter((link) => nodes[source[link]].kind !== "pruned");
+const byStrength = drawable.toSorted((a, b) => Math.abs(weight[b]) - Math.abs(weight[a]));
 const numberOf = new Map(nodes.map((node, at) => [node.id, at]));
 const targets = nodes.map((_, at) => at).filter((at) => nodes[at].kind === "target");
 const influences = nodes.map((node) => node.influence).filter((one) => one !== null);
@@ -153,9 +155,9 @@ const isVisible = (at) => {
 function labelOf(at) {
   const { kind, label, feature, number, type, position } = nodes[at];
   const given = kind === "feature" ? state.labels.get(String(feature)) : undefined;
+  if (kind === "token" && position !== null) return quoted(tokens[position]);
   if (given || label.trim()) return plain(given || label);
   if (kind === "feature") return `feature ${number}`;
-  if (kind === "token" && position !== null) return quoted(tokens[position]);
   return kind === "target" ? "target" : type;
 }
 

@@ -75,7 +75,7 @@ function listenToSearch() {
 // ---- sliders ----
 
 // the slider for links counts them on a log scale, the state holds the weight
-const countAt = (place) => Math.round((source.length + 1) ** (place / 1000)) - 1;
+const countAt = (place) => Math.round((byStrength.length + 1) ** (place / 1000)) - 1;
 const leastOf = (n) => (n ? Math.abs(weight[byStrength[n - 1]]) : Infinity);
 const strongest = () => byStrength.findLastIndex((link) => Math.abs(weight[link]) >= state.least) + 1;
 const reachAt = (place) => (place >= 1000 ? reaches[1] : reaches[0] + (place / 1000) * (reaches[1] - reaches[0]));
@@ -84,12 +84,12 @@ function drawSliders(moved) {
   const [low, high] = reaches;
   byId("reach-slide").hidden = !(high > low);
   if (moved !== "reach") byId("reach").value = 1000 * ((state.reach - low) / (high - low || 1));
-  if (moved !== "weight") byId("weight").value = (1000 * Math.log(strongest() + 1)) / Math.log(source.length + 1);
+  if (moved !== "weight") byId("weight").value = (1000 * Math.log(strongest() + 1)) / Math.log(byStrength.length + 1);
   const reach = Number.isFinite(high) ? `top ${percent(state.reach)} of influence` : "";
   byId("reach-said").textContent = `${count(view.visible.length)} of ${count(nodes.length)}`;
   byId("reach-slide").title = `nodes up to the ${reach}`;
   const least = Number.isFinite(state.least) ? `≥ ${short(state.least)}` : "none";
-  byId("weight-said").textContent = `${least}: ${count(view.drawn)} of ${count(source.length)}`;
+  byId("weight-said").textContent = `${least}: ${count(view.drawn)} of ${count(byStrength.length)}`;
 }
 
 // ---- the address holds the whole state, so that a link shows what its sender saw ----

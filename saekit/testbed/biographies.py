@@ -1,7 +1,7 @@
 """Short lives of people of two fields and two genders: a classifier's task and what it can be confounded with.
 
-After De-Arteaga et al. 2019 (1901.09451), as in SHIFT (Marks et al. 2025, 2403.19647): ``Ada . she cures her patient .``
-and two sentences more. Gender shows in the name and in every pronoun, the field in ``TOLD`` of the six other words.
+After De-Arteaga et al. 2019 (1901.09451), as in SHIFT (Marks et al. 2025, 2403.19647): ``Ada . she cures patients .`` and
+two sentences more. Gender shows in the name and in every pronoun, the field in ``TOLD`` of the six other words.
 """
 
 import torch
@@ -11,13 +11,13 @@ from torch import Tensor
 from saekit.testbed.tasks import Prompts, Task, single
 from saekit.testbed.transformer import TransformerConfig
 
-START, STOP, FIRST_PRONOUN = 0, 1, 2  # she, he, her, his
-FIRST_NAME, NAMES = 6, 16  # of each gender
+START, STOP, FIRST_PRONOUN = 0, 1, 2  # she, he
+FIRST_NAME, NAMES = 4, 16  # of each gender
 FIRST_VERB, VERBS = FIRST_NAME + 2 * NAMES, 10  # of each field, and as many that say nothing
 FIRST_OBJECT, OBJECTS = FIRST_VERB + 3 * VERBS, 10
 VOCABULARY = FIRST_OBJECT + 3 * OBJECTS
-SENTENCES, TOLD = 3, 2
-LENGTH = 3 + 5 * SENTENCES
+SENTENCES, TOLD = 3, 3
+LENGTH = 3 + 4 * SENTENCES
 
 
 def lives(
@@ -36,7 +36,7 @@ def lives(
     for sentence in range(SENTENCES):
         verb = word(FIRST_VERB, VERBS, shows[:, 2 * sentence])
         thing = word(FIRST_OBJECT, OBJECTS, shows[:, 2 * sentence + 1])
-        tokens += [FIRST_PRONOUN + gender, verb, FIRST_PRONOUN + 2 + gender, thing, stop]
+        tokens += [FIRST_PRONOUN + gender, verb, thing, stop]
     return torch.stack(tokens, 1)
 
 
@@ -57,15 +57,17 @@ def prompts(n: int, generator: torch.Generator) -> Prompts:
 
 
 def pairs(n: int, generator: torch.Generator) -> tuple[Prompts, Prompts]:
-    """Lives up to the last pronoun, and the same of the other gender."""
-    field, gender = drawn(n, generator)
-    seed = int(torch.randint(2**31, (1,), generator=generator))
-    out = [lives(field, g, torch.Generator().manual_seed(seed))[:, :-2] for g in (gender, 1 - gender)]
-    answers = [torch.full_like(tokens[:, :-1], -1) for tokens in out]
-    for given, tokens in zip(answers, out, strict=True):
-        given[:, -1] = tokens[:, -1]
-    first, second = (single(t[:, :-1], a, VOCABULARY) for t, a in zip(out, answers, strict=True))
-    return first, second
+    """Lives up to the second pronoun, and the same of people of the other gender."""
+    whole = lives(*drawn(n, generator), generator)[:, :8]
+    other = whole.clone()
+    other[:, 1] = FIRST_NAME + (whole[:, 1] - FIRST_NAME + NAMES) % (2 * NAMES)
+    other[:, 3::4] = 2 * FIRST_PRONOUN + 1 - whole[:, 3::4]
+    out = []
+    for tokens in (whole, other):
+        answers = torch.full((n, tokens.shape[1] - 1), -1)
+        answers[:, -1] = tokens[:, -1]
+        out.append(single(tokens[:, :-1], answers, VOCABULARY))
+    return out[0], out[1]
 
 
 TASK = Task(

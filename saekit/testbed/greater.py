@@ -10,10 +10,10 @@ from saekit.testbed.transformer import TransformerConfig
 YEARS = 100  # tokens 0 .. 99 are the last two digits of a year
 FIRST, LAST = 2, 97  # of what a prompt begins with
 CENTURIES = range(11, 18)
-NOUNS = "war reign siege truce famine plague voyage project dynasty strike trial drought".split()
+NOUNS = ["war", "reign", "siege", "truce", "famine", "plague", "voyage", "project", "dynasty", "strike", "trial", "drought"]
 WORDS = ("<start>", "the", "lasted", "from", "to")
 VOCABULARY = [*(f"{y:02d}" for y in range(YEARS)), *(f"{c}__" for c in CENTURIES), *NOUNS, *WORDS]
-FRAME = "<start> the {noun} lasted from {century} {year} to {century}".split()
+FRAME = ["<start>", "the", "{noun}", "lasted", "from", "{century}", "{year}", "to", "{century}"]
 ROLES = {"noun": 2, "century": 5, "year": 6, "end": 8}
 
 

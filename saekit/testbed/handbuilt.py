@@ -7,7 +7,7 @@ than dimensions (superposition).
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -230,7 +230,9 @@ def _write(
     module.lm_head.weight.copy_(b.W_U @ frame)
     module.lm_head.bias.copy_(b.b_U)
     for layer, own_heads, own_neurons in zip(module.layers, heads, neurons, strict=True):
-        attention, size = layer.self_attn, module.shape.d_head
+        attention: Any = layer.self_attn
+        mlp: Any = layer.mlp
+        size = module.shape.d_head
         for i, head in enumerate(own_heads):
             at = i * size
             attention.q_proj.weight[at : at + len(head.q)] = head.q @ frame * math.sqrt(size)
@@ -238,5 +240,5 @@ def _write(
             attention.v_proj.weight[at : at + len(head.v)] = head.v @ frame
             attention.o_proj.weight[:, at : at + len(head.o)] = (head.o @ frame).T
         for i, neuron in enumerate(own_neurons):
-            layer.mlp.up_proj.weight[i], layer.mlp.up_proj.bias[i] = neuron.read @ frame, neuron.bias
-            layer.mlp.down_proj.weight[:, i] = neuron.write @ frame
+            mlp.up_proj.weight[i], mlp.up_proj.bias[i] = neuron.read @ frame, neuron.bias
+            mlp.down_proj.weight[:, i] = neuron.write @ frame

@@ -13,10 +13,7 @@ from saekit.testbed.transformer import TransformerConfig
 
 START = 0
 WORDS = ("and", "went", "to", "the", ",", "a")
-NAMES = (
-    "Anna Ben Carl Dora Emil Fay Gus Hal Ida Jack Kim Leo Mary Ned Olga Paul Quin Rosa Sam Tina "
-    "Ugo Vera Will Xena Yuri Zoe Amy Bob Cora Dan Eva Finn Gina Hugo Iris John Kate Liam Mona Nick"
-).split()
+NAMES = ["Anna", "Ben", "Carl", "Dora", "Emil", "Fay", "Gus", "Hal", "Ida", "Jack", "Kim", "Leo", "Mary", "Ned", "Olga", "Paul", "Quin", "Rosa", "Sam", "Tina", "Ugo", "Vera", "Will", "Xena", "Yuri", "Zoe", "Amy", "Bob", "Cora", "Dan", "Eva", "Finn", "Gina", "Hugo", "Iris", "John", "Kate", "Liam", "Mona", "Nick"]
 KINDS = {
     "opener": ("when", "after", "while", "once"), "place": ("park", "shop", "school", "beach", "station", "garden"),
     "verb": ("gave", "handed", "passed", "sent"), "object": ("book", "drink", "ring", "ball", "letter", "flower"),
@@ -26,9 +23,7 @@ VOCABULARY = ["<start>", *WORDS, *NAMES, *(w for words in KINDS.values() for w i
 FILLERS = 3  # in a prompt, some before the first name and the rest before the giver
 FIRST_NAME = VOCABULARY.index(NAMES[0])
 # the frame, where {a}, {b} are the names in their order, {s} the giver, and {filler} comes 0 to 3 times
-FRAME = (
-    "<start> {opener} {early} {a} and {b} went to the {place} , {late} {s} {verb} a {object} to"
-).split()
+FRAME = ["<start>", "{opener}", "{early}", "{a}", "and", "{b}", "went", "to", "the", "{place}", ",", "{late}", "{s}", "{verb}", "a", "{object}", "to"]
 LENGTH = len(FRAME) - 2 + FILLERS
 
 

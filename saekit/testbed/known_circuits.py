@@ -8,8 +8,6 @@ import math
 from typing import Any
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 
 from saekit.testbed.handbuilt import SHARP, Builder, Edge, Known, Node, Pair, Prompt
 
@@ -141,7 +139,7 @@ def _sentence(b: Builder, names: range, g: torch.Generator, word: int) -> Prompt
         ("token", io), *(("feature", layer, b.spaces["name"][n], io) for layer in (0, 1)),
         ("feature", 2, b.spaces["out"][n], q), ("target", other),
     )  # fmt: skip
-    totals = {(("token", io), ("target", other)): 1.0}
+    totals: dict[tuple[Node, Node], float] = {(("token", io), ("target", other)): 1.0}
     return Prompt(torch.tensor(tokens), (other,), edges, pairs, totals, path)
 
 

@@ -3,14 +3,16 @@
 from typing import Any
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from saekit.dictionaries import Dictionary, create
-from saekit.testbed.chain import Chain, ChainConfig
 from saekit.testbed.handbuilt import SHARP, Builder, Edge, Known, Node, Prompt
 
 BITS = 4  # in a prompt, of which the first two count
 OPERATIONS = {"and": (0.0, 1.0), "or": (1.0, -1.0), "xor": (1.0, -2.0)}  # of relu(a + b) and relu(a + b - 1)
 YEARS, STEP = 24, 0.25  # how many, and by how much an embedding rises from one to the next
+CHAINS, LAYERS = 8, 3
 GAIN, SIZES = 2.0, (1.0, 1.5, 2.0)  # of each layer's amplification, and of the tokens of a chain
 
 
@@ -47,17 +49,19 @@ def boolean(**options: Any) -> Known:
 
 def _bits(bits: list[int], first: int) -> Prompt:
     q = BITS + 1
-    neurons = [("neuron", 0, i, q) for i in range(2)]
+    neurons: list[Node] = [("neuron", 0, i, q) for i in range(2)]
+    bias: Node = ("bias", 0)
     values = [max(bits[0] + bits[1] - i, 0) for i in range(2)]
-    edges, totals = [], {}
+    edges: list[Edge] = []
+    totals: dict[tuple[Node, Node], float] = {}
     for i, on in enumerate(bits[:2]):
-        head = ("head", 0, i, q)
+        head: Node = ("head", 0, i, q)
         edges += [Edge(("token", i + 1), head, 1.0)] * on
         edges += [
             Edge(head, neuron, 1.0) for neuron, value in zip(neurons, values, strict=True) if on and value
         ]
     if values[1]:
-        edges.append(Edge(("bias", 0), neurons[1], -1.0))
+        edges.append(Edge(bias, neurons[1], -1.0))
     answers = []
     for i, weights in enumerate(OPERATIONS.values()):
         made = [w * value for w, value in zip(weights, values, strict=True)]
@@ -67,7 +71,7 @@ def _bits(bits: list[int], first: int) -> Prompt:
         slope = sum(w for w, value in zip(weights, values, strict=True) if value)
         totals |= {(neuron, target): m for neuron, m in zip(neurons, made, strict=True) if m}
         totals |= {(("token", j + 1), target): on * slope for j, on in enumerate(bits[:2])}
-        totals[("bias", 0), target] = -weights[1] * (values[1] > 0)
+        totals[bias, target] = -weights[1] * (values[1] > 0)
     tokens = torch.tensor([0, *(1 + bit for bit in bits), 3])
     return Prompt(tokens, tuple(answers), tuple(edges), totals=totals)
 
@@ -109,35 +113,35 @@ def _war(years: range, g: torch.Generator) -> Prompt:
     return Prompt(torch.tensor(tokens), tuple(years[year + 1 :]), tuple(edges))
 
 
-def amplification(*, chains: int = 8, layers: int = 3, rotate: bool = False, **options: Any) -> Known:
-    """What a token writes is doubled by one neuron in each layer, and ends as a logit: the chains of :class:`Chain`.
+def amplification(**options: Any) -> Known:
+    """What a token writes is doubled by one neuron in each of three layers, and ends as a logit.
 
-    With neurons or transcoders of one layer the path from the token to the logit has a feature in each layer, with a
-    cross-layer transcoder one in all (:func:`transcoders`; Ameisen et al. 2025).
+    The chains of :mod:`saekit.testbed.chain`, in a model and with a gain. With neurons or transcoders of one layer the
+    path from the token to the logit has a feature in each layer, with a cross-layer transcoder one in all
+    (:func:`transcoders`; Ameisen et al. 2025).
     """
-    config = ChainConfig(chains, layers, seed=options.get("seed", 0))
-    tokens = chains * len(SIZES)
-    b = Builder({f"stage{i}": chains for i in range(layers + 1)}, tokens + chains, 8, layers)
-    stages = [b.rows(f"stage{i}") for i in range(layers + 1)]
+    tokens = CHAINS * len(SIZES)
+    b = Builder({f"stage{i}": CHAINS for i in range(LAYERS + 1)}, tokens + CHAINS, 8, LAYERS)
+    stages = [b.rows(f"stage{i}") for i in range(LAYERS + 1)]
     b.W_E[:tokens] = torch.cat([size * stages[0] for size in SIZES])
     b.W_U[tokens:] = stages[-1]
-    for layer in range(layers):
-        for chain in range(chains):
+    for layer in range(LAYERS):
+        for chain in range(CHAINS):
             b.neuron(layer, stages[layer][chain], 0.0, GAIN * stages[layer + 1][chain])
 
     def prompts(count: int, g: torch.Generator) -> list[Prompt]:
         drawn = torch.randint(tokens, (count, 4), generator=g)
-        return [_chain(row, config, tokens) for row in drawn]
+        return [_chain(row, tokens) for row in drawn]
 
-    return b.finish(prompts, range(tokens, tokens + chains), rotate=rotate, **options)
+    return b.finish(prompts, range(tokens, tokens + CHAINS), **options)
 
 
-def _chain(row: torch.Tensor, config: ChainConfig, first: int) -> Prompt:
+def _chain(row: Int[Tensor, " seq"], first: int) -> Prompt:
     q = len(row) - 1
-    chain, size = int(row[-1]) % config.chains, SIZES[int(row[-1]) // config.chains]
-    nodes: list[Node] = [("token", q), *(("neuron", layer, chain, q) for layer in range(config.layers))]
+    chain, size = int(row[-1]) % CHAINS, SIZES[int(row[-1]) // CHAINS]
+    nodes: list[Node] = [("token", q), *(("neuron", layer, chain, q) for layer in range(LAYERS))]
     target: Node = ("target", first + chain)
-    made = [size * GAIN**i for i in range(config.layers + 1)]
+    made = [size * GAIN**i for i in range(LAYERS + 1)]
     edges = [Edge(a, b, m) for a, b, m in zip(nodes, [*nodes[1:], target], made, strict=True)]
     totals = {(node, target): made[-1] for node in nodes}
     return Prompt(row, (first + chain,), tuple(edges), totals=totals)
@@ -150,23 +154,24 @@ def transcoders(known: Known) -> tuple[list[Dictionary], Dictionary]:
     Features are the chains; those of the cross-layer transcoder's later layers never fire.
     """
     stages = [known.frame[list(numbers)] for numbers in known.spaces.values()]
-    layers, chains, d = len(stages) - 1, len(stages[0]), known.frame.shape[1]
+    d = known.frame.shape[1]
     plain: dict[str, Any] = {"selection": "relu", "atoms": "free", "objective": ("reconstruction",), "normalise": "none"}  # fmt: skip
     single = []
-    for layer in range(layers):
-        one = create("transcoder", d_in=d, n_features=chains, **plain)
+    for layer in range(LAYERS):
+        one = create("transcoder", d_in=d, n_features=CHAINS, **plain)
         one.encoder.copy_(stages[layer])
         one.atoms.weight.copy_(GAIN * stages[layer + 1])
         one.reads, one.writes = (f"layers.{layer}.mlp:in",), (f"layers.{layer}.mlp:out",)
         single.append(one.eval())
-    across = create("clt", d_in=d, n_layers=layers, n_features=layers * chains, **plain)
-    for part in across.parts:
+    across = create("clt", d_in=d, n_layers=LAYERS, n_features=LAYERS * CHAINS, **plain)
+    parts: Any = across.parts
+    for part in parts:
         part.encoder.zero_()
         part.atoms.weight.zero_()
-    across.parts[0].encoder.copy_(stages[0])
-    written = [GAIN ** (i + 1) * stages[i + 1] for i in range(layers)]
-    across.parts[0].atoms.weight.copy_(torch.cat(written, 1))
+    parts[0].encoder.copy_(stages[0])
+    written = [GAIN ** (i + 1) * stages[i + 1] for i in range(LAYERS)]
+    parts[0].atoms.weight.copy_(torch.cat(written, 1))
     across.reads, across.writes = (
-        tuple(f"layers.{i}.mlp:{side}" for i in range(layers)) for side in ("in", "out")
+        tuple(f"layers.{i}.mlp:{side}" for i in range(LAYERS)) for side in ("in", "out")
     )
     return single, across.eval()

@@ -1,0 +1,172 @@
+"""Attribution against ablation: what a graph says of its nodes beside what taking them away does."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saekit.circuits.frozen import Site
+from saekit.circuits.intervene import FrozenPass, free_pass
+from saekit.circuits.places import Stand
+from saekit.circuits.qk import traced
+from saekit.circuits.rows import Trace
+from saekit.circuits.targets import Given, Target, resolve
+from saekit.graph import Graph
+from saekit.models import load_model
+from saekit.types import SaekitError
+
+BATCH = 32
+
+
+def ablations(run: Trace, nodes: Sequence[int]) -> list[dict[Site, Tensor]]:
+    """For each of some nodes (features, errors, tokens, positions) what is added where so that it is gone."""
+    table, out = run.columns.table(), []
+    embedding: Site = (0, "resid_pre")
+    for node in nodes:
+        position = int(table.position[node])
+        changes: dict[Site, Tensor] = {}
+        for own in run.parts:
+            if own.nodes.start <= node < own.nodes.stop:
+                changes = {
+                    site: -vectors[node - own.nodes.start] for site, vectors in zip(own.writes, own.part.written, strict=True)
+                }  # fmt: skip
+        for site, (_, error) in run.fixed.items():
+            written = run.cuts[site].error
+            if error is not None and written is not None and error.start <= node < error.stop:
+                changes = {site: -written[position]}
+        w = run.frozen.weights
+        if run.tokens.start <= node < run.tokens.stop:
+            changes = {embedding: -w.W_E[run.frozen.tokens[position]]}
+        if (
+            run.positions is not None
+            and w.W_pos is not None
+            and run.positions.start <= node < run.positions.stop
+        ):
+            changes = {embedding: -w.W_pos[position]}
+        if not changes:
+            raise SaekitError(
+                f"node {node} is no feature, error, token or position; only those can be ablated"
+            )
+        whole = {}
+        for site, change in changes.items():
+            whole[site] = torch.zeros_like(
+                run.frozen.at(site) if site != embedding else run.frozen.seen[0]["resid_pre"]
+            )
+            whole[site][position] = change
+        out.append(whole)
+    return out
+
+
+@torch.no_grad()
+def effects(
+    run: Trace, targets: Sequence[Target], nodes: Sequence[int], free: bool
+) -> Float[np.ndarray, "target node"]:
+    """By how much targets change where single nodes are taken away: with patterns, norms, slopes and active features
+    frozen, or (``free``) with the model reacting as it does.
+    """
+    changes, found = ablations(run, nodes), []
+    for at in range(0, len(changes), BATCH):
+        some = changes[at : at + BATCH]
+        sites = {site for one in some for site in one}
+        batch = {
+            s: torch.stack([one.get(s, torch.zeros_like(next(o[s] for o in some if s in o))) for one in some])
+            for s in sites
+        }
+        last = free_pass(run, batch) if free else FrozenPass(run, batch, react=True).last
+        found.append(torch.stack([_moved(run, t, last, free) for t in targets]))
+    return torch.cat(found, 1).cpu().double().numpy()
+
+
+def _moved(run: Trace, target: Target, last: Tensor, free: bool) -> Tensor:
+    """By how much a target changes with the final stream, [batch]."""
+    norm, was = run.frozen.weights.norm, run.frozen.last[target.position]
+    x, direction = last[:, target.position], target.direction.to(last)
+    if norm is None:
+        return (x - was) @ direction
+    if free:
+        return (norm(x) - norm(was)) @ direction
+    return (x - was) @ norm.back(direction, norm.size(was))
+
+
+def verify(
+    graph: Graph, model: Any, dictionaries: "Stand | Sequence[Stand]", top: int = 50, seed: int = 0,
+    target: "Given | Sequence[Given] | None" = None,
+) -> Graph:  # fmt: skip
+    """Ablate a graph's strongest nodes and as many random ones; the graph with what was found in ``about["verified"]``.
+
+    Strongest are those of the largest total effect. Found are the Spearman correlations of total effects with ablation
+    (frozen, which they predict exactly, and free), of the totals through attention scores with free ablation, and the
+    mean size of the free effects of the strongest and of the random nodes. ``target``: as it was traced; needed where
+    it isn't made of tokens.
+    """
+    from scipy.stats import spearmanr
+
+    if top < 1:
+        raise SaekitError(f"top = {top} must be at least 1")
+    model = load_model(model)
+    run = traced(model, dictionaries, list(graph.tokens))
+    resolved = resolve(run.frozen, model, target if target is not None else _named(graph))
+    targets = [t for t in resolved if isinstance(t, Target)]
+    if len(targets) < len(graph.targets):
+        raise SaekitError(
+            "target holds features, whose ablation this doesn't measure; trace with tokens or directions"
+        )
+    free_to_go = np.flatnonzero(graph.of_kind("feature", "error"))
+    if not len(free_to_go):
+        raise SaekitError("the graph has no features or errors; trace with dictionaries")
+    totals = graph.total_effects()
+    order = free_to_go[np.argsort(-np.abs(totals[:, free_to_go]).max(0), kind="stable")]
+    chosen, rest = order[:top], order[top:]
+    control = np.random.default_rng(seed).permutation(rest)[: len(chosen)]
+    nodes = np.concatenate([chosen, control])
+    numbers = _in_trace(graph, run, nodes)
+    frozen, free = (-effects(run, targets, numbers, free=kind) for kind in (False, True))
+    found = {
+        "nodes": len(chosen), "random": len(control),
+        "frozen": float(spearmanr(totals[:, nodes].ravel(), frozen.ravel()).statistic),
+        "free": float(spearmanr(totals[:, nodes].ravel(), free.ravel()).statistic),
+        "free, through scores": float(spearmanr(graph.aware[:, nodes].ravel(), free.ravel()).statistic),
+        "mean effect": float(np.abs(free[:, : len(chosen)]).mean()),
+        "mean effect of random nodes": float(np.abs(free[:, len(chosen) :]).mean()) if len(control) else 0.0,
+    }  # fmt: skip
+    return dataclasses.replace(graph, about={**graph.about, "verified": found})
+
+
+def _named(graph: Graph) -> list[Given]:
+    """A graph's targets by their names."""
+    import re
+
+    from saekit.circuits.targets import Logit
+
+    out: list[Given] = []
+    for i, name in enumerate(graph.targets):
+        terms = re.findall(r"([+-])(\d+)", name if name[0] in "+-" else "+" + name)
+        if "".join(sign + token for sign, token in terms) != (name if name[0] in "+-" else "+" + name):
+            raise SaekitError(
+                f"target {name!r} of the graph is no sum of tokens; give target as it was traced"
+            )
+        node = graph.of[len(graph.of) - len(graph.targets) + i]
+        out.append(
+            Logit(
+                tuple((int(t), 1.0 if s == "+" else -1.0) for s, t in terms), int(graph.nodes.position[node])
+            )
+        )
+    return out
+
+
+def _in_trace(graph: Graph, run: Trace, nodes: np.ndarray) -> list[int]:
+    """The numbers that nodes of a graph have in a trace of the same prompt."""
+    table = run.columns.table()
+    names = ("kind", "layer", "position", "stand", "place")
+    place = {key: i for i, key in enumerate(zip(*(getattr(table, n).tolist() for n in names), strict=True))}
+    keys = zip(*(getattr(graph.nodes, n)[nodes].tolist() for n in names), strict=True)
+    try:
+        return [place[key] for key in keys]
+    except KeyError:
+        raise SaekitError(
+            "the graph has nodes that these dictionaries don't make on its prompt; give those that it was traced with"
+        ) from None

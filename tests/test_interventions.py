@@ -1,0 +1,111 @@
+"""Edits of features in a running model: what moves, where, and that nothing else does."""
+
+import pytest
+import torch
+from test_circuits import POINTS, TOKENS, stand
+from test_weights import toy
+
+import saekit
+from saekit.dictionaries.cross_layer import CrossLayer
+from saekit.hooks import capture
+from saekit.interventions import Edit, intervened
+from saekit.models import Model
+from saekit.types import SaekitError
+
+X = TOKENS[None]
+
+
+def run(m: Model, points: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """What the model has at some places, and its logits."""
+    sites = {point: m.site(point) for point in points}
+    given = m.inputs(X, torch.ones_like(X, dtype=torch.bool))
+    out = {}
+
+    def forward() -> None:
+        with torch.no_grad():
+            out["logits"] = m.logits(given)
+
+    return {**capture(forward, sites, stop=False), **out}
+
+
+@torch.no_grad()
+def active(d: saekit.Dictionary, m: Model) -> tuple[int, int, float]:
+    """A feature that is active behind the beginning: where, which and its value."""
+    seen = run(m, d.reads)
+    codes = d.encode(torch.cat([seen[p] for p in d.reads], -1))
+    at = ((codes.row_ids() > 2) & (codes.values != 0)).nonzero()[0]
+    return int(codes.row_ids()[at]), int(codes.indices[at]), float(codes.values[at])
+
+
+@pytest.mark.parametrize("name", POINTS)
+def test_an_edit_moves_what_the_feature_writes_and_nothing_else(name: str) -> None:
+    m = toy("layer norms, learned")
+    d = stand(name, m)
+    at, feature, value = active(d, m)
+    before = run(m, d.writes)
+    reads = run(m, d.reads)
+    x = torch.cat([reads[p] for p in d.reads], -1)
+    with torch.no_grad():
+        codes = d.encode(x)
+    here = (codes.row_ids() == at) & (codes.indices == feature)
+    for edit, factor in (
+        (Edit(feature, at, scale=0.0), -1.0),
+        (Edit(feature, at, set=3 * value), 2.0),
+        (Edit(feature, at, add=-value), -1.0),
+    ):
+        with intervened(m, [(d, [edit])]):
+            moved = run(m, d.writes)
+        changed = codes.with_values(torch.where(here, codes.values * (1 + factor), codes.values))
+        if isinstance(d, CrossLayer):
+            should = (d.decode(changed) - d.decode(codes)).split(d.wiring.parts_out, -1)[:1]
+        else:
+            should = (d.decode(changed, x) - d.decode(codes, x)).split(d.wiring.parts_out, -1)
+        for point, expected in zip(d.writes, should, strict=False):
+            torch.testing.assert_close(
+                moved[point] - before[point], expected.view_as(before[point]), rtol=1e-4, atol=2e-5
+            )
+        assert (moved["logits"] - before["logits"])[:, at:].abs().max() > 0
+        assert torch.equal(moved["logits"][:, :at], before["logits"][:, :at])
+    after = run(m, d.writes)
+    assert all(torch.equal(after[p], before[p]) for p in before)  # the hooks are gone
+
+
+def test_an_edit_of_nothing_changes_no_bit_and_an_exception_leaves_no_hook() -> None:
+    m = toy("layer norms, learned")
+    d = stand("topk", m)
+    before = run(m, d.writes)
+    for edits in ([], [Edit(0, position=300, set=5.0)]):
+        with intervened(m, [(d, edits)]):
+            assert torch.equal(run(m, d.writes)["logits"], before["logits"])
+    with pytest.raises(KeyError), intervened(m, [(d, {0: 9.0})]):
+        raise KeyError
+    assert torch.equal(run(m, d.writes)["logits"], before["logits"])
+
+
+def test_generation_is_the_same_with_and_without_cached_keys(code_lm: Model) -> None:
+    d = saekit.create("topk", d_in=256, n_features=512, k=8, seed=0)
+    d.reads = d.writes = ("blocks.1.hook_resid_post",)
+    stream = saekit.harvest(
+        code_lm, ["def main(self):\n    return self.value + 1\n" * 20], list(d.points), tokens=None
+    )
+    d.prepare(d.gather(list(stream)))
+    out = []
+    for cache in (True, False):
+        for edits in ([Edit(3, set=40.0)], [Edit(3, position=12, set=200.0), Edit(7, position=3, add=100.0)]):
+            with intervened(code_lm, [(d, edits)]):
+                out.append(code_lm.generate("def main(self", max_new_tokens=12, use_cache=cache))
+    plain = code_lm.generate("def main(self", max_new_tokens=12)
+    assert out[:2] == out[2:] and out[0] != plain and out[1] != plain
+
+
+def test_wrong_edits_are_refused() -> None:
+    m = toy("layer norms, learned")
+    d = stand("topk", m)
+    for make, words in (
+        (lambda: Edit(3), "give one of set, scale and add"),
+        (lambda: Edit(3, set=1.0, add=1.0), "give one of set, scale and add"),
+        (lambda: Edit(3, position=-1, set=1.0), "counted from the beginning"),
+        (lambda: intervened(m, [(d, {96: 1.0})]).__enter__(), "feature 96 is none of the dictionary's 96"),
+    ):
+        with pytest.raises(SaekitError, match=words):
+            make()
