@@ -19,15 +19,21 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 if TYPE_CHECKING:
     from saekit import metrics as metrics
     from saekit.activations import Store as Store
+    from saekit.circuits.targets import Logit as Logit
+    from saekit.circuits.targets import Target as Target
     from saekit.circuits.trace import trace as trace
     from saekit.dictionaries import Dictionary as Dictionary
     from saekit.dictionaries import calibrate as calibrate
     from saekit.dictionaries import create as create
     from saekit.dictionaries import prune as prune
     from saekit.evaluate import evaluate as evaluate
+    from saekit.graph import Graph as Graph
+    from saekit.graph.files import load_graph as load_graph
     from saekit.harvest import harvest as harvest
     from saekit.hub import load as load
     from saekit.hub import save as save
+    from saekit.interventions import Edit as Edit
+    from saekit.interventions import intervened as intervened
     from saekit.models import load_model as load_model
     from saekit.report import dashboard as dashboard
     from saekit.trainers import Trainer as Trainer
@@ -54,6 +60,12 @@ _LAZY = {
     "load_model": "saekit.models",
     "prune": "saekit.dictionaries",
     "save": "saekit.hub",
+    "Edit": "saekit.interventions",
+    "Graph": "saekit.graph",
+    "Logit": "saekit.circuits.targets",
+    "Target": "saekit.circuits.targets",
+    "intervened": "saekit.interventions",
+    "load_graph": "saekit.graph.files",
     "trace": "saekit.circuits.trace",
     "train": "saekit.trainers",
     "train_many": "saekit.trainers",

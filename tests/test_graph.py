@@ -101,9 +101,11 @@ def test_targets_are_tokens_differences_directions_and_features() -> None:
     assert g.check()["target"] < 1e-5
     node = g.find("feature", position=position, stand=0, place=feature)[0]
     np.testing.assert_allclose(g.rows[[-1]].toarray(), g.rows[[g.row(node)]].toarray(), atol=1e-6)
+    on = one.nodes.place[one.find("feature", position=9, stand=0)]
+    off = next(f for f in range(96) if f not in on)
     for target, words in (
         ("text", "has no tokenizer"),
-        (Feature(95, 0, 3), "is not active at position 3"),
+        (Feature(off, 0, 9), f"feature {off} of dictionary 0 is not active at position 9"),
         (Target("narrow", torch.ones(5)), "has a direction of shape"),
         (Target("far", torch.ones(32), position=40), "lies outside of the prompt's 12 tokens"),
     ):
@@ -161,32 +163,37 @@ def test_the_threshold_is_that_of_a_sort(share: float) -> None:
         assert kept >= share * values.sum(dtype=np.float64) * (1 - 1e-9)
 
 
+def own_neurons(m: Any, name: str = "transcoder") -> list[saekit.Dictionary]:
+    """The neurons of every MLP as transcoders, or as one cross-layer transcoder that writes to its own layers."""
+    blocks, points = weights(m).blocks, [f"layers.{i}.mlp:{side}" for i in range(2) for side in ("in", "out")]
+    shape = {"d_in": 32, "selection": "relu", "normalise": "none", "atoms": "free"}
+    if name == "clt":
+        d = saekit.create("clt", n_layers=2, n_features=128, reach=1, **shape)
+        parts, out = d.parts, [d]
+        d.reads, d.writes = tuple(points[::2]), tuple(points[1::2])
+    else:
+        out = parts = [saekit.create("transcoder", d_out=32, n_features=64, **shape) for _ in blocks]
+        for i, d in enumerate(out):
+            d.reads, d.writes = (points[2 * i],), (points[2 * i + 1],)
+    with torch.no_grad():
+        for part, block in zip(parts, blocks, strict=True):
+            part.encoder.copy_(block.mlp.W_in)
+            part.b_enc.copy_(block.mlp.b_in)
+            part.atoms.weight.copy_(block.mlp.W_out.T)
+        biases = torch.cat([block.mlp.b_out for block in blocks])
+        for d, b in zip(out, biases.split(out[0].d_out), strict=True):
+            d.b_dec.copy_(b)
+    return out
+
+
 def test_exact_dictionaries_leave_no_error_and_empty_ones_all_of_it() -> None:
     """I7: an MLP's own neurons explain everything; dictionaries that write nothing leave the tokens' direct share."""
     m = toy("layer norms, learned")
-    w = weights(m)
-    exact = []
-    for i, block in enumerate(w.blocks):
-        d = saekit.create("transcoder", d_in=32, d_out=32, n_features=64, selection="relu")
-        d.reads, d.writes = (f"layers.{i}.mlp:in",), (f"layers.{i}.mlp:out",)
-        with torch.no_grad():
-            d.encoder.copy_(block.mlp.W_in)
-            d.b_enc.copy_(block.mlp.b_in)
-            d.atoms.weight.copy_(block.mlp.W_out.T)
-            d.b_dec.copy_(block.mlp.b_out)
-        exact.append(d)
+    exact = own_neurons(m)
     g = trace(m, exact, TOKENS)
-    errors = g.rows[:, g.find("error")]
-    assert abs(errors).max() < 1e-6
-    assert g.scores().replacement == pytest.approx(1, abs=1e-6) and g.scores().completeness == pytest.approx(
-        1, abs=1e-6
-    )
-    neurons = trace(m, [Neurons(f"layers.{i}.mlp") for i in range(2)], TOKENS)
-    same = [graph_.find("feature") for graph_ in (g, neurons)]
-    assert (g.nodes.place[same[0]] == neurons.nodes.place[same[1]]).all()
-    np.testing.assert_allclose(
-        *(x.rows[:, at].toarray() for x, at in zip((g, neurons), same, strict=True)), atol=1e-5
-    )
+    assert abs(g.rows[:, g.find("error")]).max() < 1e-6
+    s = g.scores()
+    assert s.replacement == pytest.approx(1, abs=1e-6) and s.completeness == pytest.approx(1, abs=1e-6)
     for d in exact:
         with torch.no_grad():
             d.b_enc.fill_(-1e4)
@@ -197,14 +204,54 @@ def test_exact_dictionaries_leave_no_error_and_empty_ones_all_of_it() -> None:
     assert not g.of_kind("feature").any() and g.scores().replacement == pytest.approx(explained, rel=1e-6)
 
 
-def test_equivalent_dictionaries_make_one_graph() -> None:
-    """I8: transcoders are a diagonal cross-layer transcoder; heads are a sign-split Lorsa."""
-    from saekit.dictionaries.start import initialise  # the layer's own heads
+def named(g: Graph, merge: Any = None) -> dict[tuple[int, ...], np.ndarray]:
+    """What each feature adds to the targets, by layer, position and number; numbers that merge go together."""
+    out: dict[tuple[int, ...], np.ndarray] = {}
+    totals = np.concatenate([g.total_effects(), g.rows[-len(g.targets) :].toarray()])
+    for node in g.find("feature"):
+        place = int(g.nodes.place[node])
+        key = (
+            int(g.nodes.layer[node]),
+            int(g.nodes.position[node]),
+            place if merge is None else merge(place),
+        )
+        out[key] = out.get(key, 0) + totals[:, node]
+    return out
 
-    assert initialise
+
+def test_equivalent_dictionaries_make_one_graph() -> None:
+    """I8: neurons, transcoders and a diagonal cross-layer transcoder; heads and a Lorsa of a feature for each sign."""
     m = toy("layer norms, learned")
-    each = [stand("transcoder", m)]
-    assert trace(m, each, TOKENS).check()
+    neurons = named(trace(m, [Neurons(f"layers.{i}.mlp") for i in range(2)], TOKENS, 3))
+    singles, whole = (named(trace(m, own_neurons(m, n), TOKENS, 3)) for n in ("transcoder", "clt"))
+    whole = {(layer, at, place - 64 * layer): value for (layer, at, place), value in whole.items()}
+    assert neurons.keys() == singles.keys() == whole.keys()
+    for other in (singles, whole):
+        np.testing.assert_allclose([other[k] for k in neurons], [neurons[k] for k in neurons], atol=1e-5)
+
+    lorsas = []
+    for i, block in enumerate(weights(m).blocks):
+        a = block.attention
+        d = saekit.create(
+            "lorsa",
+            attention=a,
+            n_features=64,
+            k=64,
+            normalise="none",
+            atoms="free",
+            objective=("reconstruction",),
+        )
+        d.reads, d.writes = (f"layers.{i}.self_attn:in",), (f"layers.{i}.self_attn:out",)
+        with torch.no_grad():
+            d.encoder.copy_(torch.cat([a.W_V, -a.W_V], 1).flatten(0, 1))
+            d.b_enc.copy_(torch.cat([a.b_V, -a.b_V], 1).flatten())
+            d.atoms.weight.copy_(torch.cat([a.W_O, -a.W_O], 2).movedim(2, 1).flatten(0, 1))
+            d.b_dec.copy_(a.b_O)
+        lorsas.append(d)
+    heads = named(trace(m, [Heads(f"layers.{i}.self_attn") for i in range(2)], TOKENS, 3))
+    signed = named(trace(m, lorsas, TOKENS, 3), lambda place: place // 16 * 8 + place % 8)
+    assert heads.keys() == signed.keys()
+    np.testing.assert_allclose([signed[k] for k in heads], [heads[k] for k in heads], atol=1e-5)
 
 
 @pytest.mark.parametrize("case", TOYS)

@@ -204,9 +204,11 @@ class Graph:
         """The graph as one page that needs no network; see :func:`saekit.graph.export.html`."""
         return load("saekit.graph.export:html")(self, path, **options)
 
-    def verify(self, model: Any, dictionaries: Any, top: int = 50, seed: int = 0) -> "Graph":
+    def verify(
+        self, model: Any, dictionaries: Any, top: int = 50, seed: int = 0, target: Any = None
+    ) -> "Graph":
         """Ablate the strongest nodes and as many random ones; see :func:`saekit.circuits.verify.verify`."""
-        return load("saekit.circuits.verify:verify")(self, model, dictionaries, top, seed)
+        return load("saekit.circuits.verify:verify")(self, model, dictionaries, top, seed, target)
 
 
 def with_targets(

@@ -1,0 +1,167 @@
+"""``saekit trace``: the attribution graph of a prompt."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from saekit.errors import SaekitError
+from saekit.verbs.console import Device, Json, result, say
+
+ID = re.compile(r"\s*\d+([\s,]+\d+)*\s*")
+
+
+def _tokens(prompt: str | None, tokens: str | None) -> Any:
+    """A prompt's text or ids; raises unless exactly one is given."""
+    if (prompt is None) == (tokens is None):
+        raise SaekitError("give the prompt either as text (--prompt) or as token ids (--tokens '0 5 7')")
+    if tokens is None:
+        return prompt
+    if not ID.fullmatch(tokens):
+        raise SaekitError(f"tokens = {tokens!r} must be ids with spaces or commas between, as '0 5 7'")
+    return [int(token) for token in re.split(r"[\s,]+", tokens.strip())]
+
+
+def _targets(targets: list[str]) -> Any:
+    """What ``--target`` names: ids, differences of ids (``12-9``), or text that is one token."""
+    from saekit.circuits.targets import Logit
+
+    out: list[Any] = []
+    for given in targets:
+        pair = re.fullmatch(r"(\d+)-(\d+)", given)
+        if pair:
+            out.append(Logit(int(pair[1])) - Logit(int(pair[2])))
+        else:
+            out.append(int(given) if given.isdecimal() else given)
+    return out or None
+
+
+def _stands(paths: list[str], model: Any, neurons: bool, heads: bool) -> list[Any]:
+    """The dictionaries, and the neurons and heads of every layer, where they are asked for."""
+    from saekit.circuits.places import Heads, Neurons
+    from saekit.circuits.weights import weights
+    from saekit.hub import load
+
+    out: list[Any] = [load(path, device=model.device) for path in paths]
+    blocks = weights(model).blocks
+    for kind, asked, name in (
+        (Neurons, neurons or not (paths or heads), "mlp_out"),
+        (Heads, heads, "attn_out"),
+    ):
+        places = (next((p for p, site in b.places.items() if site == name), None) for b in blocks)
+        out += (
+            [
+                kind(place)
+                for place, b in zip(places, blocks, strict=True)
+                if place and (b.mlp or kind is Heads)
+            ]
+            if asked
+            else []
+        )
+    return out
+
+
+def trace(
+    paths: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Dictionaries or finished runs; none: the model's own neurons.", metavar="[DICTIONARY]..."
+        ),
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="Prompt as text.")] = None,
+    tokens: Annotated[str | None, typer.Option(help="Prompt as token ids, as '0 5 7'.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Model; default: the one that the dictionaries were harvested from.")
+    ] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Token (id or text) or a difference of ids (12-9); again for more; default: the likeliest."
+        ),
+    ] = None,
+    neurons: Annotated[bool, typer.Option(help="Also every MLP's neurons.")] = False,
+    heads: Annotated[bool, typer.Option(help="Also every attention layer's heads.")] = False,
+    budget: Annotated[
+        int, typer.Option(help="Features that get inputs of their own, by influence.", min=1)
+    ] = 8192,
+    nodes: Annotated[
+        float, typer.Option(help="Share of the influence to keep in nodes.", min=0, max=1)
+    ] = 0.8,
+    edges: Annotated[
+        float, typer.Option(help="Share of the influence to keep in edges.", min=0, max=1)
+    ] = 0.98,
+    verify: Annotated[int, typer.Option(help="Ablate this many nodes and as many random ones.", min=0)] = 0,
+    out: Annotated[
+        str,
+        typer.Option(
+            help="Folder for the whole graph, and the pruned one as graph.html and graph.circuit.json."
+        ),
+    ] = "graph",
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Trace what makes the model say what it says: a graph of features, errors, tokens and biases that adds up.
+
+    Example: `saekit trace --model code-lm --prompt "def main(self" --out graph`
+    """
+    from saekit.circuits.trace import trace as run
+    from saekit.harvest import check_writable
+    from saekit.hub.native import origin, read_card
+    from saekit.models import load_model
+
+    given, named, folder = _tokens(prompt, tokens), _targets(target or []), Path(out)
+    check_writable(folder)
+    paths = paths or []
+    source = model or (origin(read_card(Path(paths[0])))[0] if paths else "code-lm")
+    loaded = load_model(source, device=device) if device else load_model(source)
+    stands = _stands(paths, loaded, neurons, heads)
+    say(f"tracing {source} with {len(stands)} {'dictionary' if len(stands) == 1 else 'dictionaries'}")
+    graph = run(loaded, stands, given, named, budget=budget)
+    closed = graph.check()
+    if verify:
+        graph = graph.verify(loaded, stands, top=verify, target=named)
+    graph.save(folder)
+    small = graph.prune(nodes, edges)
+    small.to_json(folder / "graph.circuit.json")
+    small.to_html(folder / "graph.html")
+    result(_summary(graph, small, closed, folder), as_json, _text(graph, small, closed, folder))
+
+
+def _summary(graph: Any, small: Any, closed: dict[str, float], folder: Path) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    totals = small.total_effects()
+    return {
+        "out": str(folder.resolve()), "closure": closed, "scores": asdict(graph.scores()),
+        "pruned": {"nodes": len(small.nodes), "edges": int(small.rows.nnz), "scores": asdict(small.scores())},
+        "targets": [
+            {"target": small.output(i), "share": small.weights[i], "top": [
+                {"node": small.label(n), "total_effect": float(totals[i, n])} for n in _strongest(small, totals[i])
+            ]} for i in range(len(small.targets))
+        ],
+        **({"verified": graph.about["verified"]} if "verified" in graph.about else {}),
+    }  # fmt: skip
+
+
+def _strongest(graph: Any, totals: Any, n: int = 8) -> list[int]:
+    import numpy as np
+
+    free = np.flatnonzero(~graph.of_kind("target", "pruned"))
+    return [int(i) for i in free[np.argsort(-np.abs(totals[free]), kind="stable")[:n]]]
+
+
+def _text(graph: Any, small: Any, closed: dict[str, float], folder: Path) -> str:
+    scores, totals = graph.scores(), small.total_effects()
+    lines = [
+        f"{len(graph.nodes):,} nodes, {graph.rows.nnz:,} edges; rows close to {closed['row']:.1g}",
+        f"replacement {scores.replacement:.3f}, completeness {scores.completeness:.3f}; pruned to {len(small.nodes):,} nodes and {small.rows.nnz:,} edges: {small.scores().replacement:.3f}, {small.scores().completeness:.3f}",
+    ]
+    for i in range(min(len(small.targets), 3)):
+        lines.append(f"\n{small.output(i)!r} ({small.weights[i]:.0%}): total effects")
+        lines += [f"  {totals[i, n]:+8.3f}  {small.label(n)}" for n in _strongest(small, totals[i])]
+    if found := graph.about.get("verified"):
+        lines.append(
+            f"\nSpearman of total effects with ablation: frozen {found['frozen']:.3f}, free {found['free']:.3f}, through attention scores {found['free, through scores']:.3f}; mean effect of the {found['nodes']} strongest {found['mean effect']:.3g}, of random nodes {found['mean effect of random nodes']:.3g}"
+        )
+    return "\n".join([*lines, "", str((folder / "graph.html").resolve())])
