@@ -61,7 +61,7 @@ class Yardstick:
         ablation: str = "mean", seed: int = 0,
     ):  # fmt: skip
         if ablation not in ABLATIONS:
-            raise SaekitError(f"ablation {ablation!r} is unknown{nearest(ablation, ABLATIONS)}")
+            raise SaekitError(f"ablation {ablation!r} is unknown{nearest(ablation, list(ABLATIONS))}")
         if other is None and ablation != "zero":
             raise SaekitError(
                 f"other is not given, and ablation {ablation!r} takes nodes from other prompts; give some"

@@ -20,9 +20,8 @@ from saekit.types import Codes, SaekitError
 
 Metric = Callable[[Tensor], Tensor]  # of what is read [prompt, seq, vocabulary] to [prompt]
 Prompts = Sequence[Sequence[int]] | Tensor
-Circuit = Sequence[
-    Bool[Tensor, "*seq unit"]
-]  # by group: which nodes belong to it; of each position, or of all alike
+# by group, which nodes belong to it: of each position, or of all positions alike
+Circuit = Sequence[Bool[Tensor, "*seq unit"]]
 METHODS = ("exact", "attribution", "integrated")
 STEPS, BATCH = 10, 256  # of integrated gradients; passes at a time
 CHUNK = 1 << 14  # nodes whose vectors are made at a time
@@ -126,7 +125,7 @@ def effects(
     a time, its features and error together; effects of a site then add up to what patching all of it does.
     """
     if method not in METHODS:
-        raise SaekitError(f"method {method!r} is unknown{nearest(method, METHODS)}")
+        raise SaekitError(f"method {method!r} is unknown{nearest(method, list(METHODS))}")
     if steps < 1 or batch < 1:
         raise SaekitError(f"steps = {steps} and batch = {batch} must be at least 1")
     start, end = _runs(spliced, clean, patch)
@@ -168,10 +167,20 @@ def _gradients(
         raise SaekitError(
             "metric is not differentiable in what it reads; use method 'exact', or torch operations that are"
         )
-    found = torch.autograd.grad(value.sum(), list(run.at.values()), allow_unused=True)
-    return {
-        s: torch.zeros_like(x) if g is None else g for (s, x), g in zip(run.at.items(), found, strict=True)
-    }
+    at = [run.at[site] for site in sites]
+    found = torch.autograd.grad(value.sum(), at, allow_unused=True)
+    return {s: torch.zeros_like(x) if g is None else g for s, x, g in zip(sites, at, found, strict=True)}
+
+
+@torch.no_grad()
+def way(start: Pass, end: Pass | None, unit: Sequence[int]) -> dict[Site, Float[Tensor, "prompt seq d"]]:
+    """What has to be added at the sites of some groups so that all their nodes are what they are on ``end`` (None: 0)."""
+    out: dict[Site, Tensor] = {}
+    for g in unit:
+        for site in start.spliced.groups[g].writes:
+            moved = -start.written_by(g, site) + (0 if end is None else end.written_by(g, site))
+            out[site] = out[site] + moved if site in out else moved
+    return out
 
 
 def _integrated(
@@ -181,19 +190,14 @@ def _integrated(
 
     The paper's code takes steps 0 .. N - 1 of N (left Riemann), whose effects miss the sum by O(1/N).
     """
-    with torch.no_grad():
-        way: dict[Site, Tensor] = {}
-        for g in unit:
-            for site in start.spliced.groups[g].writes:
-                moved = -start.written_by(g, site) + (0 if end is None else end.written_by(g, site))
-                way[site] = way[site] + moved if site in way else moved
+    whole = way(start, end, unit)
     total: dict[Site, Tensor] = {}
     for step in range(steps):
         share = (step + 0.5) / steps
         found = _gradients(
-            start.spliced, metric, start.tokens, Changes(added={s: share * v for s, v in way.items()})
+            start.spliced, metric, start.tokens, list(whole), {s: share * v for s, v in whole.items()}
         )
-        total = {s: found[s] / steps + (total[s] if total else 0) for s in way}
+        total = {s: found[s] / steps + (total[s] if total else 0) for s in whole}
     return total
 
 
@@ -217,10 +221,9 @@ def _exact(metric: Metric, start: Pass, move: _Move, batch: int) -> Codes:
             added[site] = whole.view(n * prompts, seq, -1)
         run = start.spliced.run(start.tokens.repeat(n, 1), Changes(added=added))
         values = torch.stack([metric(part) for part in run.out.split(prompts)])
-        moved = torch.stack([(v != 0).any(1) for v in vectors]).any(
-            0
-        )  # others' passes are the clean one but for rounding
-        out[some] = (values - before)[here, at // seq] * moved
+        # the pass of a node that doesn't differ is the clean one but for rounding
+        differs = torch.stack([(v != 0).any(1) for v in vectors]).any(0)
+        out[some] = (values - before)[here, at // seq] * differs
     return move.codes(out)
 
 
@@ -274,11 +277,9 @@ def edges(
         run = spliced.run(start.tokens, cut=True)
         for g, _ in enumerate(spliced.groups):
             value, mine, slope = _downstream(run, g, table, found.gradients[g])
-            for node in mine.unique().tolist() if value.requires_grad else []:
-                if node >= 0:
-                    collect(
-                        node, _to_places(run, value, slope * (mine == node).view(-1, *[1] * (slope.ndim - 1)))
-                    )
+            for node in mine[mine >= 0].unique().tolist() if value.requires_grad else []:
+                own = (mine == node).view(-1, *[1] * (slope.ndim - 1))
+                collect(node, _to_places(run, value, slope * own))
         last = measure(metric, run)
         collect(len(table.nodes), _to_places(run, last, torch.ones_like(last)))
     return Edges(table.nodes, weights / len(start.tokens))

@@ -66,13 +66,15 @@ class Spliced:
         given = list(stands) if isinstance(stands, Sequence) else [stands]
         self.stands = [self._placed(stand) for stand in given]
         self.readout = None if readout is None else self._site(readout)
-        self.written: dict[
-            Site, tuple[int, int]
-        ] = {}  # by site: which stand writes, and which of its places it is
+        self.written: dict[Site, tuple[int, int]] = {}  # by site: the stand that writes, and which of its places
         for i, stand in enumerate(self.stands):
             for at, site in enumerate(stand.writes):
                 if site in self.written:
                     raise SaekitError(f"{site} is written by two dictionaries; leave one of them out")
+                if self.readout is not None and depth(site) > depth(self.readout):
+                    raise SaekitError(
+                        f"{site} is written behind {readout!r}, which metrics read; leave it out"
+                    )
                 self.written[site] = (i, at)
         self.groups: list[Group] = []
         self.units: list[tuple[int, ...]] = []  # groups that integrated gradients move together: one site's
@@ -116,7 +118,10 @@ class Spliced:
         return Pass(self, self._tokens(tokens), changes, cut)
 
     def _tokens(self, tokens: Any) -> Tensor:
-        ids = torch.as_tensor(tokens, device=self.weights.W_E.device)
+        try:
+            ids = torch.as_tensor(tokens, device=self.weights.W_E.device)
+        except (TypeError, ValueError) as error:
+            raise SaekitError(f"tokens are no prompts of one length ({error}); give ids, [prompt, seq]") from error
         if ids.ndim != 2 or not ids.numel() or ids.is_floating_point():
             raise SaekitError(
                 f"tokens have shape {tuple(ids.shape)}; give ids of prompts of one length, [prompt, seq]"

@@ -31,6 +31,9 @@ PAPERS = Registry(
         "codebook-features": "saekit.papers.codebook_features:ROW",
         "complete-replacement": "saekit.papers.complete_replacement:ROW",
         "mutual-regularisation": "saekit.papers.mutual_regularisation:ROW",
+        "sparse-feature-circuits": "saekit.papers.sparse_feature_circuits:ROW",
+        "transcoder-circuits": "saekit.papers.transcoder_circuits:ROW",
+        "attribution-graphs": "saekit.papers.attribution_graphs:ROW",
         "sparse-attention-decomposition": "saekit.papers.sparse_attention_decomposition:ROW",
     },
 )

@@ -57,7 +57,7 @@ def spectrum(numbers: Float[Tensor, "p d"]) -> Float[Tensor, " frequency"]:
 TASK = Task(
     name="addition",
     config=TransformerConfig(
-        vocabulary=P + 1, context=3, d_model=64, n_layers=1, n_heads=4, d_head=16, d_mlp=256
+        vocabulary=P + 1, context=3, d_model=64, n_layers=1, n_heads=4, d_head=16, d_mlp=256, norm="none",
     ),
-    prompts=prompts, pairs=pairs, held_out=held_out, demand=0.99, steps=3000, rows=256, rate=5e-3, decay=1.0,
+    prompts=prompts, pairs=pairs, held_out=held_out, demand=0.99, steps=1500, rows=256, rate=5e-3, decay=1.0,
 )  # fmt: skip

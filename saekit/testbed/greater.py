@@ -55,5 +55,5 @@ TASK = Task(
     config=TransformerConfig(
         vocabulary=len(VOCABULARY), context=len(FRAME), d_model=64, n_layers=2, n_heads=4, d_head=16, d_mlp=128
     ),
-    prompts=prompts, pairs=pairs, demand=0.99, steps=1000, rows=64, rate=3e-3,
+    prompts=prompts, pairs=pairs, demand=0.99, steps=500, rows=64, rate=3e-3,
 )  # fmt: skip

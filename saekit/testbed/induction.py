@@ -105,5 +105,5 @@ TASK = Task(
     config=TransformerConfig(
         vocabulary=VOCABULARY, context=LENGTH + 1, d_model=WIDTH, n_layers=LAYERS, n_heads=HEADS, d_head=16, d_mlp=128
     ),
-    prompts=prompts, pairs=pairs, demand=0.95, steps=1500, rows=ROWS, rate=RATE,
+    prompts=prompts, pairs=pairs, demand=0.99, steps=600, rows=ROWS, rate=RATE,
 )  # fmt: skip

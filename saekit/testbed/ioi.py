@@ -92,5 +92,5 @@ TASK = Task(
     config=TransformerConfig(
         vocabulary=len(VOCABULARY), context=LENGTH, d_model=96, n_layers=3, n_heads=6, d_head=16, d_mlp=192
     ),
-    prompts=prompts, pairs=pairs, demand=0.99, steps=1500, rows=64, rate=3e-3,
+    prompts=prompts, pairs=pairs, demand=0.99, steps=1500, rows=32, rate=2e-3,
 )  # fmt: skip

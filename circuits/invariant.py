@@ -1,0 +1,134 @@
+"""Circuits from weights: what features read of each other whatever the prompt, and what a prompt makes of it.
+
+Dunefsky et al. 2024 (2406.11944): an attribution between transcoder features is what the prompt has (activation,
+pattern, sizes of norms) times what the weights have (``d_i . w_j``, or through a head ``d_i W_V W_O w_j``).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saekit.circuits.frozen import Site, depth
+from saekit.circuits.rows import Own, Trace
+from saekit.circuits.weights import Norm, Weights
+from saekit.graph import Graph
+from saekit.types import SaekitError
+
+SITES = {"mlp_in": "before_mlp", "attn_in": "before_attention"}
+
+
+def through(weights: Weights, site: Site, read: Float[Tensor, "feature d"]) -> Float[Tensor, "feature d"]:
+    """What covectors at a site read of the stream before its norm, but for the size that the prompt divides by."""
+    layer, name = site
+    norm: Norm | None = getattr(weights.blocks[layer], SITES[name]) if name in SITES else None
+    return read if norm is None else norm.back(read, read.new_ones(1))
+
+
+def de_embedding(
+    weights: Weights, site: Site, read: Float[Tensor, "feature d"]
+) -> Float[Tensor, "feature vocabulary"]:
+    """What each token's embedding gives features that read a site, but for the norm's size."""
+    return through(weights, site, read) @ weights.W_E.T
+
+
+def connections(
+    weights: Weights, written: Float[Tensor, "earlier d"], site: Site, read: Float[Tensor, "later d"],
+    head: tuple[int, int] | None = None,
+) -> Float[Tensor, "later earlier"]:  # fmt: skip
+    """What a unit of each earlier feature adds to each later one, whatever the prompt: by the stream, or by a head.
+
+    ``head`` (layer, head): per unit of its pattern; sizes of norms and patterns are the prompt's.
+    """
+    covectors = through(weights, site, read)
+    if head is not None:
+        layer, h = head
+        block = weights.blocks[layer]
+        a = block.attention
+        kv = h * len(a.W_V) // len(a.W_O)
+        if block.after_attention is not None:
+            raise SaekitError(
+                f"layer {layer} has a norm behind its heads, whose size stands between the weights; trace a prompt"
+            )
+        covectors = through(weights, (layer, "attn_in"), covectors @ a.W_O[h] @ a.W_V[kv])
+    return covectors @ written.T
+
+
+@dataclass(frozen=True)
+class Factors:
+    """An edge as ``invariant * dependent``, [later, earlier]: weights alone, and what the prompt has."""
+
+    invariant: Float[Tensor, "later earlier"]
+    dependent: Float[Tensor, "later earlier"]
+
+    @property
+    def edges(self) -> Float[Tensor, "later earlier"]:
+        """What each earlier entry adds to each later one by this way."""
+        return self.invariant * self.dependent
+
+
+def factors(run: Trace, earlier: Own, later: Own, head: tuple[int, int] | None = None) -> Factors:
+    """Edges between the active features of two parts by the stream (same position), or by one head, in two factors.
+
+    Written directions are of one unit of activation.
+    """
+    frozen, w = run.frozen, run.frozen.weights
+    if not depth(earlier.writes[0]) < depth(later.read):
+        raise SaekitError(
+            f"a dictionary that writes {earlier.writes[0]} is not before one that reads {later.read}"
+        )
+    values = earlier.part.values
+    units = earlier.part.written[0] / values[:, None]
+    fixed = connections(w, units, later.read, later.part.w.to(units), head)
+    at, source = later.part.positions, earlier.part.positions
+    dependent = values.expand_as(fixed) / _size(run, later.read)[at][:, None]
+    if head is None:
+        return Factors(fixed, dependent * (at[:, None] == source))
+    layer, h = head
+    pattern = frozen.seen[layer]["patterns"][h][at][:, source]
+    return Factors(fixed, dependent * pattern / _size(run, (layer, "attn_in"))[source])
+
+
+def _size(run: Trace, site: Site) -> Tensor:
+    """What the norm before a site divides by, at each position."""
+    layer, name = site
+    sizes = run.frozen.sizes[layer]
+    return sizes[SITES[name]][:, 0] if SITES.get(name) in sizes else torch.ones(run.seq).to(run.frozen.last)
+
+
+@dataclass(frozen=True)
+class Path:
+    """Nodes from a target back to a source, and what comes along this one path."""
+
+    nodes: tuple[int, ...]
+    value: float
+
+
+def paths(
+    graph: Graph, target: int = 0, branches: int | None = 5, steps: int = 8, least: float = 0.0
+) -> list[Path]:
+    """Paths into a target, each step from a node to what adds to it; those that end in leaves, the strongest first.
+
+    Greedy (Dunefsky et al.): from all paths of a length the ``branches`` that carry most are followed, of either sign.
+    Exact with ``branches=None``: every path that carries more than ``least``; with 0 they add up to the target.
+    """
+    node = int(graph.of[len(graph.of) - len(graph.targets) + target])
+    leaves = graph.leaves
+    going, done = [Path((node,), float("nan"))], []
+    for _ in range(steps):
+        found = []
+        for path in going:
+            last = path.nodes[-1]
+            share = 1.0 if np.isnan(path.value) else path.value / graph.nodes.value[last]
+            for source, weight in graph.inputs(last):
+                value = float(weight * share)
+                if abs(value) <= least:
+                    continue
+                (done if leaves[source] else found).append(Path((*path.nodes, source), value))
+        found.sort(key=lambda path: -abs(path.value))
+        going = found if branches is None else found[:branches]
+        if not going:
+            break
+    return sorted(done, key=lambda path: -abs(path.value))

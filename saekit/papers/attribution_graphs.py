@@ -1,0 +1,143 @@
+"""Attribution graphs against ablation: what total effects predict, frozen and free (Ameisen et al. 2025)."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+
+from saekit.circuits.frozen import Site
+from saekit.circuits.intervene import FrozenPass, free_pass
+from saekit.circuits.places import Heads, Neurons
+from saekit.circuits.qk import traced
+from saekit.circuits.rows import Trace
+from saekit.circuits.targets import Target, resolve
+from saekit.circuits.trace import trace
+from saekit.circuits.verify import ablations
+from saekit.graph import Graph
+from saekit.models import Model
+from saekit.papers.claims import Claim, Reproduction, Tell, bars
+from saekit.papers.row import Found, Row
+from saekit.testbed import tasks
+
+PROMPTS, NEURONS, BATCH, TOP = 6, 200, 64, 10
+AWARE, TOTAL, DIRECT, ABSOLUTE, SIZE = (
+    "through scores",
+    "total effects",
+    "direct edges",
+    "absolute influence",
+    "activation x norm",
+)
+
+
+def _groups(run: Trace, graph: Graph, seed: int) -> list[list[int]]:
+    """Every head at every position with its dimensions together, and the strongest and as many random active neurons."""
+    table, groups = run.columns.table(), {}
+    heads = [i for i, one in enumerate(run.placed) if one.name.endswith("self_attn")]
+    neurons: list[int] = []
+    for own in run.parts:
+        for node in range(own.nodes.start, own.nodes.stop):
+            if own.stand in heads:
+                head = int(table.place[node]) // 16
+                groups.setdefault((own.stand, head, int(table.position[node])), []).append(node)
+            else:
+                neurons.append(node)
+    order = sorted(neurons, key=lambda node: -abs(graph.total_effects()[0, node]))
+    rest = np.random.default_rng(seed).permutation(order[NEURONS // 2 :])[: NEURONS // 2].tolist()
+    return [*groups.values(), *([node] for node in order[: NEURONS // 2] + rest)]
+
+
+def _together(run: Trace, nodes: Sequence[int]) -> dict[Site, torch.Tensor]:
+    """What is added where so that several nodes are gone."""
+    out: dict[Site, torch.Tensor] = {}
+    for one in ablations(run, nodes):
+        for site, change in one.items():
+            out[site] = out[site] + change if site in out else change
+    return out
+
+
+@torch.no_grad()
+def _effects(run: Trace, target: Target, groups: Sequence[Sequence[int]], free: bool) -> np.ndarray:
+    found = []
+    for at in range(0, len(groups), BATCH):
+        some = [_together(run, group) for group in groups[at : at + BATCH]]
+        sites = {site: next(one[site] for one in some if site in one) for one in some for site in one}
+        batch = {
+            s: torch.stack([one.get(s, torch.zeros_like(like)) for one in some]) for s, like in sites.items()
+        }
+        last = free_pass(run, batch) if free else FrozenPass(run, batch, react=True).last
+        norm, was = run.frozen.weights.norm, run.frozen.last[-1]
+        assert norm is not None
+        if free:
+            found.append((norm(was) - norm(last[:, -1])) @ target.direction)
+        else:
+            found.append((was - last[:, -1]) @ norm.back(target.direction, norm.size(was)))
+    return torch.cat(found).numpy()
+
+
+def _prompt(model: Model, tokens: torch.Tensor, answer: int, seed: int) -> dict[str, float]:
+    """Rank correlations of each prediction with ablation on one prompt."""
+    stands = [
+        kind(f"blocks.{i}.{name}")
+        for i in range(2)
+        for kind, name in ((Neurons, "mlp"), (Heads, "self_attn"))
+    ]
+    graph = trace(model, stands, tokens, [answer], budget=10**6, edges=10**6)
+    run = traced(model, stands, tokens)
+    target = resolve(run.frozen, model, [answer])[0]
+    assert isinstance(target, Target)
+    groups = _groups(run, graph, seed)
+    frozen, free = (_effects(run, target, groups, free=kind) for kind in (False, True))
+    sizes = np.zeros(len(graph.nodes))
+    for own in run.parts:
+        sizes[own.nodes] = own.part.written[0].norm(dim=1).numpy()
+    by_node = {
+        AWARE: graph.aware[0], TOTAL: graph.total_effects()[0], DIRECT: graph.rows[[-1]].toarray()[0],
+        ABSOLUTE: graph.influence(), SIZE: sizes,
+    }  # fmt: skip
+    predicted = {
+        name: np.array([values[group].sum() for group in groups]) for name, values in by_node.items()
+    }
+    out = {"frozen": float(spearmanr(predicted[TOTAL], frozen).statistic)}
+    for name, values in predicted.items():
+        unsigned = name in (ABSOLUTE, SIZE)
+        out[name] = float(spearmanr(values, np.abs(free) if unsigned else free).statistic)
+    strongest = [set(np.argsort(-np.abs(v), kind="stable")[:TOP]) for v in (predicted[AWARE], free)]
+    return {**out, "top": float(len(strongest[0] & strongest[1])), "nodes": float(len(groups))}
+
+
+def measure(seed: int, tell: Tell) -> Found:
+    """A trained induction model; every head and hundreds of neurons are taken away one by one."""
+    trained = tasks.trained("induction", seed)
+    prompts = trained.task.prompts(PROMPTS, torch.Generator().manual_seed(100 + seed))
+    found = []
+    for i in range(PROMPTS):
+        tell(i, PROMPTS, "ablating")
+        found.append(_prompt(trained.model, prompts.tokens[i], int(prompts.answers[i, -1]), seed))
+    return {
+        "accuracy": trained.accuracy,
+        **{key: sum(one[key] for one in found) / PROMPTS for key in found[0]},
+    }
+
+
+def judge(found: Found) -> Reproduction:
+    """Frozen ablation is predicted exactly; free ablation better where totals go through attention scores."""
+    others = {name: found[name] for name in (TOTAL, DIRECT, ABSOLUTE, SIZE)}
+    best = [max(values) for values in zip(*others.values(), strict=True)]
+    margin = [a - b for a, b in zip(found[AWARE], best, strict=True)]
+    return Reproduction(
+        title="Total effects are frozen ablation; through attention scores they foretell free ablation",
+        source="Ameisen et al. 2025 (attribution graphs); totals through scores are saekit's",
+        setting=f"2-layer induction model ({sum(found['accuracy']) / len(found['accuracy']):.3f} right), {PROMPTS} prompts, {found['nodes'][0]:.0f} nodes each: every head at every position, the {NEURONS // 2} strongest neurons and {NEURONS // 2} random ones",
+        claims=[
+            Claim("rank correlation of total effects with frozen ablation", "exact by construction", found["frozen"], ">=", 0.99),
+            Claim("rank correlation of totals through scores with free ablation", "no number at this scale", found[AWARE], ">=", 0.8, best, "the best of the others"),
+            Claim("by how much that is above the best of frozen totals, direct edges and absolute influence", "no number", margin, ">=", 0.0),
+            Claim(f"of the {TOP} strongest nodes by free ablation, found", "no number", found["top"], ">=", 7.0),
+        ],
+        figure=bars("Rank correlation with free ablation", "Spearman", {name: {"mean": found[name]} for name in (AWARE, *others)}),
+        controls={"rank correlation with free ablation": {AWARE: found[AWARE], **others}},
+    )  # fmt: skip
+
+
+ROW = Row(measure, judge)
