@@ -13,7 +13,7 @@ from saekit.circuits.spliced import Changes, Spliced
 from saekit.registry import nearest
 from saekit.types import Codes, SaekitError
 
-Scores = Sequence[Float[Tensor, "*seq unit"]]
+Scores = Sequence[Float[Tensor, "..."]]
 ABLATIONS = ("mean", "resample", "zero")
 SHARES = (
     0.001,
@@ -29,7 +29,7 @@ SHARES = (
 )  # of the nodes: MIB's (Mueller et al. 2025)
 
 
-def top(scores: Scores, n: int) -> list[Bool[Tensor, "*seq unit"]]:
+def top(scores: Scores, n: int) -> list[Bool[Tensor, "..."]]:
     """The circuit of the n nodes with the largest absolute scores."""
     flat = torch.cat([s.abs().flatten() for s in scores])
     kept = torch.zeros_like(flat, dtype=torch.bool)
@@ -38,12 +38,12 @@ def top(scores: Scores, n: int) -> list[Bool[Tensor, "*seq unit"]]:
     return [part.view_as(s) for part, s in zip(parts, scores, strict=True)]
 
 
-def above(scores: Scores, threshold: float) -> list[Bool[Tensor, "*seq unit"]]:
+def above(scores: Scores, threshold: float) -> list[Bool[Tensor, "..."]]:
     """The circuit of the nodes whose absolute scores are above a threshold (the paper's T_N)."""
     return [s.abs() > threshold for s in scores]
 
 
-def complement(circuit: Circuit) -> list[Bool[Tensor, "*seq unit"]]:
+def complement(circuit: Circuit) -> list[Bool[Tensor, "..."]]:
     """All other nodes."""
     return [~kept for kept in circuit]
 
@@ -125,7 +125,7 @@ class Yardstick:
     def _error(self, site: Site) -> Tensor:
         return (self.plain if self.other is None else self.other).error(site)
 
-    def _instead(self, values: Float[Tensor, "prompt seq d"]) -> Float[Tensor, "prompt seq d"]:
+    def _instead(self, values: Float[Tensor, "other seq d"]) -> Float[Tensor, "some seq d"]:
         """What ablated nodes are set to, of their values on the other prompts."""
         if self.ablation == "mean":
             return values.mean(0, keepdim=True)
@@ -136,7 +136,7 @@ class Yardstick:
 class Keep:
     """Silences the features that are not ``kept``, at each position or at all alike."""
 
-    kept: Bool[Tensor, "*seq unit"]
+    kept: Bool[Tensor, "..."]
 
     def __call__(self, codes: Codes) -> Codes:
         unit = codes.indices.long()
@@ -146,7 +146,7 @@ class Keep:
 
 @dataclass(frozen=True)
 class _KeepError:
-    kept: Bool[Tensor, "*seq one"]
+    kept: Bool[Tensor, "..."]
     instead: Tensor
 
     def __call__(self, error: Tensor) -> Tensor:

@@ -116,9 +116,9 @@ def paths(
     """
     node = int(graph.of[len(graph.of) - len(graph.targets) + target])
     leaves = graph.leaves
-    going, done = [Path((node,), float("nan"))], []
+    going, done = [Path((node,), float("nan"))], list[Path]()
     for _ in range(steps):
-        found = []
+        found: list[Path] = []
         for path in going:
             last = path.nodes[-1]
             share = 1.0 if np.isnan(path.value) else path.value / graph.nodes.value[last]

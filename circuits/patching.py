@@ -21,7 +21,7 @@ from saekit.types import Codes, SaekitError
 Metric = Callable[[Tensor], Tensor]  # of what is read [prompt, seq, vocabulary] to [prompt]
 Prompts = Sequence[Sequence[int]] | Tensor
 # by group, which nodes belong to it: of each position, or of all positions alike
-Circuit = Sequence[Bool[Tensor, "*seq unit"]]
+Circuit = Sequence[Bool[Tensor, "..."]]
 METHODS = ("exact", "attribution", "integrated")
 STEPS, BATCH = 10, 256  # of integrated gradients; passes at a time
 CHUNK = 1 << 14  # nodes whose vectors are made at a time
@@ -39,11 +39,11 @@ class Effects:
     by_prompt: tuple[Codes, ...]
     gradients: tuple[dict[Site, Tensor], ...]
 
-    def mean(self, positions: bool = True) -> list[Float[Tensor, "*seq unit"]]:
+    def mean(self, positions: bool = True) -> list[Float[Tensor, "..."]]:
         """Mean over prompts, by group [seq, n]; without ``positions`` of the sums over them, [n]."""
         return [_mean(codes, codes.values, positions) for codes in self.by_prompt]
 
-    def active(self, positions: bool = True) -> list[Bool[Tensor, "*seq unit"]]:
+    def active(self, positions: bool = True) -> list[Bool[Tensor, "..."]]:
         """Whether each node is active on any prompt."""
         return [_mean(c, torch.ones_like(c.values), positions) > 0 for c in self.by_prompt]
 

@@ -87,7 +87,8 @@ class Queries:
         to_q = torch.einsum("hqbk,hkd->hqbd", gain, k)
         to_k = torch.einsum("hqbk,hqd->hkbd", gain, self.q[:, :seq])
         to_k = to_k.unflatten(0, (self.kv, -1)).sum(1)
-        p, out, bias = self.patterns, 0.0, 0.0
+        p = self.patterns
+        out, bias = to_q.new_zeros(()), to_q.new_zeros(())
         for to, size, w, b in (
             (to_q * p.scale, self.q_size, p.W_Q, p.b_Q),
             (to_k, self.k_size, p.W_K, p.b_K),
@@ -95,4 +96,4 @@ class Queries:
             raw = torch.einsum("hsbd,sde->hsbe", to, self.turns[:seq]) * size[:, :seq, None]
             out = out + torch.einsum("hsbe,hei->sbi", raw, w)
             bias = bias + torch.einsum("hsbe,he->sb", raw, b)
-        return out, bias  # type: ignore[return-value]
+        return out, bias

@@ -120,9 +120,9 @@ class Trace:
         self.writers: dict[Site, list[tuple[Tensor, slice, list[int]]]] = {}
         for one_part in self.parts:
             at = one_part.part.positions.contiguous()
-            ends = torch.searchsorted(at, torch.arange(self.seq, device=at.device), right=True).tolist()
+            stops = torch.searchsorted(at, torch.arange(self.seq, device=at.device), right=True).tolist()
             for site, vectors in zip(one_part.writes, one_part.part.written, strict=True):
-                self.writers.setdefault(site, []).append((vectors, one_part.nodes, ends))
+                self.writers.setdefault(site, []).append((vectors, one_part.nodes, stops))
 
     @torch.no_grad()
     def rows(

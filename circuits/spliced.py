@@ -66,7 +66,9 @@ class Spliced:
         given = list(stands) if isinstance(stands, Sequence) else [stands]
         self.stands = [self._placed(stand) for stand in given]
         self.readout = None if readout is None else self._site(readout)
-        self.written: dict[Site, tuple[int, int]] = {}  # by site: the stand that writes, and which of its places
+        self.written: dict[
+            Site, tuple[int, int]
+        ] = {}  # by site: the stand that writes, and which of its places
         for i, stand in enumerate(self.stands):
             for at, site in enumerate(stand.writes):
                 if site in self.written:
@@ -121,7 +123,9 @@ class Spliced:
         try:
             ids = torch.as_tensor(tokens, device=self.weights.W_E.device)
         except (TypeError, ValueError) as error:
-            raise SaekitError(f"tokens are no prompts of one length ({error}); give ids, [prompt, seq]") from error
+            raise SaekitError(
+                f"tokens are no prompts of one length ({error}); give ids, [prompt, seq]"
+            ) from error
         if ids.ndim != 2 or not ids.numel() or ids.is_floating_point():
             raise SaekitError(
                 f"tokens have shape {tuple(ids.shape)}; give ids of prompts of one length, [prompt, seq]"

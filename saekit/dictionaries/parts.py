@@ -72,7 +72,9 @@ def parts(d: Dictionary, x: Float[Tensor, "seq d_in"]) -> list[Part]:
     heads = one.features // (d.n_features // d.n_qk)
     read = d.norm_in(x.to(d.device, d.dtype))
     attending = Attending(d.wiring.patterns, read, d.norm_in)
-    return [dataclasses.replace(one, patterns=d.wiring.patterns(read[None])[0], heads=heads, attending=attending)]
+    return [
+        dataclasses.replace(one, patterns=d.wiring.patterns(read[None])[0], heads=heads, attending=attending)
+    ]
 
 
 def _part(

@@ -176,19 +176,26 @@ SHAPE = {
 }  # fmt: skip
 
 
-def read(data: "dict[str, Any] | str | Path") -> Graph:
+def read(given: "dict[str, Any] | str | Path") -> Graph:
     """A graph from the JSON that :func:`export` made, exactly as it was."""
     fix = "export the graph again"
-    if isinstance(data, str | Path):
-        data = records.read(Path(data), "an exported graph", SHAPE, fix)
+    if isinstance(given, str | Path):
+        data: dict[str, Any] = records.read(Path(given), "an exported graph", SHAPE, fix)
     else:
+        data = given
         records.check(data, SHAPE, "an exported graph", fix)
     number = {node["node_id"]: i for i, node in enumerate(data["nodes"])}
     if len(number) < len(data["nodes"]):
         raise SaekitError(f"an exported graph names two nodes alike; {fix}")
+    layer, position, stand, place = (
+        np.array([node[c] for node in data["nodes"]]) for c in ("depth", "position", "stand", "place")
+    )
     table = Nodes(
         np.array([KINDS.index(node["kind"]) for node in data["nodes"]]),
-        *(np.array([node[c] for node in data["nodes"]]) for c in ("depth", "position", "stand", "place")),
+        layer,
+        position,
+        stand,
+        place,
         np.array([np.nan if node["activation"] is None else node["activation"] for node in data["nodes"]]),
     )
     of = np.flatnonzero(np.isin(table.kind, [KINDS.index("feature"), KINDS.index("target")]))

@@ -1,6 +1,7 @@
 """Pruning by cumulative influence: exact thresholds without a sort, and nothing lost."""
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -33,7 +34,7 @@ def cut(values: Float[np.ndarray, " value"], share: float) -> np.float32:
     return np.uint32((top << 16) | under).view(np.float32)
 
 
-def _sums(values: np.ndarray, bins) -> np.ndarray:  # type: ignore[no-untyped-def]
+def _sums(values: np.ndarray, bins: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     """Sums of the values in each of 65536 bins."""
     out = np.zeros(1 << 16)
     for at in range(0, len(values), CHUNK):

@@ -32,7 +32,7 @@ AWARE, TOTAL, DIRECT, ABSOLUTE, SIZE = (
 
 def _groups(run: Trace, graph: Graph, seed: int) -> list[list[int]]:
     """Every head at every position with its dimensions together, and the strongest and as many random active neurons."""
-    table, groups = run.columns.table(), {}
+    table, groups = run.columns.table(), dict[tuple[int, int, int], list[int]]()
     heads = [i for i, one in enumerate(run.placed) if one.name.endswith("self_attn")]
     neurons: list[int] = []
     for own in run.parts:
@@ -42,7 +42,8 @@ def _groups(run: Trace, graph: Graph, seed: int) -> list[list[int]]:
                 groups.setdefault((own.stand, head, int(table.position[node])), []).append(node)
             else:
                 neurons.append(node)
-    order = sorted(neurons, key=lambda node: -abs(graph.total_effects()[0, node]))
+    totals = np.abs(graph.total_effects()[0])
+    order = sorted(neurons, key=lambda node: -totals[node])
     rest = np.random.default_rng(seed).permutation(order[NEURONS // 2 :])[: NEURONS // 2].tolist()
     return [*groups.values(), *([node] for node in order[: NEURONS // 2] + rest)]
 

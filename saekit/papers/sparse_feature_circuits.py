@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from saekit.circuits.ablation import Yardstick, ablate, areas, top
-from saekit.circuits.patching import effects, way
+from saekit.circuits.patching import METHODS, effects, way
 from saekit.circuits.places import Heads, Neurons, Stand
 from saekit.circuits.spliced import Changes, Spliced
 from saekit.dictionaries import Dictionary, create
@@ -26,7 +26,7 @@ SENTENCES, AT_ONCE, STEPS, BATCH = 6000, 512, 200, 1024  # of dictionaries' trai
 HALVES = [f"layers.{i}.{half}:out" for i in range(LAYERS) for half in ("self_attn", "mlp")]
 STREAM = ["layers.0:in", *(f"layers.{i}:out" for i in range(LAYERS))]
 FEATURES, NEURONS, NODES = "features", "neurons and heads", "random nodes"
-PAIRS, HELD_OUT = 64, 128
+PAIRS, HELD_OUT, EXACT = 64, 128, 16
 SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 FAITHFUL = 0.9
 READOUT, LIVES, TEXTS, EXAMINED, SHARE = "layers.1:out", 64, 1000, 150, 0.8
@@ -80,7 +80,11 @@ def _circuits(seed: int) -> Found:
     for method in ("integrated", "attribution"):
         missed = [_missed(Spliced(model, s), task, method) for s in (stands[FEATURES], stream)]
         off[method] = {"halves": missed[0], "stream": missed[1]}
-    return {"circuits": out, "missed": off}
+    return {
+        "circuits": out,
+        "missed": off,
+        "ranks": _ranks(Spliced(model, stands[FEATURES]), _Agreement(EXACT, g)),
+    }
 
 
 def _curve(spliced: Spliced, task: _Agreement, held_out: _Agreement, seed: int) -> Found:
@@ -104,6 +108,21 @@ def _curve(spliced: Spliced, task: _Agreement, held_out: _Agreement, seed: int) 
         "others": yardstick.completeness(kept), "errors": sizes["error"] / sum(sizes.values()),
         NODES: [yardstick.faithfulness(top(drawn, n)) for n in SIZES],
     }  # fmt: skip
+
+
+def _ranks(spliced: Spliced, task: _Agreement) -> dict[str, float]:
+    """Rank correlation of effects with those of patching nodes one by one."""
+    from scipy.stats import spearmanr
+
+    exact, *others = (effects(spliced, task, task.clean, task.patch, method).mean() for method in METHODS)
+    one = torch.cat([mean.flatten() for mean in exact])
+    differs = one != 0
+    return {
+        method: float(
+            spearmanr(one[differs], torch.cat([m.detach().flatten() for m in means])[differs]).statistic
+        )
+        for method, means in zip(METHODS[1:], others, strict=True)
+    }
 
 
 def _missed(spliced: Spliced, task: _Agreement, method: str) -> list[float]:
@@ -262,10 +281,12 @@ def judge(found: Found) -> Reproduction:
         notes=[
             "Errors are nodes as well: where a dictionary leaves much over, few errors carry the behaviour, and a circuit is small without saying anything (errors: their share of the absolute effects). CPR and CMD count nodes by their share, of which neurons have more. "
             "The paper's neurons are the coordinates of what modules write; those of an MLP's activations come closer to features (Arora et al. 2026, arXiv 2601.22594). "
+            "Where many nodes carry the same, moving one of them changes little else, and first-order effects rank them more like exact patching than integrated gradients, which move all of a site; these alone add up (Spearman: with exact effects of features). "
             "As in Bias in Bios, what is spurious shows in single tokens, so that it could be left out of the text as well."
         ],
         controls={
             **{key: {name: c[key] for name, c in circuits.items()} for key in ("nodes", "active", "errors", "CPR", "CMD")},
+            "Spearman": found["ranks"],
             **{key: {name: a[key] for name, a in shown.items()} for key in ("field", "gender", "worst group")},
         },
     )  # fmt: skip

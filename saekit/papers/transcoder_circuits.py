@@ -79,10 +79,10 @@ def measure(seed: int, tell: Tell) -> Found:
         right += [float(int(graph.nodes.position[tokens[0]]) in year)] if year and tokens else []
     tell(1, 2, "training")
     trained = tasks.trained("induction", seed)
-    tokens = trained.task.prompts(1, torch.Generator().manual_seed(seed)).tokens[0]
+    prompt_tokens = trained.task.prompts(1, torch.Generator().manual_seed(seed)).tokens[0]
     return {
         "spearman": thresholds, "solved": float(known.solved(prompts).float().mean()), "year": sum(right) / len(right),
-        **_factorised(trained.model, tokens, seed),
+        **_factorised(trained.model, prompt_tokens, seed),
     }  # fmt: skip
 
 

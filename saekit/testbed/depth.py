@@ -1,7 +1,7 @@
 """Depth of brackets: behind each bracket of a word without a close too many, how many are open."""
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from saekit.testbed.tasks import Prompts, Task, single
@@ -15,6 +15,15 @@ VOCABULARY = DEPTH + DEEPEST + 1
 def depths(tokens: Int[Tensor, "n seq"]) -> Int[Tensor, "n seq"]:
     """How many brackets are open behind each position."""
     return ((tokens == OPEN).int() - (tokens == CLOSE).int()).cumsum(1)
+
+
+def line(stream: Float[Tensor, "n seq d"], tokens: Int[Tensor, "n seq"]) -> tuple[Float[Tensor, " d"], float]:
+    """The direction and bias by which vectors of a stream say the depth, by least squares: ``stream @ direction + bias``."""
+    x = torch.nn.functional.pad(stream.flatten(0, 1).double(), (0, 1), value=1.0)
+    # normal equations with a slight ridge, for a normed stream fills one dimension fewer than it has
+    ridge = 1e-6 * x.square().mean() * len(x) * torch.eye(x.shape[1])
+    found = torch.linalg.solve(x.T @ x + ridge, x.T @ depths(tokens).flatten().double())
+    return found[:-1].to(stream), found[-1].item()
 
 
 def _of(tokens: Int[Tensor, "n seq"]) -> Prompts:

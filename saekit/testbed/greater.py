@@ -10,16 +10,27 @@ from saekit.testbed.transformer import TransformerConfig
 YEARS = 100  # tokens 0 .. 99 are the last two digits of a year
 FIRST, LAST = 2, 97  # of what a prompt begins with
 CENTURIES = range(11, 18)
-NOUNS = ["war", "reign", "siege", "truce", "famine", "plague", "voyage", "project", "dynasty", "strike", "trial", "drought"]
+NOUNS = [
+    "war",
+    "reign",
+    "siege",
+    "truce",
+    "famine",
+    "plague",
+    "voyage",
+    "project",
+    "dynasty",
+    "strike",
+    "trial",
+    "drought",
+]
 WORDS = ("<start>", "the", "lasted", "from", "to")
 VOCABULARY = [*(f"{y:02d}" for y in range(YEARS)), *(f"{c}__" for c in CENTURIES), *NOUNS, *WORDS]
 FRAME = ["<start>", "the", "{noun}", "lasted", "from", "{century}", "{year}", "to", "{century}"]
 ROLES = {"noun": 2, "century": 5, "year": 6, "end": 8}
 
 
-def _build(
-    noun: Int[Tensor, " n"], century: Int[Tensor, " n"], year: Int[Tensor, " n"]
-) -> Prompts:
+def _build(noun: Int[Tensor, " n"], century: Int[Tensor, " n"], year: Int[Tensor, " n"]) -> Prompts:
     values = {"{noun}": noun + VOCABULARY.index(NOUNS[0]), "{century}": century + YEARS, "{year}": year}
     tokens = torch.stack(
         [values[w] if w in values else torch.full_like(year, VOCABULARY.index(w)) for w in FRAME], 1

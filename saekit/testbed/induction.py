@@ -46,7 +46,9 @@ def prompts(n: int, generator: torch.Generator) -> Prompts:
     # behind the last token comes what its period says
     answers[:, -1] = tokens[torch.arange(n), LENGTH + 1 - periods]
     answers = answers.where(known(periods), -1)
-    return single(tokens, answers, VOCABULARY, {"source": LENGTH + 1 - periods, "end": torch.full((n,), LENGTH)})
+    return single(
+        tokens, answers, VOCABULARY, {"source": LENGTH + 1 - periods, "end": torch.full((n,), LENGTH)}
+    )
 
 
 def pairs(n: int, generator: torch.Generator) -> tuple[Prompts, Prompts]:

@@ -1,7 +1,7 @@
 """Indirect objects (Wang et al. 2022, 2211.00593): of two people one gives something, to the other.
 
-``<start> when Anna and Ben went to the park , Ben gave a book to`` is followed by ``Anna``. Fillers stand before the
-first name and before the giver, so that places don't tell the names.
+``<start> when Anna and Ben went to the park , Ben gave a book to`` is followed by ``Anna``. Three fillers stand
+before the first name or before the giver, so that the names' places vary; the giver's and the end's don't.
 """
 
 import torch
@@ -13,7 +13,11 @@ from saekit.testbed.transformer import TransformerConfig
 
 START = 0
 WORDS = ("and", "went", "to", "the", ",", "a")
-NAMES = ["Anna", "Ben", "Carl", "Dora", "Emil", "Fay", "Gus", "Hal", "Ida", "Jack", "Kim", "Leo", "Mary", "Ned", "Olga", "Paul", "Quin", "Rosa", "Sam", "Tina", "Ugo", "Vera", "Will", "Xena", "Yuri", "Zoe", "Amy", "Bob", "Cora", "Dan", "Eva", "Finn", "Gina", "Hugo", "Iris", "John", "Kate", "Liam", "Mona", "Nick"]
+NAMES = [
+    "Anna", "Ben", "Carl", "Dora", "Emil", "Fay", "Gus", "Hal", "Ida", "Jack", "Kim", "Leo", "Mary", "Ned",
+    "Olga", "Paul", "Quin", "Rosa", "Sam", "Tina", "Ugo", "Vera", "Will", "Xena", "Yuri", "Zoe", "Amy", "Bob",
+    "Cora", "Dan", "Eva", "Finn", "Gina", "Hugo", "Iris", "John", "Kate", "Liam", "Mona", "Nick",
+]  # fmt: skip
 KINDS = {
     "opener": ("when", "after", "while", "once"), "place": ("park", "shop", "school", "beach", "station", "garden"),
     "verb": ("gave", "handed", "passed", "sent"), "object": ("book", "drink", "ring", "ball", "letter", "flower"),
@@ -22,8 +26,11 @@ KINDS = {
 VOCABULARY = ["<start>", *WORDS, *NAMES, *(w for words in KINDS.values() for w in words)]
 FILLERS = 3  # in a prompt, some before the first name and the rest before the giver
 FIRST_NAME = VOCABULARY.index(NAMES[0])
-# the frame, where {a}, {b} are the names in their order, {s} the giver, and {filler} comes 0 to 3 times
-FRAME = ["<start>", "{opener}", "{early}", "{a}", "and", "{b}", "went", "to", "the", "{place}", ",", "{late}", "{s}", "{verb}", "a", "{object}", "to"]
+# {a} and {b} are the names in their order, {s} is the giver; {early} and {late} are fillers
+FRAME = [
+    "<start>", "{opener}", "{early}", "{a}", "and", "{b}", "went", "to", "the", "{place}", ",",
+    "{late}", "{s}", "{verb}", "a", "{object}", "to",
+]  # fmt: skip
 LENGTH = len(FRAME) - 2 + FILLERS
 
 

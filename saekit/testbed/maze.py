@@ -7,8 +7,6 @@ depth-first walk, so that one way joins two cells.
 import random
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 
 from saekit.testbed.tasks import Prompts, Task, single
 from saekit.testbed.transformer import TransformerConfig

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -96,7 +97,9 @@ def single(
 ) -> Prompts:  # fmt: skip
     """Prompts with one right answer at each position, or none (-1)."""
     allowed = torch.zeros(*answers.shape, vocabulary + 1, dtype=torch.bool)
-    return Prompts(tokens, allowed.scatter(2, answers[..., None] % (vocabulary + 1), True)[..., :-1], roles or {})
+    return Prompts(
+        tokens, allowed.scatter(2, answers[..., None] % (vocabulary + 1), True)[..., :-1], roles or {}
+    )
 
 
 def fit(task: Task, seed: int = 0, steps: int | None = None) -> Iterator[tuple[Transformer, float]]:
@@ -107,13 +110,14 @@ def fit(task: Task, seed: int = 0, steps: int | None = None) -> Iterator[tuple[T
     steps = steps or task.steps
     model = Transformer(task.config, seed)
     generator = torch.Generator().manual_seed(seed)
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim == 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices}, {"params": others, "weight_decay": 0.0}],
-        task.rate, betas=(0.9, 0.98), weight_decay=task.decay, fused=True,
-    )  # fmt: skip
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, task.rate, steps, pct_start=0.1, cycle_momentum=False)
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in model.parameters() if p.ndim > 1]},
+        {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, task.rate, betas=(0.9, 0.98), weight_decay=task.decay, fused=True)
+    rate = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, task.rate, steps, pct_start=0.1, cycle_momentum=False
+    )
     for _ in range(steps):
         prompts = task.prompts(task.rows, generator)
         allowed = prompts.allowed[prompts.asked].float()
