@@ -50,9 +50,9 @@ def _shape(w: Weights) -> tuple[int, int]:
 
 @torch.no_grad()
 def written(
-    model: Weights, prompts: "Sequence[Int[Tensor, ' seq']] | Int[Tensor, 'prompt seq']", position: int = -1
+    model: Weights, prompts: Sequence[Tensor] | Tensor, position: int = -1
 ) -> Float[Tensor, "prompt head d"]:
-    """What every head writes at a position of each prompt, of any lengths; the heads of layer 0 come first."""
+    """What every head writes at a position of each prompt (token ids, of any lengths); those of layer 0 come first."""
     _shape(model)
     out = []
     for tokens in prompts:
@@ -117,7 +117,7 @@ def _within(a: int, b: int, n: int, p: int) -> float:
 
 
 def node_scores(
-    codes: Int[Tensor, "prompt head"], positive: Bool[Tensor, " prompt"], chance: bool = False
+    codes: Int[Tensor, "prompt head"], positive: Bool[Tensor, " label"], chance: bool = False
 ) -> Float[Tensor, " head"]:
     """How many codes of each head are used on positive prompts and never on negative ones (the paper's score).
 
@@ -129,7 +129,7 @@ def node_scores(
 
 
 def edge_scores(
-    codes: Int[Tensor, "prompt head"], positive: Bool[Tensor, " prompt"], layers: int, chance: bool = False
+    codes: Int[Tensor, "prompt head"], positive: Bool[Tensor, " label"], layers: int, chance: bool = False
 ) -> Float[Tensor, "head head"]:
     """The same for pairs of codes, of a head [row] and one of a later layer [column]; 0 elsewhere."""
     _check(codes, positive)

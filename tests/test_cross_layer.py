@@ -108,6 +108,7 @@ def test_its_layers_are_calibrated_together(pairs: torch.Tensor, tmp_path: Path)
     assert saekit.metrics.fvu(y, same(x)) < 1.2 * saekit.metrics.fvu(y, d(x).detach())
 
 
+@pytest.mark.slow
 def test_it_beats_per_layer_transcoders_where_layers_repeat_each_other(pairs: torch.Tensor) -> None:
     x, y = pairs.split((LAYERS * D, LAYERS * D_OUT), 1)
     d = make()

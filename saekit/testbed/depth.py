@@ -58,5 +58,5 @@ TASK = Task(
     config=TransformerConfig(
         vocabulary=VOCABULARY, context=LENGTH + 1, d_model=64, n_layers=2, n_heads=4, d_head=16, d_mlp=128
     ),
-    prompts=prompts, pairs=pairs, demand=0.99, steps=300, rows=64, rate=3e-3,
+    prompts=prompts, pairs=pairs, demand=0.99, steps=200, rows=64, rate=3e-3,
 )  # fmt: skip
