@@ -133,7 +133,12 @@ SLOW = pytest.mark.slow
 
 @pytest.mark.parametrize(
     ("unit", "masked"),
-    [(False, False), (True, True), pytest.param(False, True, marks=SLOW), pytest.param(True, False, marks=SLOW)],
+    [
+        (False, False),
+        (True, True),
+        pytest.param(False, True, marks=SLOW),
+        pytest.param(True, False, marks=SLOW),
+    ],
 )
 @pytest.mark.parametrize("states", [torch.float32, torch.bfloat16, torch.uint8])
 def test_adam(unit: bool, masked: bool, states: torch.dtype) -> None:
