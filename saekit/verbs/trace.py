@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from saekit.errors import SaekitError
-from saekit.verbs.console import Device, Json, result, say
+from saekit.verbs.console import Device, Json, Seed, result, say
 
 ID = re.compile(r"\s*\d+([\s,]+\d+)*\s*")
 
@@ -99,6 +99,7 @@ def trace(
         ),
     ] = "graph",
     device: Device = None,
+    seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Trace what makes the model say what it says: a graph of features, errors, tokens and biases that adds up.
@@ -120,7 +121,7 @@ def trace(
     graph = run(loaded, stands, given, named, budget=budget)
     closed = graph.check()
     if verify:
-        graph = graph.verify(loaded, stands, top=verify, target=named)
+        graph = graph.verify(loaded, stands, top=verify, seed=seed, target=named)
     graph.save(folder)
     small = graph.prune(nodes, edges)
     small.to_json(folder / "graph.circuit.json")
