@@ -88,7 +88,12 @@ def test_an_untrained_control_is_the_frozen_one_without_its_encoder() -> None:
 
 
 # rows about models, in which nothing is learnt by a dictionary: their controls are shuffled or random nodes
-OF_MODELS = ("transcoder-circuits", "attribution-graphs", "sparse-attention-decomposition")
+OF_MODELS = (
+    "transcoder-circuits",
+    "attribution-graphs",
+    "sparse-attention-decomposition",
+    "discrete-circuits",
+)
 
 
 @pytest.mark.parametrize("name", list(PAPERS))

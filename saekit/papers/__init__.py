@@ -35,5 +35,7 @@ PAPERS = Registry(
         "transcoder-circuits": "saekit.papers.transcoder_circuits:ROW",
         "attribution-graphs": "saekit.papers.attribution_graphs:ROW",
         "sparse-attention-decomposition": "saekit.papers.sparse_attention_decomposition:ROW",
+        "discrete-circuits": "saekit.papers.discrete_circuits:ROW",
+        "attention-saes": "saekit.papers.attention_saes:ROW",
     },
 )

@@ -153,7 +153,7 @@ def judge(found: Found) -> Reproduction:
         figure=bars("Heads of the circuit, found from ten prompts", "ROC-AUC", {f"{score}, {what}": {task: found[task][score][key] for task in tasks} for score in (PAPER, CHANCE) for what, key in (("true labels", "AUC"), (SHUFFLED, SHUFFLED))}),
         notes=[
             "The paper counts codes that only positive prompts have. Heads that write something else on every prompt have many of them whatever the labels are: with shuffled labels the count finds the same heads, so its AUC says which heads write much that varies, not which ones the task needs.",
-            "Less what shuffled labels give on average, the score is about 0.5 without labels. It finds induction heads, but not heads that write one of the same names on prompts of both kinds: their codes are names, and no name is of one kind alone.",
+            "Less what shuffled labels give on average, the score has an AUC of about 0.5 if labels mean nothing. It finds induction heads, but not heads that write one of the same names on prompts of both kinds: their codes are names, and no name is of one kind alone.",
         ],
         controls={key: {f"{task}, {score}": found[task][score][key] for task in tasks for score in (PAPER, CHANCE)} for key in ("AUC", SHUFFLED, EVERYWHERE)},
     )  # fmt: skip
