@@ -283,7 +283,7 @@ def logits_with(firing: Firing, changes: Sequence[Change]) -> Float[Tensor, "seq
     for position, change in changes:
         x[position] += change.to(x)
     for block in w.blocks[firing.layer :]:
-        x = run_block(block, x)["resid_post"]
+        x = run_block(block, x[None], lambda _, value: value)[0]
     return (x if w.norm is None else w.norm(x)) @ w.W_U.T + w.b_U
 
 

@@ -1,6 +1,7 @@
 """Passes through a frozen model in which some places are changed: what interventions do to everything behind them."""
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -98,7 +99,7 @@ class FrozenPass:
         values = torch.einsum("bsi,kvi->bksv", read, a.W_V) + a.b_V[:, None]
         z = was["patterns"] @ values.repeat_interleave(len(a.W_O) // len(a.W_V), 1)
         z = self._site(layer, "z", z.transpose(1, 2).flatten(2))
-        out = self._site(layer, "attn_out", z @ a.W_O.transpose(1, 2).flatten(0, 1) + a.b_O)
+        out = self._site(layer, "attn_out", a.write(z))
         middle = x + self._site(layer, "attn_add", self._norm(layer, "after_attention", out))
         middle = self._site(layer, "resid_mid", middle)
         if block.mlp is None:
@@ -111,21 +112,18 @@ class FrozenPass:
         return self._site(layer, "resid_post", middle + added)
 
 
+@torch.no_grad()
 def free_pass(run: Trace, changes: Changes) -> Float[Tensor, "batch seq d"]:
     """The final stream of a batch of passes with changes, in which everything reacts: norms, neurons and patterns.
 
     Dictionaries are not in the way: changes are added to what the model itself has at their places.
     """
-    w = run.frozen.weights
     batch = max((len(change) for change in changes.values()), default=1)
-    embedded = run.frozen.seen[0]["resid_pre"]
-    out = []
-    for i in range(batch):
-        here = {site: change[min(i, len(change) - 1)] for site, change in changes.items()}
-        x = embedded + here[0, "resid_pre"] if (0, "resid_pre") in here else embedded
-        for layer, block in enumerate(w.blocks):
-            x = run_block(block, x, {name: change for (at, name), change in here.items() if at == layer})[
-                "resid_post"
-            ]
-        out.append(x)
-    return torch.stack(out)
+
+    def changed(layer: int, name: str, value: Tensor) -> Tensor:
+        return value + changes[layer, name] if (layer, name) in changes else value
+
+    x = changed(0, "resid_pre", run.frozen.seen[0]["resid_pre"].expand(batch, -1, -1))
+    for layer, block in enumerate(run.frozen.weights.blocks):
+        x = run_block(block, x, partial(changed, layer))
+    return x

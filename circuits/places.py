@@ -1,7 +1,6 @@
 """Where dictionaries, neurons and heads stand in a frozen model, and what they read and write there."""
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saekit.circuits.frozen import Frozen, Site, canonical, depth
+from saekit.circuits.weights import Weights
 from saekit.dictionaries import Dictionary
 from saekit.dictionaries.parts import Attending, Part, constant, parts
 from saekit.models import Model
@@ -58,21 +58,8 @@ def place(frozen: Frozen, model: Model, stand: Stand) -> Placed:
         return _neurons(frozen, model, stand)
     if isinstance(stand, Heads):
         return _heads(frozen, model, stand)
-    reads, writes = ([_site(frozen, model, p) for p in points] for points in (stand.reads, stand.writes))
-    if not writes:
-        raise SaekitError(
-            "a dictionary doesn't name its hook points; set reads and writes, or train it on a store"
-        )
-    by_layer = stand.wiring.kind == "cross_layer"
-    if len(reads) > 1 and not by_layer:
-        raise SaekitError(
-            f"a dictionary reads {', '.join(stand.reads)} at once, and its features would act on what came before them; trace with dictionaries of one place, or a cross-layer transcoder"
-        )
-    for read, write in zip(reads, writes, strict=True):
-        if depth(read) > depth(write):
-            raise SaekitError(f"a dictionary reads {read} behind {write}, which it writes; swap them")
+    reads, writes = sites_of(frozen.weights, model, stand)
     x = torch.cat([frozen.at(site) for site in reads], -1)
-    _check_widths(stand, x.shape[-1], frozen, writes)
     x = x.to(stand.dtype)
     hats = stand(x).split(stand.wiring.parts_out, -1)
     fixed = constant(stand)
@@ -84,22 +71,54 @@ def place(frozen: Frozen, model: Model, stand: Stand) -> Placed:
     return Placed(", ".join(stand.writes), own, written)
 
 
-def _site(frozen: Frozen, model: Model, point: str) -> Site:
+def site_of(weights: Weights, model: Model, point: str) -> Site:
+    """The site of a hook point; raises where it is no place between the steps of a circuit."""
     at = model.site(point)
-    found = frozen.weights.places.get(f"{at.path}:{at.side}")
+    found = weights.places.get(f"{at.path}:{at.side}")
     if found is None:
         raise SaekitError(
-            f"hook point {point!r} ({at.path}:{at.side}) is inside of what a circuit takes as one step; choose one of {', '.join(list(frozen.weights.places)[:12])}, ..."
+            f"hook point {point!r} ({at.path}:{at.side}) is inside of what a circuit takes as one step; choose one of {', '.join(list(weights.places)[:12])}, ..."
         )
     return canonical(found)
 
 
-def _check_widths(d: Dictionary, width: int, frozen: Frozen, writes: Sequence[Site]) -> None:
-    have = sum(frozen.at(site).shape[-1] for site in writes)
-    if width != d.d_in or have != d.d_out:
+def sites_of(weights: Weights, model: Model, d: Dictionary) -> tuple[tuple[Site, ...], tuple[Site, ...]]:
+    """Where a dictionary reads and where it writes; raises where it doesn't fit into the model."""
+    reads, writes = (tuple(site_of(weights, model, p) for p in points) for points in (d.reads, d.writes))
+    if not writes:
         raise SaekitError(
-            f"a dictionary of d_in = {d.d_in} and d_out = {d.d_out} stands where the model is {width} and {have} wide; give one of this model"
+            "a dictionary doesn't name its hook points; set reads and writes, or train it on a store"
         )
+    if len(reads) > 1 and d.wiring.kind != "cross_layer":
+        raise SaekitError(
+            f"a dictionary reads {', '.join(d.reads)} at once, and its features would act on what came before them; use dictionaries of one place, or a cross-layer transcoder"
+        )
+    for read, write in zip(reads, writes, strict=True):
+        if depth(read) > depth(write):
+            raise SaekitError(f"a dictionary reads {read} behind {write}, which it writes; swap them")
+    d_in, d_out = (sum(_width(weights, site) for site in sites) for sites in (reads, writes))
+    if (d_in, d_out) != (d.d_in, d.d_out):
+        raise SaekitError(
+            f"a dictionary of d_in = {d.d_in} and d_out = {d.d_out} stands where the model is {d_in} and {d_out} wide; give one of this model"
+        )
+    return reads, writes
+
+
+def _width(weights: Weights, site: Site) -> int:
+    a = weights.blocks[site[0]].attention
+    return len(a.W_O) * a.W_V.shape[1] if site[1] == "z" else weights.W_E.shape[1]
+
+
+def layer_of(weights: Weights, model: Model, stand: Neurons | Heads) -> int:
+    """The layer whose neurons or heads are meant; raises where the hook point is none of theirs."""
+    layer, site = site_of(weights, model, stand.hook_point)
+    if isinstance(stand, Heads) and not site.startswith("attn"):
+        raise SaekitError(
+            f"hook point {stand.hook_point!r} is no attention layer; name one, as in blocks.1.attn"
+        )
+    if isinstance(stand, Neurons) and (weights.blocks[layer].mlp is None or not site.startswith("mlp")):
+        raise SaekitError(f"hook point {stand.hook_point!r} is no MLP; name one, as in blocks.1.mlp")
+    return layer
 
 
 def _all(values: Float[Tensor, "seq unit"]) -> tuple[Tensor, Tensor]:
@@ -110,10 +129,9 @@ def _all(values: Float[Tensor, "seq unit"]) -> tuple[Tensor, Tensor]:
 
 
 def _neurons(frozen: Frozen, model: Model, stand: Neurons) -> Placed:
-    layer, site = _site(frozen, model, stand.hook_point)
+    layer = layer_of(frozen.weights, model, stand)
     mlp = frozen.weights.blocks[layer].mlp
-    if mlp is None or not site.startswith("mlp"):
-        raise SaekitError(f"hook point {stand.hook_point!r} is no MLP; name one, as in blocks.1.mlp")
+    assert mlp is not None
     slopes = frozen.slopes[layer]
     values = slopes * (frozen.seen[layer]["mlp_in"] @ mlp.W_in.T + mlp.b_in)
     p, n = _all(values)
@@ -125,11 +143,7 @@ def _neurons(frozen: Frozen, model: Model, stand: Neurons) -> Placed:
 
 
 def _heads(frozen: Frozen, model: Model, stand: Heads) -> Placed:
-    layer, site = _site(frozen, model, stand.hook_point)
-    if not site.startswith("attn"):
-        raise SaekitError(
-            f"hook point {stand.hook_point!r} is no attention layer; name one, as in blocks.1.attn"
-        )
+    layer = layer_of(frozen.weights, model, stand)
     a, seen = frozen.weights.blocks[layer].attention, frozen.seen[layer]
     p, n = _all(seen["z"])
     d_v, value = a.W_V.shape[1], seen["z"][p, n]

@@ -8,15 +8,16 @@ What comes behind responds: later features read what the changed model gives the
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from saekit.circuits.frozen import Site, canonical, depth
-from saekit.circuits.places import Heads, Neurons, Stand
-from saekit.circuits.weights import Block, Mlp, Weights, weights
+from saekit.circuits.frozen import Site, depth
+from saekit.circuits.places import Heads, Neurons, Stand, layer_of, site_of, sites_of
+from saekit.circuits.weights import Mlp, Weights, run_block, weights
 from saekit.dictionaries import Dictionary
 from saekit.dictionaries.cross_layer import CrossLayer
 from saekit.models import Model, load_model
@@ -65,7 +66,7 @@ class Spliced:
         self.weights: Weights = weights(self.model)
         given = list(stands) if isinstance(stands, Sequence) else [stands]
         self.stands = [self._placed(stand) for stand in given]
-        self.readout = None if readout is None else self._site(readout)
+        self.readout = None if readout is None else site_of(self.weights, self.model, readout)
         self.written: dict[
             Site, tuple[int, int]
         ] = {}  # by site: the stand that writes, and which of its places
@@ -142,37 +143,10 @@ class Spliced:
             )
         return ids.long()
 
-    def _site(self, point: str) -> Site:
-        at = self.model.site(point)
-        found = self.weights.places.get(f"{at.path}:{at.side}")
-        if found is None:
-            raise SaekitError(
-                f"hook point {point!r} ({at.path}:{at.side}) is inside of what a circuit takes as one step; choose one of {', '.join(list(self.weights.places)[:12])}, ..."
-            )
-        return canonical(found)
-
     def _placed(self, stand: Stand) -> "_Rows | _Layers | _Units":
         if isinstance(stand, Neurons | Heads):
-            return _units(self.weights, stand, self._site(stand.hook_point))
-        reads, writes = (tuple(map(self._site, points)) for points in (stand.reads, stand.writes))
-        if not writes:
-            raise SaekitError(
-                "a dictionary doesn't name its hook points; set reads and writes, or train it on a store"
-            )
-        layered = isinstance(stand, CrossLayer)
-        if len(reads) > 1 and not layered:
-            raise SaekitError(
-                f"a dictionary reads {', '.join(stand.reads)} at once, and its features would act on what came before them; patch with dictionaries of one place, or a cross-layer transcoder"
-            )
-        for read, write in zip(reads, writes, strict=False):
-            if depth(read) > depth(write):
-                raise SaekitError(f"a dictionary reads {read} behind {write}, which it writes; swap them")
-        seen, _ = self.weights.run(torch.zeros(1, dtype=torch.int64, device=self.weights.W_E.device))
-        d_in, d_out = (sum(seen[layer][name].shape[-1] for layer, name in sites) for sites in (reads, writes))
-        if (d_in, d_out) != (stand.d_in, stand.d_out):
-            raise SaekitError(
-                f"a dictionary of d_in = {stand.d_in} and d_out = {stand.d_out} stands where the model is {d_in} and {d_out} wide; give one of this model"
-            )
+            return _units(self.weights, stand, layer_of(self.weights, self.model, stand))
+        reads, writes = sites_of(self.weights, self.model, stand)
         return _Layers(stand, reads, writes) if isinstance(stand, CrossLayer) else _Rows(stand, reads, writes)
 
 
@@ -196,7 +170,7 @@ class Pass:
         x = self._site((0, "resid_pre"), x)
         for layer, block in enumerate(w.blocks):
             if self._out is None:  # behind what is read nothing matters
-                x = self._block(layer, block, x)
+                x = run_block(block, x, partial(self._at, layer))
         if self._out is None:
             self._out = (x if w.norm is None else w.norm(x)) @ w.W_U.T + w.b_U
         self.out: Float[Tensor, "prompt seq read"] = self._out
@@ -248,6 +222,9 @@ class Pass:
         made = self.spliced.stands[g.stand].vectors(g.at, single, x)
         return tuple(part.to(self.before[site]) for part, site in zip(made, g.writes, strict=True))
 
+    def _at(self, layer: int, name: str, value: Tensor) -> Tensor:
+        return self._site((layer, name), value)
+
     def _site(self, site: Site, value: Tensor) -> Tensor:
         """What goes on from a site; a stand that also writes there reads it as it was before."""
         own = self.spliced.written.get(site)
@@ -291,27 +268,6 @@ class Pass:
                 f"group {group} is set to codes of {codes.n_features} features on {tuple(codes.shape)}; it has {own.n_features} on {tuple(own.shape)}"
             )
         return codes
-
-    def _block(self, layer: int, block: Block, x: Tensor) -> Tensor:
-        a = block.attention
-
-        def site(name: str, value: Tensor) -> Tensor:
-            return self._site((layer, name), value)
-
-        read = site("attn_in", x if block.before_attention is None else block.before_attention(x))
-        values = torch.einsum("bsi,kvi->bksv", read, a.W_V) + a.b_V[:, None]
-        z = a.patterns(read) @ values.repeat_interleave(len(a.W_O) // len(a.W_V), 1)
-        z = site("z", z.transpose(1, 2).flatten(2))
-        out = site("attn_out", z @ a.W_O.transpose(1, 2).flatten(0, 1) + a.b_O)
-        added = site("attn_add", out if block.after_attention is None else block.after_attention(out))
-        middle = site("resid_mid", x + added)
-        if block.mlp is None:
-            return site("resid_post", middle)
-        read = x if block.parallel else middle
-        read = site("mlp_in", read if block.before_mlp is None else block.before_mlp(read))
-        out = site("mlp_out", block.mlp(read))
-        added = site("mlp_add", out if block.after_mlp is None else block.after_mlp(out))
-        return site("resid_post", middle + added)
 
 
 class _Rows:
@@ -403,20 +359,14 @@ class _Units:
         return (self.W[codes.indices.long()] * codes.values[:, None],)
 
 
-def _units(w: Weights, stand: Neurons | Heads, at: Site) -> _Units:
-    layer, site = at
+def _units(w: Weights, stand: Neurons | Heads, layer: int) -> _Units:
     block = w.blocks[layer]
     if isinstance(stand, Heads):
-        if not site.startswith("attn"):
-            raise SaekitError(
-                f"hook point {stand.hook_point!r} is no attention layer; name one, as in blocks.1.attn"
-            )
         a = block.attention
         rows = a.W_O.transpose(1, 2).flatten(0, 1)
         return _Units(((layer, "z"),), ((layer, "attn_out"),), lambda z: z, rows, a.b_O)
-    if block.mlp is None or not site.startswith("mlp"):
-        raise SaekitError(f"hook point {stand.hook_point!r} is no MLP; name one, as in blocks.1.mlp")
     mlp = block.mlp
+    assert mlp is not None
     return _Units(
         ((layer, "mlp_in"),), ((layer, "mlp_out"),), lambda x: _neurons(mlp, x), mlp.W_out.T, mlp.b_out
     )

@@ -1,6 +1,6 @@
 """Transformers as plain tensors: embeddings, blocks and unembedding, and what a prompt makes of them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -116,44 +116,42 @@ class Weights:
     ) -> "tuple[list[dict[str, Tensor]], Float[Tensor, 'seq vocabulary']]":
         """What each block has at each of its sites [seq, d], and the logits."""
         x = self.W_E[tokens]
-        x = x if self.W_pos is None else x + self.W_pos[: len(tokens)]
-        seen = []
+        x = (x if self.W_pos is None else x + self.W_pos[: len(tokens)])[None]
+        seen: list[dict[str, Tensor]] = []
         for block in self.blocks:
-            at = run_block(block, x)
+            at = {"resid_pre": x[0]}
+
+            def keep(site: str, value: Tensor, at: dict[str, Tensor] = at) -> Tensor:
+                at[site] = value[0]
+                return value
+
+            x = run_block(block, x, keep)
             seen.append(at)
-            x = at["resid_post"]
+        x = x[0]
         last = x if self.norm is None else self.norm(x)
         return seen, last @ self.W_U.T + self.b_U
 
 
 def run_block(
-    block: Block, x: Float[Tensor, "seq d"], added: "Mapping[str, Tensor] | None" = None
-) -> dict[str, Tensor]:
-    """What a block has at each of its sites; ``added`` is added at sites behind its input."""
-    added = added or {}
-    at = {"resid_pre": x}
+    block: Block, x: Float[Tensor, "batch seq d"], see: Callable[[str, Tensor], Tensor]
+) -> Float[Tensor, "batch seq d"]:
+    """The stream behind a block; differentiable.
 
-    def see(site: str, value: Tensor) -> Tensor:
-        at[site] = value + added[site] if site in added else value
-        return at[site]
+    ``see(site, value)`` is called at every site behind the input, and at "patterns", and gives what goes on from there.
+    """
 
     def normed(norm: Norm | None, value: Tensor) -> Tensor:
         return value if norm is None else norm(value)
 
-    a = block.attention
-    read = see("attn_in", normed(block.before_attention, x))
-    at["patterns"], z, made = a.heads(read)
-    z = see("z", z)
-    if "z" in added:
-        made = z @ a.W_O.transpose(1, 2).flatten(0, 1) + a.b_O
-    middle = x + see("attn_add", normed(block.after_attention, see("attn_out", made)))
-    middle = see("resid_mid", middle)
+    patterns, z = block.attention.gather(see("attn_in", normed(block.before_attention, x)))
+    see("patterns", patterns)
+    out = see("attn_out", block.attention.write(see("z", z)))
+    middle = see("resid_mid", x + see("attn_add", normed(block.after_attention, out)))
     if block.mlp is None:
-        see("resid_post", middle)
-        return at
+        return see("resid_post", middle)
     read = see("mlp_in", normed(block.before_mlp, x if block.parallel else middle))
-    see("resid_post", middle + see("mlp_add", normed(block.after_mlp, see("mlp_out", block.mlp(read)))))
-    return at
+    added = see("mlp_add", normed(block.after_mlp, see("mlp_out", block.mlp(read))))
+    return see("resid_post", middle + added)
 
 
 def weights(model: "Model | str | nn.Module") -> Weights:

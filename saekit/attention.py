@@ -142,20 +142,20 @@ class Attention:
     W_O: Float[Tensor, "head d_out d_v"]
     b_O: Float[Tensor, " d_out"]
 
-    @torch.no_grad()
-    def heads(
-        self, x: Float[Tensor, "seq d_in"]
-    ) -> "tuple[Float[Tensor, 'head seq seq'], Float[Tensor, 'seq z'], Float[Tensor, 'seq d_out']]":
-        """Of one sequence: patterns, what the heads gather side by side (heads * d_v columns), and what is written."""
-        values = torch.einsum("si,hvi->hsv", x, self.W_V) + self.b_V[:, None]
-        patterns = self.patterns(x[None])[0]
-        z = patterns @ values.repeat_interleave(len(self.W_O) // len(self.W_V), 0)
-        out = torch.einsum("hsv,hov->so", z, self.W_O) + self.b_O
-        return patterns, z.transpose(0, 1).flatten(1), out
+    def gather(
+        self, x: Float[Tensor, "batch seq d_in"]
+    ) -> "tuple[Float[Tensor, 'batch head query source'], Float[Tensor, 'batch seq z']]":
+        """Patterns, and what the heads gather by them, side by side (heads * d_v columns)."""
+        values = torch.einsum("bsi,hvi->bhsv", x, self.W_V) + self.b_V[:, None]
+        patterns = self.patterns(x)
+        z = patterns @ values.repeat_interleave(len(self.W_O) // len(self.W_V), 1)
+        return patterns, z.transpose(1, 2).flatten(2)
+
+    def write(self, z: Float[Tensor, "batch seq z"]) -> Float[Tensor, "batch seq d_out"]:
+        """What the layer makes of what its heads gather."""
+        return z @ self.W_O.transpose(1, 2).flatten(0, 1) + self.b_O
 
     @torch.no_grad()
     def __call__(self, x: Float[Tensor, "batch seq d_in"]) -> Float[Tensor, "batch seq d_out"]:
         """What the layer makes of its input."""
-        values = torch.einsum("bsi,hvi->bhsv", x, self.W_V) + self.b_V[:, None]
-        values = values.repeat_interleave(len(self.W_O) // len(self.W_V), 1)
-        return torch.einsum("bhsv,hov->bso", self.patterns(x) @ values, self.W_O) + self.b_O
+        return self.write(self.gather(x)[1])
