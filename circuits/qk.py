@@ -14,7 +14,7 @@ from saekit.circuits.rows import Columns, Trace
 from saekit.circuits.targets import Feature, Target
 from saekit.circuits.trace import tokens_of
 from saekit.circuits.weights import weights
-from saekit.graph import Nodes
+from saekit.graph import KINDS, Nodes
 from saekit.models import Model, load_model
 from saekit.types import SaekitError
 
@@ -144,8 +144,6 @@ def _contrast(pattern: Tensor, key: int) -> Tensor:
 
 def _with_biases(columns: Columns) -> Nodes:
     """The nodes, and the biases of queries and keys as one more."""
-    from saekit.graph.data import KINDS
-
     table = columns.table()
     one = (KINDS.index("bias"), -1, -1, -1, -1, float("nan"))
     names = ("kind", "layer", "position", "stand", "place", "value")

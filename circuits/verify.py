@@ -1,6 +1,7 @@
 """Attribution against ablation: what a graph says of its nodes beside what taking them away does."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from saekit.circuits.intervene import FrozenPass, free_pass
 from saekit.circuits.places import Stand
 from saekit.circuits.qk import traced
 from saekit.circuits.rows import Trace
-from saekit.circuits.targets import Given, Target, resolve
+from saekit.circuits.targets import Given, Logit, Target, resolve
 from saekit.graph import Graph
 from saekit.models import load_model
 from saekit.types import SaekitError
@@ -22,60 +23,51 @@ from saekit.types import SaekitError
 BATCH = 32
 
 
-def ablations(run: Trace, nodes: Sequence[int]) -> list[dict[Site, Tensor]]:
-    """For each of some nodes (features, errors, tokens, positions) what is added where so that it is gone."""
+def ablations(run: Trace, groups: Sequence[Sequence[int]]) -> list[dict[Site, Float[Tensor, "seq d"]]]:
+    """For each group of nodes (features, errors, tokens, positions) what is added where so that it is gone."""
     table, out = run.columns.table(), []
-    embedding: Site = (0, "resid_pre")
-    for node in nodes:
-        position = int(table.position[node])
-        changes: dict[Site, Tensor] = {}
-        for own in run.parts:
-            if own.nodes.start <= node < own.nodes.stop:
-                changes = {
-                    site: -vectors[node - own.nodes.start] for site, vectors in zip(own.writes, own.part.written, strict=True)
-                }  # fmt: skip
-        for site, (_, error) in run.fixed.items():
-            written = run.cuts[site].error
-            if error is not None and written is not None and error.start <= node < error.stop:
-                changes = {site: -written[position]}
-        w = run.frozen.weights
-        if run.tokens.start <= node < run.tokens.stop:
-            changes = {embedding: -w.W_E[run.frozen.tokens[position]]}
-        if (
-            run.positions is not None
-            and w.W_pos is not None
-            and run.positions.start <= node < run.positions.stop
-        ):
-            changes = {embedding: -w.W_pos[position]}
-        if not changes:
-            raise SaekitError(
-                f"node {node} is no feature, error, token or position; only those can be ablated"
-            )
-        whole = {}
-        for site, change in changes.items():
-            whole[site] = torch.zeros_like(
-                run.frozen.at(site) if site != embedding else run.frozen.seen[0]["resid_pre"]
-            )
-            whole[site][position] = change
+    for group in groups:
+        whole: dict[Site, Tensor] = {}
+        for node in group:
+            for site, vector in _written(run, node).items():
+                like = run.frozen.at(site)
+                whole.setdefault(site, torch.zeros_like(like))[int(table.position[node])] -= vector.to(like)
         out.append(whole)
     return out
 
 
+def _written(run: Trace, node: int) -> dict[Site, Float[Tensor, " d"]]:
+    """What a node writes at its position, by site."""
+    frozen, w = run.frozen, run.frozen.weights
+    for own in run.parts:
+        if own.nodes.start <= node < own.nodes.stop:
+            at = node - own.nodes.start
+            return {site: vectors[at] for site, vectors in zip(own.writes, own.part.written, strict=True)}
+    for site, (_, error) in run.fixed.items():
+        left = run.cuts[site].error
+        if error is not None and left is not None and error.start <= node < error.stop:
+            return {site: left[node - error.start]}
+    if run.tokens.start <= node < run.tokens.stop:
+        return {(0, "resid_pre"): w.W_E[frozen.tokens[node - run.tokens.start]]}
+    if run.positions is not None and w.W_pos is not None and run.positions.start <= node < run.positions.stop:
+        return {(0, "resid_pre"): w.W_pos[node - run.positions.start]}
+    raise SaekitError(f"node {node} is no feature, error, token or position; only those can be ablated")
+
+
 @torch.no_grad()
 def effects(
-    run: Trace, targets: Sequence[Target], nodes: Sequence[int], free: bool
-) -> Float[np.ndarray, "target node"]:
-    """By how much targets change where single nodes are taken away: with patterns, norms, slopes and active features
-    frozen, or (``free``) with the model reacting as it does.
+    run: Trace, targets: Sequence[Target], groups: Sequence[Sequence[int]], free: bool
+) -> Float[np.ndarray, "target group"]:
+    """By how much targets change where groups of nodes are taken away, one group at a time.
+
+    With patterns, norms, slopes and active features frozen, or (``free``) with the model reacting as it does.
     """
-    changes, found = ablations(run, nodes), []
+    changes, found = ablations(run, groups), []
     for at in range(0, len(changes), BATCH):
         some = changes[at : at + BATCH]
         sites = {site for one in some for site in one}
-        batch = {
-            s: torch.stack([one.get(s, torch.zeros_like(next(o[s] for o in some if s in o))) for one in some])
-            for s in sites
-        }
+        nothing = {site: torch.zeros_like(run.frozen.at(site)) for site in sites}
+        batch = {site: torch.stack([one.get(site, nothing[site]) for one in some]) for site in sites}
         last = free_pass(run, batch) if free else FrozenPass(run, batch, react=True).last
         found.append(torch.stack([_moved(run, t, last, free) for t in targets]))
     return torch.cat(found, 1).cpu().double().numpy()
@@ -123,7 +115,7 @@ def verify(
     chosen, rest = order[:top], order[top:]
     control = np.random.default_rng(seed).permutation(rest)[: len(chosen)]
     nodes = np.concatenate([chosen, control])
-    numbers = _in_trace(graph, run, nodes)
+    numbers = [[node] for node in _in_trace(graph, run, nodes)]
     frozen, free = (-effects(run, targets, numbers, free=kind) for kind in (False, True))
     found = {
         "nodes": len(chosen), "random": len(control),
@@ -138,10 +130,6 @@ def verify(
 
 def _named(graph: Graph) -> list[Given]:
     """A graph's targets by their names."""
-    import re
-
-    from saekit.circuits.targets import Logit
-
     out: list[Given] = []
     for i, name in enumerate(graph.targets):
         terms = re.findall(r"([+-])(\d+)", name if name[0] in "+-" else "+" + name)

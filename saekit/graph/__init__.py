@@ -3,4 +3,3 @@
 from saekit.graph.data import KINDS as KINDS
 from saekit.graph.data import Graph as Graph
 from saekit.graph.data import Nodes as Nodes
-from saekit.graph.data import columns as columns

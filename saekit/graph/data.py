@@ -45,7 +45,7 @@ class Nodes:
         return Nodes(*(getattr(self, f.name)[keep] for f in dataclasses.fields(self)))
 
 
-def columns(matrix: csr_array, first: int, stop: int) -> csr_array:
+def lines(matrix: csr_array, first: int, stop: int) -> csr_array:
     """Some rows of a matrix, without a copy."""
     a, b = matrix.indptr[first], matrix.indptr[stop]
     part = (matrix.data[a:b], matrix.indices[a:b], matrix.indptr[first : stop + 1] - a)
@@ -156,11 +156,11 @@ class Graph:
         The totals of the leaves add up to the target's value.
         """
         starts = (0, *self.blocks[:-1])
-        total = columns(self.rows, starts[-1], self.blocks[-1]).toarray().astype(np.float64)
+        total = lines(self.rows, starts[-1], self.blocks[-1]).toarray().astype(np.float64)
         for first, stop in reversed(list(itertools.pairwise(starts))):
             at = self.of[first:stop]
             # of a feature's share in the target each of its inputs has the share that it has in the feature
-            total += (total[:, at] / self.nodes.value[at]) @ columns(self.rows, first, stop)
+            total += (total[:, at] / self.nodes.value[at]) @ lines(self.rows, first, stop)
         return total
 
     def check(self, row: float = 1e-4, target: float = 1e-3) -> dict[str, float]:

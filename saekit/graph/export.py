@@ -86,7 +86,7 @@ def export(
         "links": _links(graph, names),
         "saekit": {
             **{name: list(getattr(graph, name)) for name in LISTS}, "about": graph.about,
-            "dropped": graph.dropped.tolist(), "aware": graph.aware.tolist(), "half": str(graph.rows.dtype),
+            "dropped": graph.dropped.tolist(), "aware": graph.aware.tolist(), "dtype": str(graph.rows.dtype),
         },
     }  # fmt: skip
     if contexts:
@@ -172,7 +172,7 @@ def _links(graph: Graph, names: list[str]) -> list[dict[str, Any]]:
 SHAPE = {
     "nodes": [{"node_id": str, "kind": str, "depth": int, "position": int, "stand": int, "place": int}],
     "links": [{"source": str, "target": str, "weight": float}],
-    "saekit": {**{name: [kind] for name, kind in LISTS.items()}, "about": dict, "dropped": [float], "aware": [list], "half": str},
+    "saekit": {**{name: [kind] for name, kind in LISTS.items()}, "about": dict, "dropped": [float], "aware": [list], "dtype": str},
 }  # fmt: skip
 
 
@@ -206,7 +206,7 @@ def read(given: "dict[str, Any] | str | Path") -> Graph:
         raise SaekitError(
             f"an exported graph has a link to {error}, which is none of its nodes; {fix}"
         ) from None
-    weights = np.array([link["weight"] for link in data["links"]], extra["half"])
+    weights = np.array([link["weight"] for link in data["links"]], extra["dtype"])
     at, sources = np.array(ends, np.int64).reshape(-1, 2).T
     line = np.searchsorted(of, at)
     offsets = np.concatenate([[0], np.cumsum(np.bincount(line, minlength=len(of)))])

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy.sparse import csr_array
 
-from saekit.graph.data import Graph, columns
+from saekit.graph.data import Graph, lines
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def spread(graph: Graph, matrix: csr_array) -> Float[np.ndarray, " node"]:
     weights = np.asarray(graph.weights, np.float64)
     out[graph.of[-len(weights) :]] = weights / max(weights.sum(), 1e-300)
     for first, stop in reversed(list(itertools.pairwise((0, *graph.blocks)))):
-        out += out[graph.of[first:stop]] @ columns(matrix, first, stop)
+        out += out[graph.of[first:stop]] @ lines(matrix, first, stop)
     return out
 
 

@@ -1,26 +1,22 @@
 """Attribution graphs against ablation: what total effects predict, frozen and free (Ameisen et al. 2025)."""
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from scipy.stats import spearmanr
 
-from saekit.circuits.frozen import Site
-from saekit.circuits.intervene import FrozenPass, free_pass
 from saekit.circuits.places import Heads, Neurons
 from saekit.circuits.qk import traced
 from saekit.circuits.rows import Trace
 from saekit.circuits.targets import Target, resolve
 from saekit.circuits.trace import trace
-from saekit.circuits.verify import ablations
+from saekit.circuits.verify import effects
 from saekit.graph import Graph
 from saekit.models import Model
 from saekit.papers.claims import Claim, Reproduction, Tell, bars
 from saekit.papers.row import Found, Row
 from saekit.testbed import tasks
 
-PROMPTS, NEURONS, BATCH, TOP = 6, 200, 64, 10
+PROMPTS, NEURONS, TOP = 6, 200, 10
 AWARE, TOTAL, DIRECT, ABSOLUTE, SIZE = (
     "through scores",
     "total effects",
@@ -48,34 +44,6 @@ def _groups(run: Trace, graph: Graph, seed: int) -> list[list[int]]:
     return [*groups.values(), *([node] for node in order[: NEURONS // 2] + rest)]
 
 
-def _together(run: Trace, nodes: Sequence[int]) -> dict[Site, torch.Tensor]:
-    """What is added where so that several nodes are gone."""
-    out: dict[Site, torch.Tensor] = {}
-    for one in ablations(run, nodes):
-        for site, change in one.items():
-            out[site] = out[site] + change if site in out else change
-    return out
-
-
-@torch.no_grad()
-def _effects(run: Trace, target: Target, groups: Sequence[Sequence[int]], free: bool) -> np.ndarray:
-    found = []
-    for at in range(0, len(groups), BATCH):
-        some = [_together(run, group) for group in groups[at : at + BATCH]]
-        sites = {site: next(one[site] for one in some if site in one) for one in some for site in one}
-        batch = {
-            s: torch.stack([one.get(s, torch.zeros_like(like)) for one in some]) for s, like in sites.items()
-        }
-        last = free_pass(run, batch) if free else FrozenPass(run, batch, react=True).last
-        norm, was = run.frozen.weights.norm, run.frozen.last[-1]
-        assert norm is not None
-        if free:
-            found.append((norm(was) - norm(last[:, -1])) @ target.direction)
-        else:
-            found.append((was - last[:, -1]) @ norm.back(target.direction, norm.size(was)))
-    return torch.cat(found).numpy()
-
-
 def _prompt(model: Model, tokens: torch.Tensor, answer: int, seed: int) -> dict[str, float]:
     """Rank correlations of each prediction with ablation on one prompt."""
     stands = [
@@ -88,7 +56,7 @@ def _prompt(model: Model, tokens: torch.Tensor, answer: int, seed: int) -> dict[
     target = resolve(run.frozen, model, [answer])[0]
     assert isinstance(target, Target)
     groups = _groups(run, graph, seed)
-    frozen, free = (_effects(run, target, groups, free=kind) for kind in (False, True))
+    frozen, free = (-effects(run, [target], groups, free=kind)[0] for kind in (False, True))
     sizes = np.zeros(len(graph.nodes))
     for own in run.parts:
         sizes[own.nodes] = own.part.written[0].norm(dim=1).numpy()

@@ -1,0 +1,67 @@
+"""Graphs on disk and in circuit-tracer's JSON: as they were, or refused."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_circuits import TOKENS
+from test_graph import mixed
+
+from saekit.circuits.trace import trace
+from saekit.graph import Graph, Nodes
+from saekit.graph.export import read
+from saekit.graph.files import load_graph
+from saekit.types import SaekitError
+
+
+@pytest.fixture(scope="module")
+def graph() -> Graph:
+    m, stands = mixed("layer norms, learned")
+    return trace(m, stands, TOKENS)
+
+
+def test_a_graph_comes_back_from_disk_and_from_json(graph: Graph, tmp_path: Path) -> None:
+    """I12: bit for bit; every id is unique; the same graph makes the same bytes."""
+    back = load_graph(graph.save(tmp_path / "g"))
+    small = graph.prune()
+    data = small.to_json(tmp_path / "a.json")
+    for one, two in ((graph, back), (small, read(tmp_path / "a.json")), (small, read(data))):
+        for f in dataclasses.fields(Nodes):
+            np.testing.assert_array_equal(getattr(one.nodes, f.name), getattr(two.nodes, f.name))
+        assert abs(one.rows - two.rows).nnz == 0 and one.rows.dtype == two.rows.dtype
+        for name in ("of", "dropped", "aware"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(two, name))
+        for name in ("blocks", "weights", "tokens", "words", "stands", "biases", "targets", "about"):
+            assert getattr(one, name) == getattr(two, name)
+    names = [node["node_id"] for node in graph.to_json()["nodes"]]
+    assert len(set(names)) == len(names)
+    m, stands = mixed("layer norms, learned")
+    again = trace(m, stands, TOKENS).prune()
+    again.to_json(tmp_path / "b.json")
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+
+
+def test_a_cut_or_altered_graph_is_refused(graph: Graph, tmp_path: Path) -> None:
+    folder = graph.save(tmp_path / "g")
+    whole = {name: (folder / name).read_bytes() for name in ("graph.safetensors", "graph.json")}
+    changed = json.loads(whole["graph.json"])
+    changed["targets"][0] = "other"
+    for name, data, words in (
+        ("graph.safetensors", whole["graph.safetensors"][:-9], "doesn't match the hash"),
+        ("graph.safetensors", b"\0" + whole["graph.safetensors"][1:], "doesn't match the hash"),
+        ("graph.json", whole["graph.json"][:-9], "is not a graph's record"),
+        ("graph.json", json.dumps(changed).encode(), "doesn't match its seal"),
+        ("graph.json", whole["graph.json"].replace(b'"schema": 1', b'"schema": 9'), "has schema 9"),
+    ):
+        (folder / name).write_bytes(data)
+        with pytest.raises(SaekitError, match=words):
+            load_graph(folder)
+        (folder / name).write_bytes(whole[name])
+    with pytest.raises(SaekitError, match=r"has no graph.json"):
+        load_graph(tmp_path)
+    data = graph.prune().to_json()
+    data["links"][0]["source"] = "nowhere"
+    with pytest.raises(SaekitError, match="which is none of its nodes"):
+        read(data)
