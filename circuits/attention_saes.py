@@ -17,7 +17,7 @@ from saekit.types import SaekitError
 
 
 def head_shares(d: Dictionary, n_heads: int) -> Float[Tensor, "feature head"]:
-    """By weights alone: the norm of what a feature writes to each head's dimensions, over their sum (section 3.2)."""
+    """By weights alone: the norm of what a feature writes to each head's dimensions, over their sum."""
     if d.d_out % n_heads:
         raise SaekitError(f"n_heads = {n_heads} does not divide the dictionary's width {d.d_out}")
     norms = d.norm_out.directions(d.W_dec.detach()).unflatten(-1, (n_heads, -1)).norm(dim=-1)

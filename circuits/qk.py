@@ -8,14 +8,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from saekit.circuits.frozen import Frozen, Site
-from saekit.circuits.places import Stand, place
+from saekit.circuits.frozen import Site
+from saekit.circuits.places import Stand
 from saekit.circuits.rows import Columns, Trace
 from saekit.circuits.targets import Feature, Target
-from saekit.circuits.trace import tokens_of
-from saekit.circuits.weights import weights
+from saekit.circuits.trace import traced
 from saekit.graph import KINDS, Nodes
-from saekit.models import Model, load_model
+from saekit.models import Model
 from saekit.types import SaekitError
 
 
@@ -148,15 +147,6 @@ def _with_biases(columns: Columns) -> Nodes:
     one = (KINDS.index("bias"), -1, -1, -1, -1, float("nan"))
     names = ("kind", "layer", "position", "stand", "place", "value")
     return Nodes(*(np.append(getattr(table, n), v) for n, v in zip(names, one, strict=True)))
-
-
-def traced(model: "Model | str | nn.Module", dictionaries: "Stand | Sequence[Stand]",
-           prompt: "str | Sequence[int] | Int[Tensor, ' seq']") -> Trace:  # fmt: skip
-    """A prompt with dictionaries in place."""
-    model = load_model(model)
-    stands = list(dictionaries) if isinstance(dictionaries, Sequence) else [dictionaries]
-    frozen = Frozen(weights(model), tokens_of(model, prompt))
-    return Trace(frozen, [place(frozen, model, stand) for stand in stands])
 
 
 def qk(model: "Model | str | nn.Module", dictionaries: "Stand | Sequence[Stand]",

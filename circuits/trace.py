@@ -48,15 +48,25 @@ def trace(
         if number < 1:
             raise SaekitError(f"{name} = {number} must be at least 1")
     model = load_model(model)
-    stands = list(dictionaries) if isinstance(dictionaries, Sequence) else [dictionaries]
-    tokens = tokens_of(model, prompt)
-    frozen = Frozen(weights(model), tokens)
-    run = Trace(frozen, [place(frozen, model, stand) for stand in stands])
-    targets = resolve(frozen, model, target)
+    run = traced(model, dictionaries, prompt)
+    targets = resolve(run.frozen, model, target)
     rows = _Rows(run, targets, edges, batch)
     rows.fill(budget)
     graph = rows.graph(model)
     return without(graph, ~(graph.leaves & graph.of_kind("feature")))
+
+
+def traced(
+    model: "Model | str | nn.Module",
+    dictionaries: "Stand | Sequence[Stand]",
+    prompt: "str | Sequence[int] | Int[Tensor, ' seq']",
+) -> Trace:
+    """A prompt with dictionaries in place."""
+    model = load_model(model)
+    stands = list(dictionaries) if isinstance(dictionaries, Sequence) else [dictionaries]
+    w = weights(model)
+    frozen = Frozen(w, _tokens(model, prompt, len(w.W_E)))
+    return Trace(frozen, [place(frozen, model, stand) for stand in stands])
 
 
 class _Rows:
@@ -151,7 +161,7 @@ class _Rows:
         return {"model": model.name, "vocabulary": len(self.run.frozen.weights.W_E), "outputs": words}
 
 
-def tokens_of(model: Model, prompt: "str | Sequence[int] | Tensor") -> Tensor:
+def _tokens(model: Model, prompt: "str | Sequence[int] | Tensor", vocabulary: int) -> Tensor:
     """Token ids of a prompt; raises where it is none that the model can read."""
     if isinstance(prompt, str):
         if model.tokenizer is None:
@@ -166,4 +176,7 @@ def tokens_of(model: Model, prompt: "str | Sequence[int] | Tensor") -> Tensor:
         raise SaekitError(
             f"prompt has {len(tokens)} tokens and model {model.name!r} reads {model.context}; give fewer"
         )
+    wrong = tokens[(tokens < 0) | (tokens >= vocabulary)]
+    if len(wrong):
+        raise SaekitError(f"token {int(wrong[0])} of the prompt is none; the model has 0 to {vocabulary - 1}")
     return tokens

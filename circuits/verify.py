@@ -13,9 +13,9 @@ from torch import Tensor
 from saekit.circuits.frozen import Site
 from saekit.circuits.intervene import FrozenPass, free_pass
 from saekit.circuits.places import Stand
-from saekit.circuits.qk import traced
 from saekit.circuits.rows import Trace
 from saekit.circuits.targets import Given, Logit, Target, resolve
+from saekit.circuits.trace import traced
 from saekit.graph import Graph
 from saekit.models import load_model
 from saekit.types import SaekitError

@@ -101,6 +101,8 @@ def test_what_cannot_be_traced_is_refused() -> None:
         ([], TOKENS, [], "target is empty"),
         ([], TOKENS.repeat(3), None, "prompt has 36 tokens and model 'toy' reads 32"),
         ([], TOKENS[:0], None, "give one sequence of at least one token"),
+        ([], TOKENS + 60, None, r"token \d+ of the prompt is none; the model has 0 to 63"),
+        ([], [3, -1], None, "token -1 of the prompt is none"),
         ([], "text", None, "has no tokenizer; give token ids"),
         (Neurons("blocks.0.self_attn"), TOKENS, None, "is no MLP"),
         (Heads("blocks.0.mlp"), TOKENS, None, "is no attention layer"),

@@ -16,9 +16,9 @@ from saekit.circuits.frozen import Frozen
 from saekit.circuits.intervene import FrozenPass
 from saekit.circuits.places import Heads, Neurons
 from saekit.circuits.qk import Heads as Looking
-from saekit.circuits.qk import loadings, traced
+from saekit.circuits.qk import loadings
 from saekit.circuits.targets import Feature, Logit, Target, resolve
-from saekit.circuits.trace import trace
+from saekit.circuits.trace import trace, traced
 from saekit.circuits.verify import effects
 from saekit.circuits.weights import weights
 from saekit.graph import KINDS, Graph, Nodes

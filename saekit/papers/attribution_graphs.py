@@ -5,10 +5,9 @@ import torch
 from scipy.stats import spearmanr
 
 from saekit.circuits.places import Heads, Neurons
-from saekit.circuits.qk import traced
 from saekit.circuits.rows import Trace
 from saekit.circuits.targets import Target, resolve
-from saekit.circuits.trace import trace
+from saekit.circuits.trace import trace, traced
 from saekit.circuits.verify import effects
 from saekit.graph import Graph
 from saekit.models import Model

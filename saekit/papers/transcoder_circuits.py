@@ -5,9 +5,9 @@ from scipy.stats import spearmanr
 
 from saekit.circuits.invariant import de_embedding, factors, paths
 from saekit.circuits.places import Neurons
-from saekit.circuits.qk import loadings, traced
+from saekit.circuits.qk import loadings
 from saekit.circuits.targets import Feature
-from saekit.circuits.trace import trace
+from saekit.circuits.trace import trace, traced
 from saekit.circuits.weights import weights
 from saekit.models import Model
 from saekit.papers.claims import Claim, Reproduction, Tell, bars
@@ -94,7 +94,7 @@ def judge(found: Found) -> Reproduction:
         source="Dunefsky et al. 2024, arXiv 2406.11944",
         setting=f"a greater-than circuit {BUILT}, rotated, {DISTRACTORS} distracting heads and neurons; a {TRAINED} 2-layer induction model with its own neurons, {FEATURES} of them",
         claims=[
-            Claim("rank correlation of neurons' thresholds by their de-embeddings with the true ones", "de-embeddings show a threshold on the year (section 5)", own, ">=", 0.99, random, "random covectors"),
+            Claim("rank correlation of neurons' thresholds by their de-embeddings with the true ones", "the greater-than circuit was read off de-embeddings (figures)", own, ">=", 0.99, random, "random covectors"),
             Claim("largest miss of invariant x dependent, over the largest edge: stream and every head", "exact by construction", found["miss"], "<=", 1e-5, found["shuffled"], "earlier features shuffled"),
             Claim("share of prompts whose strongest path from a token begins at the year", "paths lead to the YY token", found["year"], ">=", 0.9),
         ],
