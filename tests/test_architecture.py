@@ -15,7 +15,7 @@ ROOMS = {"saekit": "saekit", "trainers": "saekit.trainers", "kernels": "saekit.k
 RANKS = {
     "saekit.kernels": 0,
     "saekit.errors": 0, "saekit.types": 1, "saekit.registry": 1, "saekit.stdlib": 1,
-    "saekit.records": 2,
+    "saekit.records": 2, "saekit.pages": 2,
     "saekit.metrics": 3, "saekit.hooks": 3, "saekit.tokens": 3, "saekit.activations": 3, "saekit.attention": 3,
     "saekit.dictionaries": 4, "saekit.models": 4, "saekit.code_lm": 4,
     "saekit.graph": 5, "saekit.harvest": 5, "saekit.hub": 5, "saekit.interventions": 5, "saekit.layers": 5, "saekit.replacement": 5,

@@ -5,8 +5,6 @@ those only. Text of tokens is data from arbitrary corpora. It reaches the page a
 never as markup.
 """
 
-import base64
-import hashlib
 import html
 import json
 import math
@@ -15,13 +13,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from saekit.pages import printable, script_json, sha256
 from saekit.types import SaekitError
 
 SCRIPTS = ("model.js", "drawing.js", "pinned.js", "detail.js", "page.js")
-# control characters, bidirectional overrides and lone surrogates: shown as escapes, never sent as they are
-UNPRINTABLE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
-)
 KINDS = {  # what of feature_type says the kind, first match first; everything else is a feature
     "error": "error",
     "pruned": "pruned",
@@ -49,12 +44,12 @@ def page(data: Mapping[str, Any]) -> str:
     script = "\n".join((here / name).read_text("utf-8") for name in SCRIPTS)
     title = data["metadata"].get("title_prefix", "") + data["metadata"].get("slug", "") or "Attribution graph"
     parts = {
-        "title": html.escape(UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", title)),
-        "style_hash": _sha256(style),
-        "script_hash": _sha256(script),
+        "title": html.escape(printable(title)),
+        "style_hash": sha256(style),
+        "script_hash": sha256(script),
         "style": style,
         "script": script,
-        "data": _json({**_content(data), "title": title}),
+        "data": script_json({**_content(data), "title": title}),
     }
     template = (here / "page.html").read_text("utf-8")
     return re.sub(r"\{\{ (\w+) \}\}", lambda match: parts[match[1]], template)
@@ -181,12 +176,3 @@ def _kind(node: Mapping[str, Any]) -> str:
 def _rounded(value: float | None) -> float | None:
     """Six digits: what is shown has fewer, and the page is half as long. What is no number becomes null."""
     return float(f"{value:.6g}") if value is not None and math.isfinite(value) else None
-
-
-def _json(data: Any) -> str:
-    """JSON for a script element: no "<", so no tag and no comment can begin in it."""
-    return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-
-
-def _sha256(text: str) -> str:
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -5,13 +5,9 @@ policy admits those scripts only. Text of tokens is data from arbitrary corpora.
 JSON and is put there as text nodes, never as markup.
 """
 
-import base64
-import hashlib
 import html
-import json
 import math
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -20,6 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from saekit.pages import printable, script_json, sha256
 from saekit.report.contexts import Context, FeatureContexts
 
 Number = float | int
@@ -32,10 +29,6 @@ CURVE_TITLES = {
     "lr": "Learning rate",
     "learning_rate": "Learning rate",
 }
-# control characters, bidirectional overrides and lone surrogates: shown as escapes, never sent as they are
-UNPRINTABLE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
-)
 
 
 @dataclass(frozen=True)
@@ -196,7 +189,7 @@ def render(report: RunReport) -> str:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=lambda value: _printable(value) if type(value) is str else value,
+        finalize=lambda value: printable(value) if type(value) is str else value,
     )
     environment.filters["number"] = _number
     charts = _charts(report)
@@ -207,9 +200,9 @@ def render(report: RunReport) -> str:
         report=report,
         metrics=[(metric, _strip(metric), _verdict(metric)) for metric in report.metrics],
         charts=charts,
-        policy=" ".join(f"'sha256-{_sha256(script)}'" for script in scripts),
+        policy=" ".join(f"'sha256-{sha256(script)}'" for script in scripts),
         style=Markup((here / "run.css").read_text("utf-8")),
-        data=Markup(_json({**_feature_data(report.features), "figures": figures})),
+        data=Markup(script_json({**_feature_data(report.features), "figures": figures})),
         script=Markup(scripts[0]),
         plotly=Markup(scripts[1]),
     )
@@ -293,14 +286,17 @@ def _curve_chart(curves: Mapping[str, tuple[Sequence[Number], Sequence[Number | 
         x, y = _thinned(np.asarray(steps, dtype=np.float64), np.asarray(values, dtype=np.float64))
         # plotly reads a subset of HTML in names, but not &quot;
         figure.add_scatter(
-            x=x.tolist(), y=y.tolist(), name=html.escape(_printable(name), quote=False), mode="lines"
+            x=x.tolist(), y=y.tolist(), name=html.escape(printable(name), quote=False), mode="lines"
         )
         last.append(f"{name} {_number(y[-1])}" if len(curves) > 1 else _number(y[-1]))
         positive.extend(y[np.isfinite(y)])
     figure.update_layout(showlegend=len(curves) > 1)
     if positive and min(positive) > 0 and max(positive) > 30 * min(positive):
         figure.update_yaxes(type="log", dtick=1)
-    return {"caption": f"At step {_number(x[-1])}: {', '.join(last)}", "figure": figure.to_plotly_json()}
+    return {
+        "caption": f"At step {_number(x[-1])}: {', '.join(last)}",
+        "figure": figure.to_plotlyscript_json(),
+    }
 
 
 def _density_chart(density: np.ndarray) -> dict[str, Any]:
@@ -335,7 +331,7 @@ def _density_chart(density: np.ndarray) -> dict[str, Any]:
     caption = f"{never:,} of {len(density):,} features ({_percent(never / len(density))}) never fired"
     if len(firing):
         caption += f"; the median of the others fires on {_percent(10 ** float(np.median(firing)))} of tokens"
-    return {"caption": caption, "figure": figure.to_plotly_json()}
+    return {"caption": caption, "figure": figure.to_plotlyscript_json()}
 
 
 def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -384,19 +380,6 @@ def _verdict(metric: Metric) -> str:
     return "beats its control" if len(metric.controls) == 1 else "beats its controls"
 
 
-def _json(data: Any) -> str:
-    """JSON for a script element: no "<", so no tag and no comment can begin in it; nan becomes null."""
-    return json.dumps(_finite(data), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-
-
-def _finite(data: Any) -> Any:
-    if isinstance(data, dict):
-        return {key: _finite(value) for key, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [_finite(value) for value in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data
-
-
 def _float32(value: Number | None) -> Number | None:
     """The shortest decimal that is the same float32: nothing is lost, and the page is half as long."""
     return float(str(np.float32(value))) if value else value
@@ -412,11 +395,3 @@ def _number(value: Number | None) -> str:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.3g} %"
-
-
-def _printable(text: str) -> str:
-    return UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
-
-
-def _sha256(text: str) -> str:
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -1,7 +1,6 @@
 """What every verb shares: progress on stderr, results on stdout, options with one meaning."""
 
 import json
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from saekit.errors import SaekitError
+from saekit.pages import finite
 
 
 def _usable(device: str | None) -> str | None:
@@ -50,15 +50,6 @@ def say(text: str) -> None:
 def result(data: Any, as_json: bool, text: str) -> None:
     """The result of a verb, on stdout."""
     print(json.dumps(finite(data), indent=1) if as_json else text, flush=True)
-
-
-def finite(data: Any) -> Any:
-    """The same data with NaN and infinities as null: JSON has neither."""
-    if isinstance(data, dict):
-        return {key: finite(value) for key, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [finite(value) for value in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def duration(seconds: float) -> str:

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from saekit.verbs.console import Device, Json, Seed, duration, finite, progress, result, say
+from saekit.pages import finite
+from saekit.verbs.console import Device, Json, Seed, duration, progress, result, say
 from saekit.verbs.evaluate import table
 
 HOOK_POINT = "blocks.1.hook_resid_post"  # the middle of code-lm's four blocks

@@ -105,7 +105,7 @@ def evaluate(
     from saekit.harvest import check_writable
     from saekit.hub import load
     from saekit.hub.native import origin
-    from saekit.verbs.console import finite
+    from saekit.pages import finite
 
     runs, folder = _runs(paths)
     found = [load(run, device=device) for run in runs]

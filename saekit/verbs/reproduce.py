@@ -10,8 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from saekit.errors import SaekitError
+from saekit.pages import finite
 from saekit.registry import nearest
-from saekit.verbs.console import Json, Seed, duration, finite, progress, result, say
+from saekit.verbs.console import Json, Seed, duration, progress, result, say
 
 
 def reproduce(
