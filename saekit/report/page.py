@@ -295,7 +295,7 @@ def _curve_chart(curves: Mapping[str, tuple[Sequence[Number], Sequence[Number | 
         figure.update_yaxes(type="log", dtick=1)
     return {
         "caption": f"At step {_number(x[-1])}: {', '.join(last)}",
-        "figure": figure.to_plotlyscript_json(),
+        "figure": figure.to_plotly_json(),
     }
 
 
@@ -331,7 +331,7 @@ def _density_chart(density: np.ndarray) -> dict[str, Any]:
     caption = f"{never:,} of {len(density):,} features ({_percent(never / len(density))}) never fired"
     if len(firing):
         caption += f"; the median of the others fires on {_percent(10 ** float(np.median(firing)))} of tokens"
-    return {"caption": caption, "figure": figure.to_plotlyscript_json()}
+    return {"caption": caption, "figure": figure.to_plotly_json()}
 
 
 def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
