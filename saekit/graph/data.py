@@ -45,6 +45,26 @@ class Nodes:
         return Nodes(*(getattr(self, f.name)[keep] for f in dataclasses.fields(self)))
 
 
+@dataclass(frozen=True)
+class Several:
+    """What a mean or difference of graphs holds besides, for its rows don't give it.
+
+    ``totals`` [target, node]: the prompts' own total effects, combined as the rows are. ``present`` [side, node]: the
+    share of prompts that have each node; a difference has two sides, what is subtracted second. ``sizes`` [row]: of
+    the rows that were combined, which may cancel.
+    """
+
+    totals: Float[Array, "target node"]
+    present: Float[Array, "side node"]
+    sizes: Float[Array, " row"]
+
+    def only(self, alive: Array, rows: Array, pruned: int, leaves: Array) -> "Several":
+        """That of some nodes and rows; the totals of leaves that go are added to the pruned node's."""
+        totals = self.totals.copy()
+        totals[:, pruned] += totals[:, leaves & ~alive].sum(1)
+        return Several(totals[:, alive], self.present[:, alive], self.sizes[rows])
+
+
 def lines(matrix: csr_array, first: int, stop: int) -> csr_array:
     """Some rows of a matrix, without a copy."""
     a, b = matrix.indptr[first], matrix.indptr[stop]
@@ -74,6 +94,11 @@ class Graph:
     biases: tuple[str, ...]
     targets: tuple[str, ...]
     about: dict[str, Any] = field(default_factory=dict)
+    several: Several | None = None  # of a mean (saekit.graph.average) or a difference (``graph - other``)
+
+    def __sub__(self, other: "Graph") -> "Graph":
+        """What this graph has more than another; see :func:`saekit.graph.align.difference`."""
+        return load("saekit.graph.align:difference")(self, other)
 
     def of_kind(self, *kinds: str) -> Bool[Array, " node"]:
         """Mask of the nodes of some kinds."""
@@ -90,6 +115,11 @@ class Graph:
     def pruned(self) -> int:
         """The node that stands for everything that was left out."""
         return int(np.flatnonzero(self.of_kind("pruned"))[0])
+
+    @property
+    def present(self) -> Float[Array, "side node"]:
+        """The share of prompts that have each node: 1, or what :class:`Several` says; a difference has two sides."""
+        return np.ones((1, len(self.nodes))) if self.several is None else self.several.present
 
     def find(self, kind: str, layer: int | None = None, position: int | None = None, stand: int | None = None,
              place: int | None = None) -> Int[Array, " found"]:  # fmt: skip
@@ -123,6 +153,22 @@ class Graph:
 
     def label(self, node: Number) -> str:
         """A node in words."""
+        note = self.note(node)
+        return self._named(node) + (f", {note}" if note else "")
+
+    def note(self, node: Number) -> str:
+        """What there is to say of a node in a mean or difference of graphs: whether all of them have it."""
+        shares = self.present[:, node].tolist()
+        match shares:
+            case [_, 0.0]:
+                return "appeared"
+            case [0.0, _]:
+                return "vanished"
+            case [share] if share < 1:
+                return f"in {share:.0%} of prompts"
+        return f"in {shares[0]:.0%} of prompts, not {shares[1]:.0%}" if shares[0] != shares[-1] else ""
+
+    def _named(self, node: Number) -> str:
         n = self.nodes
         kind, layer, at, place = (int(getattr(n, c)[node]) for c in ("kind", "layer", "position", "place"))
         where = "" if at < 0 else f" at {at}" + (f" ({self.words[at]!r})" if self.words else "")
@@ -142,19 +188,27 @@ class Graph:
         """A target in words: its token's text, where that is known."""
         return str(self.about.get("outputs", {}).get(self.targets[target], self.targets[target]))
 
+    def sizes(self) -> Float[Array, " row"]:
+        """The larger of each row's value and root sum of squares; of several graphs combined, that of the parts."""
+        if self.several is not None:
+            return self.several.sizes
+        squares = csr_array((np.square(self.rows.data, dtype=np.float64), self.rows.indices, self.rows.indptr), self.rows.shape)  # fmt: skip
+        return np.maximum(np.abs(self.nodes.value[self.of]), np.sqrt(squares @ np.ones(self.rows.shape[1])))
+
     def closure(self) -> Float[Array, " row"]:
-        """By how much each row misses its node's value, over the larger of that and the row's root sum of squares."""
-        values = self.nodes.value[self.of]
-        ones = np.ones(self.rows.shape[1], np.float64)
-        norms = np.sqrt(csr_array((np.square(self.rows.data, dtype=np.float64), self.rows.indices, self.rows.indptr), self.rows.shape) @ ones)  # fmt: skip
-        return np.abs(self.rows @ ones - values) / np.maximum(np.maximum(np.abs(values), norms), 1e-30)
+        """By how much each row misses its node's value, over the row's size."""
+        sums = self.rows @ np.ones(self.rows.shape[1], np.float64)
+        return np.abs(sums - self.nodes.value[self.of]) / np.maximum(self.sizes(), 1e-30)
 
     def total_effects(self) -> Float[Array, "target node"]:
         """What every node adds to each target over all paths, signed: ``w (I - W)^-1``, block by block from the end,
         where W holds each row over its node's value.
 
-        The totals of the leaves add up to the target's value.
+        The totals of the leaves add up to the target's value. Those of several graphs combined are combined totals,
+        also in their pruned graphs: over all paths of the whole ones.
         """
+        if self.several is not None:
+            return self.several.totals
         starts = (0, *self.blocks[:-1])
         total = lines(self.rows, starts[-1], self.blocks[-1]).toarray().astype(np.float64)
         for first, stop in reversed(list(itertools.pairwise(starts))):
@@ -208,6 +262,8 @@ class Graph:
         self, model: Any, dictionaries: Any, top: int = 50, seed: int = 0, target: Any = None
     ) -> "Graph":
         """Ablate the strongest nodes and as many random ones; see :func:`saekit.circuits.verify.verify`."""
+        if self.several is not None:
+            raise SaekitError("the graph is of several prompts or models; verify those that it was made of")
         return load("saekit.circuits.verify:verify")(self, model, dictionaries, top, seed, target)
 
 

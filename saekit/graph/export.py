@@ -14,8 +14,8 @@ from scipy.sparse import csr_array
 
 from saekit import records
 from saekit.activations import write_atomic
-from saekit.graph.data import KINDS, Graph, Nodes
-from saekit.graph.files import LISTS
+from saekit.graph.data import KINDS, Graph, Nodes, Several
+from saekit.graph.files import LISTS, fitting
 from saekit.types import SaekitError
 
 DRAWN = 2000  # nodes that a page draws; a larger graph is pruned for it
@@ -23,6 +23,7 @@ TYPES = {
     "token": "embedding", "position": "position embedding", "bias": "bias", "error": "mlp reconstruction error",
     "feature": "cross layer transcoder", "pruned": "pruned mass", "target": "logit",
 }  # fmt: skip
+SEVERAL = [f.name for f in dataclasses.fields(Several)]
 Labels = Mapping[tuple[int, int], str]  # of (stand, feature)
 Contexts = Mapping[tuple[int, int], Sequence[Mapping[str, Any]]]
 
@@ -78,7 +79,7 @@ def export(
         "metadata": {
             "slug": slug, "scan": str(graph.about.get("model", "custom")), "transcoder_list": [],
             "prompt_tokens": list(words), "prompt": "".join(words), "node_threshold": 1.0, "schema_version": 1,
-            "scores": dataclasses.asdict(graph.scores()),
+            "scores": dataclasses.asdict(graph.scores()) if len(graph.present) == 1 else {},
             "info": {"generator": {"name": "saekit", "version": version("saekit")}, "create_time_ms": 0},
         },
         "qParams": {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": "", "clerps": "[]"},
@@ -87,6 +88,7 @@ def export(
         "saekit": {
             **{name: list(getattr(graph, name)) for name in LISTS}, "about": graph.about,
             "dropped": graph.dropped.tolist(), "aware": graph.aware.tolist(), "dtype": str(graph.rows.dtype),
+            **({"several": {name: getattr(graph.several, name).tolist() for name in SEVERAL}} if graph.several else {}),
         },
     }  # fmt: skip
     if contexts:
@@ -124,7 +126,7 @@ def _nodes(graph: Graph, names: list[str], words: Sequence[str], labels: Labels)
             "token": at,
             "target": _vocabulary(graph, place) if target else 0,
         }
-        label = labels.get((stand, place), "") if what == "feature" else graph.label(i)
+        label = _label(graph, i, labels) if what == "feature" else graph.label(i)
         label = repr(words[at]) if what == "token" else label
         if target:
             label = f'Output "{graph.output(place)}" (p={graph.weights[place]:.3f})'
@@ -138,6 +140,13 @@ def _nodes(graph: Graph, names: list[str], words: Sequence[str], labels: Labels)
             "position": at, "total_effect": totals[:, i].tolist(),
         })  # fmt: skip
     return out
+
+
+def _label(graph: Graph, node: int, labels: Labels) -> str:
+    """A feature's label; nothing where it has none, unless there is to say in which of several graphs it is."""
+    place, note = int(graph.nodes.place[node]), graph.note(node)
+    label = labels.get((int(graph.nodes.stand[node]), place), "")
+    return f"{label or f'feature {place}'} ({note})" if note else label
 
 
 def _number(value: float) -> float | None:
@@ -172,7 +181,8 @@ def _links(graph: Graph, names: list[str]) -> list[dict[str, Any]]:
 SHAPE = {
     "nodes": [{"node_id": str, "kind": str, "depth": int, "position": int, "stand": int, "place": int}],
     "links": [{"source": str, "target": str, "weight": float}],
-    "saekit": {**{name: [kind] for name, kind in LISTS.items()}, "about": dict, "dropped": [float], "aware": [list], "dtype": str},
+    "saekit": {**{name: [kind] for name, kind in LISTS.items()}, "about": dict, "dropped": [float], "aware": [list], "dtype": str,
+        "several?": {"totals": [list], "present": [list], "sizes": [float]}},
 }  # fmt: skip
 
 
@@ -220,8 +230,24 @@ def read(given: "dict[str, Any] | str | Path") -> Graph:
         dropped=np.array(extra["dropped"]),
         aware=aware,
         about=extra["about"],
+        several=_several(extra.get("several"), aware.shape, len(of), fix),
         **lists,
     )
+
+
+def _several(
+    given: Mapping[str, Any] | None, shape: tuple[int, int], n_rows: int, fix: str
+) -> Several | None:
+    """What a mean or difference holds besides; raises unless it fits the graph."""
+    if given is None:
+        return None
+    try:
+        found = Several(*(np.array(given[name], np.float64) for name in SEVERAL))
+    except ValueError:
+        found = None
+    if found is None or not fitting(found, *shape, n_rows):
+        raise SaekitError(f"an exported graph's several has parts that don't fit the graph; {fix}")
+    return found
 
 
 def html(

@@ -1,7 +1,9 @@
 """A graph on disk: a folder with ``graph.safetensors`` and ``graph.json``. Schema version 1.
 
 The tensors are the nodes' columns (``nodes.kind`` and so on, [node]), the rows in compressed form (``rows.offsets``
-int64 [row + 1], ``rows.indices`` int32, ``rows.data``), ``of`` and ``dropped`` [row], and ``aware`` [target, node].
+int64 [row + 1], ``rows.indices`` int32, ``rows.data``), ``of`` and ``dropped`` [row], and ``aware`` [target, node]; of
+means and differences of graphs also ``several.totals`` [target, node], ``several.present`` [side, node] and
+``several.sizes`` [row].
 The JSON holds the lists of names, ``sha256`` of the tensors' file, and ``seal``, the hash of the JSON without it.
 """
 
@@ -16,7 +18,7 @@ from scipy.sparse import csr_array
 
 from saekit import records
 from saekit.activations import write_atomic
-from saekit.graph.data import KINDS, Graph, Nodes
+from saekit.graph.data import KINDS, Graph, Nodes, Several
 from saekit.types import SaekitError
 
 SCHEMA = 1
@@ -56,6 +58,8 @@ def save(graph: Graph, path: "str | Path") -> Path:
 def _arrays(graph: Graph) -> dict[str, np.ndarray]:
     rows = graph.rows
     named = {f"nodes.{f.name}": getattr(graph.nodes, f.name) for f in fields(Nodes)}
+    if graph.several is not None:
+        named |= {f"several.{f.name}": getattr(graph.several, f.name) for f in fields(Several)}
     named |= {"rows.offsets": rows.indptr.astype(np.int64), "rows.indices": rows.indices.astype(np.int32)}
     return {**named, "rows.data": rows.data, "of": graph.of, "dropped": graph.dropped, "aware": graph.aware}
 
@@ -92,10 +96,14 @@ def load_graph(path: "str | Path") -> Graph:
         arrays = tuple(tensors[f"rows.{name}"] for name in ("data", "indices", "offsets"))
         rows = csr_array(arrays, shape=(len(tensors["of"]), len(nodes)))
         of, dropped, aware = (tensors[name] for name in ("of", "dropped", "aware"))
+        whole = any(name.startswith("several.") for name in tensors)
+        several = Several(*(tensors[f"several.{f.name}"] for f in fields(Several))) if whole else None
     except (SafetensorError, KeyError, ValueError) as error:
         raise SaekitError(f"file {str(path / TENSORS)!r} holds no graph ({error}); {FIX}") from None
     lists = {name: tuple(about[name]) for name in LISTS}
-    graph = Graph(nodes=nodes, rows=rows, of=of, dropped=dropped, aware=aware, about=about["about"], **lists)
+    graph = Graph(
+        nodes=nodes, rows=rows, of=of, dropped=dropped, aware=aware, about=about["about"], several=several, **lists
+    )  # fmt: skip
     _check(graph, str(path))
     return graph
 
@@ -112,6 +120,13 @@ def _check(graph: Graph, name: str) -> None:
         and (graph.rows.nnz == 0 or 0 <= graph.rows.indices.min() <= graph.rows.indices.max() < n)
         and np.isfinite(graph.rows.data).all() and len(graph.words) in (0, len(graph.tokens))
         and graph.nodes.position.max() < len(graph.tokens) and (kinds == KINDS.index("pruned")).sum() == 1
+        and (graph.several is None or fitting(graph.several, t, n, len(graph.of)))
     )  # fmt: skip
     if not fits:
         raise SaekitError(f"graph {name!r} has parts that don't fit together; {FIX}")
+
+
+def fitting(several: Several, n_targets: int, n: int, n_rows: int) -> bool:
+    """Whether the parts of a mean or difference are of the graph's shape."""
+    shapes = (several.totals.shape, several.present.shape[1:], several.sizes.shape)
+    return shapes == ((n_targets, n), (n,), (n_rows,)) and several.present.shape[0] in (1, 2)

@@ -122,4 +122,5 @@ def _only(graph: Graph, chosen: np.ndarray, row: np.ndarray, alive: np.ndarray) 
     return dataclasses.replace(
         graph, nodes=graph.nodes.only(alive), rows=kept, of=number[graph.of[left]], dropped=dropped[left],
         blocks=tuple(dict.fromkeys(blocks)), aware=graph.aware[:, alive],
+        several=graph.several and graph.several.only(alive, left, graph.pruned, graph.leaves),
     )  # fmt: skip

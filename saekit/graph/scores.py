@@ -8,6 +8,7 @@ from jaxtyping import Float
 from scipy.sparse import csr_array
 
 from saekit.graph.data import Graph, lines
+from saekit.types import SaekitError
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,11 @@ def influence(graph: Graph) -> Float[np.ndarray, " node"]:
 
 
 def scores(graph: Graph) -> Scores:
-    """Replacement and completeness of a graph."""
+    """Replacement and completeness of a graph, or of the mean edges of several; a difference has none."""
+    if len(graph.present) > 1:
+        raise SaekitError(
+            "a difference has no scores, for edges that don't change count as explained; take those of its graphs"
+        )
     through = influence(graph)
     dark = graph.of_kind("error", "pruned") | (graph.leaves & graph.of_kind("feature"))
     unexplained, steps = float(through[dark].sum()), float(through[~graph.leaves].sum())
