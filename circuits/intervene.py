@@ -12,12 +12,13 @@ from saekit.circuits.rows import Own, Trace
 from saekit.circuits.weights import Norm, run_block
 
 Changes = Mapping[Site, Float[Tensor, "batch seq d"]]
+EMBEDDING: Site = (0, "embedding")  # what tokens and positions write, before a dictionary that stands there
 
 
 class FrozenPass:
     """A batch of passes with patterns, norms' sizes, neurons' slopes and active features as they were on the prompt.
 
-    ``changes`` is added at sites; (0, "resid_pre") is the embedding. What dictionaries write stays as it was but for the
+    ``changes`` is added at sites, and to what is embedded (EMBEDDING). What dictionaries write stays as it was but for the
     changes there, for what a skip passes on and, where features ``react``, for what the active ones make of what they
     read, linearly. :attr:`seen` has every site.
     """
@@ -29,6 +30,7 @@ class FrozenPass:
         self.before: dict[Site, Tensor] = {}  # what dictionaries find where they write
         self.moved: dict[Site, Tensor] = {}  # what reacting features write more
         x = self.frozen.seen[0]["resid_pre"].expand(batch, -1, -1)
+        x = x + changes[EMBEDDING] if EMBEDDING in changes else x
         x = self._at((0, "resid_pre"), x)
         for layer in range(len(self.frozen.seen)):
             self.seen.append({})
@@ -123,7 +125,8 @@ def free_pass(run: Trace, changes: Changes) -> Float[Tensor, "batch seq d"]:
     def changed(layer: int, name: str, value: Tensor) -> Tensor:
         return value + changes[layer, name] if (layer, name) in changes else value
 
-    x = changed(0, "resid_pre", run.frozen.seen[0]["resid_pre"].expand(batch, -1, -1))
+    x = changed(*EMBEDDING, run.frozen.seen[0]["resid_pre"].expand(batch, -1, -1))
+    x = changed(0, "resid_pre", x)
     for layer, block in enumerate(run.frozen.weights.blocks):
         x = run_block(block, x, partial(changed, layer))
     return x

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saekit.circuits.frozen import Site
-from saekit.circuits.intervene import FrozenPass, free_pass
+from saekit.circuits.intervene import EMBEDDING, FrozenPass, free_pass
 from saekit.circuits.places import Stand
 from saekit.circuits.rows import Trace
 from saekit.circuits.targets import Given, Logit, Target, resolve
@@ -30,10 +30,14 @@ def ablations(run: Trace, groups: Sequence[Sequence[int]]) -> list[dict[Site, Fl
         whole: dict[Site, Tensor] = {}
         for node in group:
             for site, vector in _written(run, node).items():
-                like = run.frozen.at(site)
+                like = _at(run, site)
                 whole.setdefault(site, torch.zeros_like(like))[int(table.position[node])] -= vector.to(like)
         out.append(whole)
     return out
+
+
+def _at(run: Trace, site: Site) -> Float[Tensor, "seq d"]:
+    return run.frozen.seen[0]["resid_pre"] if site == EMBEDDING else run.frozen.at(site)
 
 
 def _written(run: Trace, node: int) -> dict[Site, Float[Tensor, " d"]]:
@@ -48,9 +52,9 @@ def _written(run: Trace, node: int) -> dict[Site, Float[Tensor, " d"]]:
         if error is not None and left is not None and error.start <= node < error.stop:
             return {site: left[node - error.start]}
     if run.tokens.start <= node < run.tokens.stop:
-        return {(0, "resid_pre"): w.W_E[frozen.tokens[node - run.tokens.start]]}
+        return {EMBEDDING: w.W_E[frozen.tokens[node - run.tokens.start]]}
     if run.positions is not None and w.W_pos is not None and run.positions.start <= node < run.positions.stop:
-        return {(0, "resid_pre"): w.W_pos[node - run.positions.start]}
+        return {EMBEDDING: w.W_pos[node - run.positions.start]}
     raise SaekitError(f"node {node} is no feature, error, token or position; only those can be ablated")
 
 
@@ -66,7 +70,7 @@ def effects(
     for at in range(0, len(changes), BATCH):
         some = changes[at : at + BATCH]
         sites = {site for one in some for site in one}
-        nothing = {site: torch.zeros_like(run.frozen.at(site)) for site in sites}
+        nothing = {site: torch.zeros_like(_at(run, site)) for site in sites}
         batch = {site: torch.stack([one.get(site, nothing[site]) for one in some]) for site in sites}
         last = free_pass(run, batch) if free else FrozenPass(run, batch, react=True).last
         found.append(torch.stack([_moved(run, t, last, free) for t in targets]))
