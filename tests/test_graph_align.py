@@ -265,7 +265,9 @@ def test_a_difference_closes_and_with_itself_is_nothing(toys: list[Graph]) -> No
         and not nothing.aware.any()
         and nothing.check() == {"row": 0, "target": 0}
     )
-    assert nothing.tokens == one.tokens and nothing.words == one.words
+    assert nothing.tokens == one.tokens and nothing.words == tuple(map(str, one.tokens))
+    twice = average([one - two, two - one])
+    assert twice.words[1] == "[1]" and not twice.total_effects().any()
 
 
 def test_another_giver_changes_the_duplicate_mark_and_what_follows(known: Any) -> None:
@@ -348,8 +350,9 @@ def test_what_has_no_mean_or_difference_is_refused(toys: list[Graph]) -> None:
     changed, mean = one - two, average(toys, ROLES)
     for do, words in (
         (lambda: average([]), "graphs is empty"),
-        (lambda: average([one, short]), "graph 1 has 9 positions and graph 0 has 12, or they have other roles; give roles"),
+        (lambda: average([one, short]), "graph 1 has 9 positions and graph 0 has 12 positions; give roles"),
         (lambda: average([one, two], {"end": [11]}), r"roles\['end'\] has 1 entries for 2 graphs"),
+        (lambda: average([one], {"end": torch.tensor(11)}), r"roles\['end'\] = tensor\(11\) must be a list with the position"),
         (lambda: average([one, two], {"end": [11, 12]}), r"roles\['end'\]\[1\] = 12 is no position of graph 1; give one from 0 to 11"),
         (lambda: average([one, two], {"end": [[3, -1], 1]}), r"roles\['end'\]\[0\] = -1 is no position"),
         (lambda: average([one, two], {"end": [0.5, 1]}), r"roles\['end'\]\[0\] = 0.5 is no position"),
@@ -362,7 +365,7 @@ def test_what_has_no_mean_or_difference_is_refused(toys: list[Graph]) -> None:
         (lambda: average([one, changed]), "of graphs 0 and 1 one is a difference"),
         (lambda: changed - one, "a graph is a difference already"),
         (lambda: one - short, "one graph has 12 positions and the other 9 positions; average each over the same roles first"),
-        (lambda: mean - one, "one graph has roles first, names, end, elsewhere and the other 12 positions"),
+        (lambda: mean - one, "one graph has the roles 'first', 'names', 'end', 'elsewhere' and the other 12 positions"),
         (lambda: one - elsewhere, "trace both with dictionaries of the same places"),
         (lambda: one - dataclasses.replace(two, targets=("3", "6")), "graph 1 has targets '3', '6' and graph 0 '3', '5'"),
     ):  # fmt: skip

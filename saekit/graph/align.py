@@ -56,7 +56,7 @@ def average(
     else:
         at, names = _by_role(graphs, roles)
         tokens, words = _tokens(graphs, at, len(names)), tuple(f"[{name}]" for name in names)
-    _same_ends(graphs, at, words or tuple(map(str, tokens)))
+    _same_ends(graphs, at, words)
     about = {k: v for k, v in graphs[0].about.items() if k in ("model", "vocabulary", "outputs")}
     about |= {"averaged": len(graphs)} | ({"roles": names} if names else {})
     return combine(graphs, at, False, tokens, words, about)
@@ -74,28 +74,21 @@ def difference(first: Graph, second: Graph) -> Graph:
     for graph in (first, second):
         if len(graph.present) > 1:
             raise SaekitError("a graph is a difference already; subtract graphs that are none")
-    roles = [graph.about.get("roles") for graph in (first, second)]
-    lengths = [len(graph.tokens) for graph in (first, second)]
-    if roles[0] != roles[1] or lengths[0] != lengths[1]:
-        said = [
-            f"roles {', '.join(r)}" if r else f"{n} positions" for r, n in zip(roles, lengths, strict=True)
-        ]
+    said = [_positions(graph) for graph in (first, second)]
+    if said[0] != said[1]:
         raise SaekitError(
             f"one graph has {said[0]} and the other {said[1]}; average each over the same roles first"
         )
     _same(first, second, 1)
-    at = [np.arange(n) for n in lengths]
-    words = [graph.words or tuple(map(str, graph.tokens)) for graph in (first, second)]
+    n = len(first.tokens)
+    at, words = [np.arange(n)] * 2, [_words(graph) for graph in (first, second)]
     _same_ends([first, second], at, words[0])
-    if first.tokens != second.tokens:
-        changed = tuple(a if a == b else f"{b}→{a}" for a, b in zip(*words, strict=True))
-    else:
-        changed = first.words
+    changed = tuple(a if a == b else f"{b}→{a}" for a, b in zip(*words, strict=True))
     models = [str(graph.about.get("model")) for graph in (first, second)]
     about = {k: v for k, v in first.about.items() if k in ("model", "vocabulary", "outputs", "roles")}
     if models[0] != models[1]:
         about["model"] = f"{models[0]} - {models[1]}"
-    return combine([first, second], at, True, _tokens([first, second], at, lengths[0]), changed, about)
+    return combine([first, second], at, True, _tokens([first, second], at, n), changed, about)
 
 
 def _renamed(graph: Graph, i: int, names: tuple[str, ...]) -> Graph:
@@ -119,6 +112,16 @@ def _list(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names)) or "none"
 
 
+def _positions(graph: Graph) -> str:
+    """A graph's positions in words."""
+    names = graph.about.get("roles")
+    return f"the roles {_list(names)}" if names else f"{len(graph.tokens)} positions"
+
+
+def _words(graph: Graph) -> tuple[str, ...]:
+    return graph.words or tuple(map(str, graph.tokens))
+
+
 def _same_ends(graphs: Sequence[Graph], at: Sequence[Int[np.ndarray, " _"]], words: Sequence[str]) -> None:
     """Raise unless each target stands at one place."""
     ends = [own[graph.nodes.position[graph.find("target")]] for graph, own in zip(graphs, at, strict=True)]
@@ -134,19 +137,16 @@ def _by_position(
     graphs: Sequence[Graph],
 ) -> tuple[list[Int[np.ndarray, " _"]], tuple[int, ...], tuple[str, ...], list[str] | None]:
     """Positions as they are, with their tokens, words, and the names of their roles where they have them."""
-    n, names = len(graphs[0].tokens), graphs[0].about.get("roles")
+    n, said = len(graphs[0].tokens), _positions(graphs[0])
     for i, graph in enumerate(graphs):
-        if len(graph.tokens) != n or graph.about.get("roles") != names:
+        if _positions(graph) != said:
             raise SaekitError(
-                f"graph {i} has {len(graph.tokens)} positions and graph 0 has {n}, or they have other roles; give roles, as in roles={{'end': [{len(graphs[0].tokens) - 1}, ...]}}"
+                f"graph {i} has {_positions(graph)} and graph 0 has {said}; give roles, as in roles={{'end': [{n - 1}, ...]}}"
             )
     at = [np.arange(n)] * len(graphs)
-    tokens = _tokens(graphs, at, n)
-    if all(graph.tokens == graphs[0].tokens for graph in graphs):
-        return at, tokens, graphs[0].words, names
-    each = zip(*(graph.words or tuple(map(str, graph.tokens)) for graph in graphs), strict=True)
+    each = zip(*map(_words, graphs), strict=True)
     words = tuple(own[0] if len(set(own)) == 1 else f"[{i}]" for i, own in enumerate(each))
-    return at, tokens, words, names
+    return at, _tokens(graphs, at, n), words, graphs[0].about.get("roles")
 
 
 def _tokens(graphs: Sequence[Graph], at: Sequence[Int[np.ndarray, " _"]], n: int) -> tuple[int, ...]:
@@ -165,7 +165,12 @@ def _by_role(graphs: Sequence[Graph], roles: Roles) -> tuple[list[Int[np.ndarray
     names = list(roles)
     at = [np.full(len(graph.tokens), -1) for graph in graphs]
     for number, name in enumerate(names):
-        given = list(roles[name])
+        try:
+            given = list(roles[name])
+        except TypeError:
+            raise SaekitError(
+                f"roles[{name!r}] = {roles[name]!r} must be a list with the position in each graph"
+            ) from None
         if len(given) != len(graphs):
             raise SaekitError(
                 f"roles[{name!r}] has {len(given)} entries for {len(graphs)} graphs; give one for each"

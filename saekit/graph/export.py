@@ -243,7 +243,7 @@ def _several(
         return None
     try:
         found = Several(*(np.array(given[name], np.float64) for name in SEVERAL))
-    except ValueError:
+    except (ValueError, TypeError):
         found = None
     if found is None or not fitting(found, *shape, n_rows):
         raise SaekitError(f"an exported graph's several has parts that don't fit the graph; {fix}")
