@@ -1,27 +1,30 @@
 """The identities of circuits, over every make of model and every kind of dictionary: contracts over tables.
 
 Normally a covering array of 16 rows is run, in which every two of norm, positions, activation, heads, precision and
-kind of dictionary meet; the whole product is marked slow. Rows are fp32, at the tolerances of the identities, or fp64, at 1e-10.
+group of dictionaries meet; the whole product is marked slow. Rows are fp32, at the identities' tolerances, or fp64, at 1e-10.
 """
 
 import functools
-import itertools
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from frozen_toy import FrozenToy
-from test_circuits import OPTIONS, POINTS
+from makes import BUILT_IN, GROUPS, MAKES, OTHERS, TOKENS, WIDE, Make, covering, model, stand
+from test_circuits import POINTS
 
 import saekit
 from saekit.circuits.attention_saes import by_source
 from saekit.circuits.intervene import FrozenPass
-from saekit.circuits.places import Heads, Neurons, Stand
+from saekit.circuits.places import Stand
 from saekit.circuits.qk import Heads as Looking
 from saekit.circuits.qk import loadings
 from saekit.circuits.rows import Trace
@@ -30,85 +33,9 @@ from saekit.circuits.trace import trace, traced
 from saekit.circuits.verify import ablations
 from saekit.graph import Graph
 from saekit.graph.export import ids, read
+from saekit.hooks import capture
 from saekit.models import Model, load_model
 from saekit.testbed.transformer import Transformer, TransformerConfig
-
-# widths that no two axes of a tensor share, so that an axis of the residual stream is known by its length
-WIDE, SIZES = 28, {"vocabulary": 50, "d_model": 28, "d_head": 6, "d_mlp": 20}
-TOKENS = torch.randint(50, (12,), generator=torch.Generator().manual_seed(0))
-NORMS: dict[str, dict[str, Any]] = {"layer": {}, "rms": {"norm": "rms"}, "none": {"norm": "none"}, "pre and post": {"post_norms": True}}  # fmt: skip
-POSITIONS, ACTIVATIONS = ("learned", "rotary"), ("relu", "gelu", "swiglu", "silu")
-HEADS = {"MHA": None, "GQA": 2}
-# kinds that stand beside each other
-GROUPS = (
-    ("topk", "heads", "transcoder", "lorsa"), ("jumprelu", "clt", "switch"),
-    ("omp", "molt", "skip_transcoder"), ("abstopk", "codebook", "matching_pursuit", "neurons"),
-)  # fmt: skip
-BUILT_IN: dict[str, Stand] = {"neurons": Neurons("layers.0.mlp"), "heads": Heads("layers.0.self_attn")}
-
-
-class Make(NamedTuple):
-    """What a model is made of."""
-
-    norm: str
-    positions: str
-    activation: str
-    heads: str
-
-
-MAKES = [Make(*one) for one in itertools.product(NORMS, POSITIONS, ACTIVATIONS, HEADS)]
-OTHERS = {
-    "parallel, norms of queries": {"parallel": True, "qk_norm": True, "positions": "rotary"},
-    "attention alone": {"d_mlp": 0, "positions": "none"},
-}
-
-
-def covering() -> "list[tuple[Make, tuple[str, ...], bool]]":
-    """Make, kinds and precision: the orthogonal array of 4 x 4 over the field of four elements."""
-    times = (0, 2, 3, 1)  # by its generator
-    out = []
-    for i, j in itertools.product(range(4), repeat=2):
-        positions, heads = divmod(i ^ times[j], 2)
-        make = Make(list(NORMS)[i], POSITIONS[positions], ACTIVATIONS[j], list(HEADS)[heads])
-        out.append((make, GROUPS[i ^ j], bool((i ^ times[times[j]]) & 1)))
-    return out
-
-
-def model(make: "Make | str", double: bool = False) -> Model:
-    """A toy of this make whose biases and norms are not those that it was born with."""
-    options = OTHERS[make] if isinstance(make, str) else {
-        **NORMS[make.norm], "positions": make.positions, "activation": make.activation, "n_kv": HEADS[make.heads],
-    }  # fmt: skip
-    module = Transformer(TransformerConfig(**{**SIZES, **options}))
-    g = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in module.parameters():
-            p.add_(0.1 * torch.randn(p.shape, generator=g))
-    if double:
-        module.double()
-        if module.rotary_emb is not None:
-            module.rotary_emb.float()  # angles are fp32 everywhere
-    return load_model(module, name="toy")
-
-
-def stand(name: str, m: Model) -> Stand:
-    """A dictionary fitted to what the model has at its places, with biases."""
-    if name in BUILT_IN:
-        return BUILT_IN[name]
-    wide = 24 if name == "jumprelu" else WIDE
-    d = saekit.create(name, d_in=wide, n_features=96, seed=1, **{"k": 4, **OPTIONS.get(name, {})})
-    d.reads, d.writes = d.wiring.sites(list(POINTS[name]))
-    tokens = torch.randint(50, (20, 12), generator=torch.Generator().manual_seed(1))
-    seen = saekit.hooks.capture(lambda: m.module(tokens), {p: m.site(p) for p in d.points}, stop=False)
-    d.to(m.module.lm_head.weight.dtype)
-    seen = {point: value.detach() for point, value in seen.items()}
-    d.prepare(d.gather([saekit.types.ActivationBatch(seen, torch.ones(20, 12, dtype=torch.bool), tokens)]))
-    g = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for bias in (d.b_dec, getattr(d, "b_enc", None)):
-            if bias is not None:
-                bias.add_(0.1 * torch.randn(bias.shape, generator=g))
-    return d
 
 
 @dataclass(frozen=True)
@@ -157,9 +84,7 @@ def rows_close(c: Case) -> None:
 
 def targets_close(c: Case) -> None:
     """I2, I3: the inputs of a target, and the totals of all leaves, add up to what the model itself says."""
-    last = saekit.hooks.capture(
-        lambda: c.model.module(TOKENS[None]), {"x": c.model.site("norm:out")}, stop=False
-    )["x"][0]
+    last = capture(lambda: c.model.module(TOKENS[None]), {"x": c.model.site("norm:out")}, stop=False)["x"][0]
     logits, direction = c.model.module.lm_head(last)[-1], c.targets[2].direction
     true = torch.stack([logits[3] - logits.mean(), logits[5] - logits[7], last[7] @ direction + 0.5])
     true = true.detach().numpy()
@@ -203,7 +128,7 @@ def scores_are_sums(c: Case) -> None:
     """I9: a score is the sum over pairs of nodes; a feature of what heads gather, over sources."""
     looking = Looking(c.run)
     for layer, scores in enumerate(c.oracle.scores):
-        found = [*looking.layer(layer, 6), *looking.layer(layer, 11), looking.qk(layer, 2, 9, 4)]
+        found = [*looking.layer(layer, 11), looking.qk(layer, 2, 9, 4)]
         for one in found:
             true = float(scores[one.head[1], one.places[0], one.places[1]])
             products = one.query_parts.T @ one.key_parts
@@ -232,7 +157,7 @@ def edges_are_loadings(c: Case) -> None:
 def pruning_loses_nothing(c: Case) -> None:
     """I11: rows close through the pruned node, and scores never rise with what is left out."""
     last, whole = None, c.graph.scores()
-    for share in (0.98, 0.8, 0.4):
+    for share in (0.95, 0.6):
         part = c.graph.prune(share, share)
         part.check(10 * c.near, 100 * c.near)
         now = part.scores()
@@ -242,12 +167,6 @@ def pruning_loses_nothing(c: Case) -> None:
                 and now.completeness <= before.completeness + 1e-6
             )
         last = now
-    given = [3, *c.targets[1:]]
-    for budget in (20,):
-        small = trace(c.model, c.stands, TOKENS, given, budget=budget, batch=20)
-        small.check(10 * c.near, 100 * c.near)
-        assert small.of_kind("feature").sum() == budget and small.of_kind("pruned").sum() == 1
-        assert small.scores().completeness <= whole.completeness + 1e-6
 
 
 NODE = {
@@ -289,7 +208,131 @@ LAWS: dict[str, Callable[[Case], None]] = {
 cached = functools.lru_cache(maxsize=None)(case)
 
 
+OTHER_ROWS = (("parallel, norms of queries", GROUPS[0], True), ("attention alone", ("topk", "lorsa", "heads"), False))  # fmt: skip
+
+
 @pytest.mark.parametrize("law", LAWS)
-@pytest.mark.parametrize("make, kinds, double", covering())
-def test_an_identity_holds(law: str, make: Make, kinds: tuple[str, ...], double: bool) -> None:
+@pytest.mark.parametrize("make, kinds, double", [*covering(), *OTHER_ROWS])
+def test_an_identity_holds(law: str, make: "Make | str", kinds: tuple[str, ...], double: bool) -> None:
     LAWS[law](cached(make, kinds, double))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [*POINTS, *BUILT_IN])
+@pytest.mark.parametrize("make", [*MAKES, *OTHERS])
+def test_every_identity_holds_in_every_combination(make: "Make | str", kind: str) -> None:
+    if make == "attention alone" and (
+        kind == "neurons" or any(".mlp" in point for point in POINTS.get(kind, ()))
+    ):
+        return
+    for double in (False, True):
+        whole = case(make, (kind,), double)
+        for law in LAWS.values():
+            law(whole)
+
+
+def test_a_square_unembedding_is_not_taken_for_its_transpose() -> None:
+    """I12: as wide as it has tokens; a prompt that begins with id 0, and holds it twice."""
+    m = load_model(Transformer(TransformerConfig(vocabulary=32, d_model=32)), name="square")
+    tokens = torch.tensor([0, 3, 7, 0, 9])
+    logits = m.module(tokens[None])[0, -1].detach()
+    g = trace(m, BUILT_IN["neurons"], tokens, [2, 3])
+    assert g.tokens == (0, 3, 7, 0, 9) and g.nodes.place[g.find("token")].tolist() == [0, 3, 7, 0, 9]
+    np.testing.assert_allclose(g.nodes.value[g.of[-2:]], (logits - logits.mean())[[2, 3]].numpy(), atol=1e-5)
+    np.testing.assert_allclose(g.rows[-2:].sum(1), (logits - logits.mean())[[2, 3]].numpy(), atol=1e-4)
+    trace(m, BUILT_IN["neurons"], [0]).check()
+
+
+def test_positions_at_which_nothing_is_active_keep_their_place() -> None:
+    """I12: a cross-layer transcoder with one feature in each layer, active at one position, before the last."""
+    m = model(Make("layer", "learned", "relu", "MHA"))
+    d = saekit.create("clt", d_in=WIDE, n_layers=2, n_features=16, selection="relu")
+    d.reads, d.writes = d.wiring.sites(list(POINTS["clt"]))
+    seen = capture(lambda: m.module(TOKENS[None]), {p: m.site(p) for p in d.reads}, stop=False)
+    with torch.no_grad():
+        for point, part in zip(d.reads, d.parts, strict=True):
+            mean = seen[point][0].mean(0)
+            x = seen[point][0] - mean
+            part.b_enc.fill_(-1e4)
+            part.encoder[1] = 1e4 * x[2] / x[2].square().sum()
+            part.b_enc[1] = -0.9e4 - part.encoder[1] @ mean
+    g = trace(m, d, TOKENS)
+    g.check(1e-5, 1e-4)
+    features = g.find("feature")
+    assert g.nodes.position[features].tolist() == [2, 2] and g.nodes.place[features].tolist() == [1, 9]
+    errors = g.nodes.position[g.find("error")].reshape(2, -1)
+    assert errors.tolist() == [[*range(12)]] * 2
+
+
+def test_features_numbered_as_layers_keep_their_names() -> None:
+    """I12: all features from 0 on, at all positions of all layers, beside errors: no two nodes have one id."""
+    m, stands = model(Make("rms", "rotary", "gelu", "GQA")), []
+    for i in range(2):
+        d = saekit.create("transcoder", d_in=WIDE, n_features=16, selection="relu")
+        d.reads, d.writes = (f"layers.{i}.mlp:in",), (f"layers.{i}.mlp:out",)
+        with torch.no_grad():
+            d.b_enc.fill_(100.0)
+        stands.append(d)
+    g = trace(m, stands, TOKENS)
+    names = ids(g)
+    assert g.of_kind("feature").sum() == 2 * 12 * 16 and g.of_kind("error").sum() == 2 * 12
+    assert len(set(names)) == len(names) and {"0_0_5", "1_1_5", "0_error_5", "1_error_5"} <= set(names)
+
+
+BENCH = """
+import json, time
+from pathlib import Path
+import torch
+import saekit
+from saekit.circuits.qk import Heads
+from saekit.circuits.trace import trace, traced
+from saekit.testbed.transformer import Transformer, TransformerConfig
+
+torch.set_num_threads(1)
+config = TransformerConfig(vocabulary=256, d_model=128, n_layers=4, n_heads=8, d_head=16, d_mlp=512)
+m = saekit.load_model(Transformer(config), name="toy")
+g = torch.Generator().manual_seed(0)
+with torch.no_grad():
+    for p in m.module.parameters():
+        p.add_(0.1 * torch.randn(p.shape, generator=g))
+tokens = torch.randint(256, (24,), generator=g)
+stands = []
+for i in range(4):
+    d = saekit.create("transcoder", d_in=128, n_features=1024, k=68)
+    d.reads, d.writes = (f"layers.{i}.mlp:in",), (f"layers.{i}.mlp:out",)
+    stands.append(d)
+
+def memory(name):
+    return int(Path("/proc/self/status").read_text().split(name + ":")[1].split()[0]) / 1024
+
+trace(m, stands, tokens[:2])  # compiled kernels are loaded
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+before = memory("VmRSS")
+start = time.process_time()
+graph = trace(m, stands, tokens)
+seconds, grown = time.process_time() - start, memory("VmHWM") - before
+features = int(graph.of_kind("feature").sum())
+run = traced(m, stands, tokens)
+times = []
+for _ in range(5):
+    start = time.process_time()
+    looking = Heads(run)
+    found = [one for layer in range(4) for one in looking.layer(layer, 23)]
+    times.append(time.process_time() - start)
+pairs = time.process_time()
+best = [one.pairs(20) for one in found]
+pairs = time.process_time() - pairs
+print(json.dumps({"features": features, "heads": len(found), "qk seconds": min(times), "first": times[0],
+    "pairs seconds": pairs, "trace seconds": seconds, "trace MB": grown}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are set back on Linux")
+def test_scores_of_all_heads_are_quick_and_a_trace_is_small() -> None:
+    """Four layers 128 wide, 24 tokens, 6500 features; seconds of CPU on one thread, MB of RSS above what was there."""
+    done = subprocess.run([sys.executable, "-P", "-c", BENCH], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    print(found)
+    assert found["heads"] == 32 and 6400 <= found["features"] <= 6528
+    assert found["qk seconds"] <= 0.2 and found["trace MB"] <= 400
