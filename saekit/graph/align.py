@@ -13,7 +13,7 @@ from saekit.types import SaekitError
 
 REST = "elsewhere"  # the role of positions that have none
 FIXES = {
-    "targets": "trace both with the same, or name what they have in common, as in targets=('answer',)",
+    "targets": "trace both with the same, or name what they have in common: average(..., targets=('answer',))",
     "stands": "trace both with dictionaries of the same places",
     "biases": "trace both on models of the same make",
 }
@@ -69,7 +69,8 @@ def difference(first: Graph, second: Graph) -> Graph:
     Positions stand for themselves; graphs of other lengths are averaged by role first. Rows, values and total effects
     are differences and add up as they did. ``present`` says on which side each node is: what only the first has has
     appeared, what only the second has has vanished. Influence, and pruning by it, is of the absolute changes: the
-    share of the change of the targets that comes through the changes of each node's edges.
+    share of the change of the targets that comes through the changes of each node's edges. Weights of targets are the
+    means of both sides; scores there are none.
     """
     for graph in (first, second):
         if len(graph.present) > 1:
