@@ -48,9 +48,15 @@ class QK:
         return self.key_parts.T @ self.query_parts.sum(1)
 
     def pairs(self, top: int = 20) -> list[tuple[int, int, float]]:
-        """The strongest pairs ``(query's node, key's node, what they add)``, of either sign."""
-        q, k = self.query_parts, self.key_parts
+        """The strongest pairs ``(query's node, key's node, what they add)``, of either sign.
+
+        Nodes that add nothing to the query or the key make none, so that there may be fewer than ``top``.
+        """
+        left, right = (np.flatnonzero(side.any(0)) for side in (self.query_parts, self.key_parts))
+        q, k = self.query_parts[:, left], self.key_parts[:, right]
         n = min(top, q.shape[1] * k.shape[1])
+        if n == 0:
+            return []
         sizes = [np.linalg.norm(side, axis=0) for side in (q, k)]
         some = [np.argsort(-size, kind="stable")[: max(64, n)] for size in sizes]
         least = np.sort(np.abs(q[:, some[0]].T @ k[:, some[1]]), axis=None)[-n]
@@ -59,7 +65,7 @@ class QK:
         products = q[:, rows].T @ k[:, cols]
         order = np.argsort(-np.abs(products), axis=None, kind="stable")[:n]
         return [
-            (int(rows[i]), int(cols[j]), float(products[i, j]))
+            (int(left[rows[i]]), int(right[cols[j]]), float(products[i, j]))
             for i, j in zip(*np.unravel_index(order, products.shape), strict=True)
         ]
 
