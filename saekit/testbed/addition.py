@@ -45,6 +45,19 @@ def pairs(n: int, generator: torch.Generator) -> tuple[Prompts, Prompts]:
     return _of(which), _of(which // P * P + other)
 
 
+def waves(numbers: Float[Tensor, "p d"]) -> tuple[Float[Tensor, "p wave"], Float[Tensor, "wave d"]]:
+    """The numbers' vectors as their mean and waves, exactly: ``numbers = mean + values @ vectors``.
+
+    Values are ``cos(2 pi f a / p)`` for every frequency f = 1 .. (p - 1) / 2 of the number a, then the same of sin;
+    vectors are what each of them writes.
+    """
+    n = len(numbers)
+    a, f = torch.arange(n, dtype=torch.float64), torch.arange(1, (n + 1) // 2, dtype=torch.float64)
+    angles = 2 * torch.pi * a[:, None] * f / n
+    values = torch.cat([angles.cos(), angles.sin()], 1)
+    return values.to(numbers), (2 / n * values.T @ numbers.double()).to(numbers)
+
+
 def spectrum(numbers: Float[Tensor, "p d"]) -> Float[Tensor, " frequency"]:
     """Share of the variance over the numbers that each frequency 1 .. (p - 1) / 2 has; they sum to 1.
 

@@ -1,7 +1,7 @@
 """Greater-than (Hanna et al. 2023, 2305.00586): ``the war lasted from 17 32 to 17`` is followed by a year above 32."""
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from saekit.testbed.tasks import Prompts, Task
@@ -59,6 +59,16 @@ def pairs(n: int, generator: torch.Generator) -> tuple[Prompts, Prompts]:
     span = LAST - FIRST + 1
     other = FIRST + (year - FIRST + torch.randint(1, span, (n,), generator=generator)) % span
     return _build(noun, century, year), _build(noun, century, other)
+
+
+def waves(years: Float[Tensor, "year d"], n: int) -> Float[Tensor, "n d"]:
+    """What the n slowest waves over the years in their order have in one vector for each: those of a cosine transform.
+
+    Their squares are shares of the sum of squares around the mean; what rises with the years is in the slowest ones.
+    """
+    y, k = torch.arange(len(years), dtype=torch.float64), torch.arange(1, n + 1, dtype=torch.float64)
+    values = (torch.pi * k[:, None] * (y + 0.5) / len(years)).cos() * (2 / len(years)) ** 0.5
+    return (values @ years.double()).to(years)
 
 
 TASK = Task(

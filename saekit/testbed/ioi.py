@@ -94,6 +94,20 @@ def pairs(n: int, generator: torch.Generator) -> tuple[Prompts, Prompts]:
     return clean, single(tokens, answers, len(VOCABULARY), clean.roles | {"io": s1, "s1": io})
 
 
+def exchanged(n: int, generator: torch.Generator) -> tuple[Prompts, Prompts]:
+    """Prompts, and the same with the two people in each other's place everywhere: who receives changes as well.
+
+    Unlike :func:`pairs`, which change nothing in front of the giver, these also move what holds the names there.
+    """
+    clean = prompts(n, generator)
+    rows, io, s1, s2 = torch.arange(n), *(clean.roles[r] for r in ("io", "s1", "s2"))
+    receiver, giver = clean.tokens[rows, io], clean.tokens[rows, s1]
+    tokens, answers = clean.tokens.clone(), clean.answers.clone()
+    tokens[rows, io], tokens[rows, s1], tokens[rows, s2] = giver, receiver, receiver
+    answers[:, -1] = giver
+    return clean, single(tokens, answers, len(VOCABULARY), clean.roles)
+
+
 TASK = Task(
     name="ioi",
     config=TransformerConfig(
