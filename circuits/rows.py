@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saekit.circuits.frozen import Frozen, Site, add, depth
+from saekit.circuits.descent import descend, descends
+from saekit.circuits.frozen import Frozen, Site, add, canonical, depth
 from saekit.circuits.places import Placed, in_order
 from saekit.circuits.queries import Queries
 from saekit.circuits.targets import Feature, Target, value
@@ -117,27 +118,34 @@ class Trace:
             part = in_order(part)
             ends = (part.positions.cpu(), i, part.features.cpu(), part.values.cpu())
             self.parts.append(Own(i, part, read, writes, own, add_nodes("feature", read[0], *ends)))
-        self.writers: dict[Site, list[tuple[Tensor, slice, list[int]]]] = {}
+        self.writers: dict[Site, list[tuple[Own, Tensor, list[int]]]] = {}
         for one_part in self.parts:
             at = one_part.part.positions.contiguous()
             stops = torch.searchsorted(at, torch.arange(self.seq, device=at.device), right=True).tolist()
             for site, vectors in zip(one_part.writes, one_part.part.written, strict=True):
-                self.writers.setdefault(site, []).append((vectors, one_part.nodes, stops))
+                self.writers.setdefault(site, []).append((one_part, vectors, stops))
 
     @torch.no_grad()
     def rows(
         self, site: Site, covectors: Float[Tensor, "seq batch d"], before: bool = False, through: bool = False,
-        scores: bool = False, catch: "Catch | None" = None,
+        scores: bool = False, catch: "Catch | None" = None, nodes: int | None = None,
     ) -> Float[Tensor, "batch node"]:  # fmt: skip
         """What every node adds to ``sum covectors x`` at a site; positions behind the covectors' are left out.
 
         ``before``: before a dictionary writes there, as its own features read it. ``through``: over all paths, also
         those that go through other features. ``scores``: also through where attention looks. ``catch`` gets what
-        comes down to what heads gather, which then goes no further.
+        comes down to what heads gather, which then goes no further. ``nodes``: how many there can be, if not all.
         """
-        seq, batch, _ = covectors.shape
-        out = covectors.new_zeros(batch, self.columns.n)
-        waiting = {(site, before): covectors}
+        out = covectors.new_zeros(covectors.shape[1], nodes or self.columns.n)
+        self._walk(site, {(site, before): covectors}, out, through, scores, catch)
+        return out
+
+    def _walk(
+        self, start: Site, waiting: dict[tuple[Site, bool], Tensor], out: Tensor, through: bool = False,
+        scores: bool = False, catch: "Catch | None" = None,
+    ) -> None:  # fmt: skip
+        """Walk down from a site; ``waiting`` are gradients that come in where they stand, before a dictionary or behind it."""
+        seq = len(next(iter(waiting.values())))
 
         def visit(at: Site, gradient: Tensor | None) -> Tensor | None:
             for own in self.readers.get((at, False), ()) if through else ():
@@ -159,8 +167,7 @@ class Trace:
         def bias(layer: int, half: str, share: Tensor) -> None:
             out[:, self.halves[layer, half]][:, : len(share)] += share.T
 
-        self.frozen.back(site, visit, bias, scores)
-        return out
+        self.frozen.back(start, visit, bias, scores)
 
     def _collect(
         self, at: Site, gradient: Tensor, out: Tensor, waiting: dict[tuple[Site, bool], Tensor]
@@ -170,12 +177,14 @@ class Trace:
         written, (constant, error) = self.cuts[at], self.fixed[at]
         out[:, constant][:, :seq] += (gradient @ written.constant.to(gradient)).T
         if error is not None and written.error is not None:
-            out[:, error][:, :seq] += torch.einsum("sbd,sd->bs", gradient, written.error[:seq])
-        for vectors, nodes, ends in self.writers.get(at, ()):
-            columns = out[:, nodes]
+            out[:, error][:, :seq] += gained(gradient, written.error[:seq])
+        for own, vectors, ends in self.writers.get(at, ()):
+            columns, vectors = out[:, own.nodes], vectors.to(gradient)
             for p, (first, stop) in enumerate(zip((0, *ends[: seq - 1]), ends[:seq], strict=True)):
-                if stop > first:
-                    columns[:, first:stop] += gradient[p] @ vectors[first:stop].T.to(gradient)
+                if stop > first and len(own.writes) == 1:  # nothing is there yet
+                    torch.mm(gradient[p], vectors[first:stop].T, out=columns[:, first:stop])
+                elif stop > first:
+                    columns[:, first:stop] += gradient[p] @ vectors[first:stop].T
         if written.skip is not None:
             read, matrix = written.skip
             passed = gradient @ matrix.to(gradient)
@@ -185,9 +194,9 @@ class Trace:
     def _leaves(self, gradient: Tensor, out: Tensor) -> None:
         w, seq = self.frozen.weights, len(gradient)
         vectors = w.W_E[self.frozen.tokens[:seq]]
-        out[:, self.tokens][:, :seq] += torch.einsum("sbd,sd->bs", gradient, vectors)
+        out[:, self.tokens][:, :seq] += gained(gradient, vectors)
         if w.W_pos is not None and self.positions is not None:
-            out[:, self.positions][:, :seq] += torch.einsum("sbd,sd->bs", gradient, w.W_pos[:seq])
+            out[:, self.positions][:, :seq] += gained(gradient, w.W_pos[:seq])
 
     def _features(self, own: Own, out: Tensor, seq: int, scores: bool) -> Tensor | None:
         """What targets gain per unit of a site through the features that read it, [seq, batch, d]."""
@@ -237,10 +246,25 @@ class Trace:
         looks = part.patterns[part.heads[some], at, :seq].to(w)
         return looks.T[:, :, None] * w
 
-    def features(self, own: Own, some: Int[Tensor, " batch"]) -> Float[Tensor, "batch node"]:
-        """Rows of some of a part's entries, in order."""
-        out = self.rows(own.read, self.covectors(own, some), own.before)
-        out[:, own.bias] += own.part.b[some, None].to(out)
+    def features(
+        self, own: Own, some: Int[Tensor, " batch"], nodes: int | None = None
+    ) -> Float[Tensor, "batch node"]:
+        """Rows of some of a part's entries, in order; the first ``nodes`` of them: those from the part's own on add nothing."""
+        part = own.part
+        if part.patterns is None and descends(self.frozen, own.read, self.cuts):
+            out = self._descended(own.read, part.w[some].to(self.frozen.last), part.positions[some], nodes)
+        else:
+            out = self.rows(own.read, self.covectors(own, some), own.before, nodes=nodes)
+        out[:, own.bias] += part.b[some, None].to(out)
+        return out
+
+    def _descended(self, read: Site, vectors: Tensor, at: Tensor, nodes: int | None) -> Tensor:
+        out = vectors.new_zeros(len(at), nodes or self.columns.n)
+        down = descend(self.frozen, read, vectors, at)
+        for half, share in (("attn", down.attn), ("mlp", down.mlp)):
+            out[:, self.halves[read[0], half]][:, : len(share)] += share.T
+        before, above = (read[0], "attn_in"), canonical((read[0], "resid_pre"))
+        self._walk(before, {(before, False): down.read, (above, False): down.passed}, out)
         return out
 
     @torch.no_grad()
@@ -298,3 +322,8 @@ class Trace:
         raise SaekitError(
             f"target feature {target.feature} of dictionary {target.stand} is not active at position {position}; choose one that is"
         )
+
+
+def gained(gradient: Float[Tensor, "seq batch d"], x: Float[Tensor, "seq d"]) -> Float[Tensor, "batch seq"]:
+    """What targets gain from a vector at each position."""
+    return torch.linalg.vecdot(gradient, x[:, None].to(gradient)).T

@@ -22,7 +22,7 @@ from saekit.kernels.threads import parallel
 from saekit.models import Model, load_model
 from saekit.types import SaekitError
 
-BATCH = 256  # targets whose gradients are walked down together
+BATCH = 128  # targets whose gradients are walked down together
 BUDGET, EDGES = 8192, 8192  # features that get a row, and entries of a row
 ROUND = 4  # batches between two rankings
 
@@ -122,7 +122,7 @@ class _Rows:
             for i in range(start, end):
                 own, some, first = jobs[i]
                 entries = torch.from_numpy(some - first).to(own.part.positions.device)
-                found[i] = self._compress(self.run.features(own, entries))
+                found[i] = self._compress(self.run.features(own, entries, own.nodes.start))
 
         parallel(work, len(jobs), 1)
         self.numbers += [some for _, some, _ in jobs]

@@ -103,9 +103,13 @@ class Rows(Dictionary):
         if hasattr(self.selection, "read_by"):
             weight, bias = self.selection.read_by(codes, self._encoder_rows())
         else:
-            before = (weight * self._inside(codes, x)).sum(1) + bias
-            slope = torch.where(before.abs() > 1e-12, codes.values / before, 1.0)  # a router scales codes
-            weight, bias = weight * slope[:, None], bias * slope
+            terms = weight * self._inside(codes, x)
+            before = terms.sum(1) + bias
+            rounding = 16 * torch.finfo(terms.dtype).eps * (terms.abs().sum(1) + bias.abs())
+            off = codes.values - before
+            scaled = off.abs() > rounding  # a router scales codes
+            slope = torch.where(scaled, codes.values / before, 1.0)
+            weight, bias = weight * slope[:, None], torch.where(scaled, bias * slope, bias + off)
         weight, shift = self.norm_in.fold(weight)
         return weight.to(self.dtype), (shift + bias).to(self.dtype)
 
