@@ -187,6 +187,14 @@ def test_games_of_othello_go_by_the_rules() -> None:
     assert games  # somebody passed
 
 
+def test_held_out_games_begin_as_none_that_is_trained_on() -> None:
+    seen, kept = (
+        {tuple(row[1 : othello.OPENING + 1]) for row in draw(n, generator(3)).tokens.tolist()}
+        for draw, n in ((othello.prompts, 2000), (othello.held_out, 300))
+    )
+    assert len(kept) > 20 and not seen & kept
+
+
 def test_legal_moves_of_any_board() -> None:
     discs = torch.randint(3, (40, othello.SQUARES), generator=generator())
     for row, legal in zip(discs, othello.legal(discs == 1, discs == 2), strict=True):
@@ -312,6 +320,7 @@ def differences(learnt: Trained, prompts: Prompts, others: Prompts) -> Tensor:
 # name -> share of probability on what is allowed, and on counterfactual pairs how often the right answer is preferred
 LEARNT = {
     "induction": (0.95, 0.99), "ioi": (0.97, 0.99), "addition": (0.97, 0.99), "greater": (0.97, None), "depth": (0.97, 0.99),
+    "othello": (0.93, None),
 }  # fmt: skip
 
 

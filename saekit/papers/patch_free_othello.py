@@ -22,15 +22,15 @@ from saekit.papers.controls import FROZEN, RANDOM, untrained
 from saekit.papers.row import Found, Row
 from saekit.papers.training import fit_all
 from saekit.testbed import othello
-from saekit.testbed.tasks import trained
+from saekit.testbed.tasks import Prompts, trained
 from saekit.testbed.transformer import Transformer
 from saekit.types import Codes
 
 LAYERS = othello.TASK.config.n_layers
 POINTS = ("layers.0:in", *(f"layers.{i}.{half}:out" for i in range(LAYERS) for half in ("self_attn", "mlp")))
-WIDTH, K, STEPS, BATCH, LR, GAMES = 256, 16, 500, 1024, 2e-3, 4000
-SAE, UNLEARNT = "SAE", "SAE of a model with random weights"
-JUDGED = 200  # games that features are picked on, and as many that they are measured on
+WIDTH, K, STEPS, BATCH, LR, GAMES = 256, 16, 400, 512, 2e-3, 4000
+SAE, UNLEARNT, PROBE = "SAE", "SAE of a model with random weights", "linear probes of the stream"
+JUDGED = 500  # games that features are picked on, and as many that they are measured on
 CLEAR = 0.95  # AUROC of a feature that tells mine from yours
 TRACED, WHOLE = 20, 2  # games in which features are followed down, and of which there are whole graphs
 KNOWN, BEST = "squares with a feature", "mean AUROC of the squares' best"
@@ -87,25 +87,56 @@ def aurocs(
     return won / (mine.sum(0) * yours.sum(0)).clamp(min=1)
 
 
-def _boards(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    mine, yours = othello.boards(tokens)
-    return mine.flatten(0, 1), yours.flatten(0, 1)
+def _boards(games: Prompts) -> tuple[Tensor, Tensor]:
+    """Where squares are mine and where yours, [row, square]; nowhere where the game is over."""
+    mine, yours = othello.boards(games.tokens)
+    going = games.asked[..., None]
+    return (mine & going).flatten(0, 1), (yours & going).flatten(0, 1)
 
 
-def _read(model: Model, stands: Sequence[Dictionary], games: Sequence[Tensor]) -> dict[str, Any]:
+def _read(model: Model, stands: Sequence[Dictionary], games: Sequence[Prompts]) -> dict[str, Any]:
     """Each square's clearest feature on the first games, and how clear it is on the second ones."""
     first, second = (
-        torch.cat([aurocs(codes, *_boards(tokens)) for codes in _codes(model, stands, tokens)])
-        for tokens in games
+        torch.cat([aurocs(codes, *_boards(some)) for codes in _codes(model, stands, some.tokens)])
+        for some in games
     )
     picked = torch.maximum(first, 1 - first).argmax(0)
     squares = torch.arange(othello.SQUARES)
     mine = first[picked, squares] > 0.5
     clear = torch.where(mine, second[picked, squares], 1 - second[picked, squares])
-    return {
-        KNOWN: (clear >= CLEAR).double().mean().item(), BEST: clear.mean().item(),
-        "picked": picked.tolist(), "clear": clear.tolist(),
-    }  # fmt: skip
+    return {"picked": picked.tolist(), **_summary(clear)}
+
+
+def _summary(clear: Float[Tensor, " square"]) -> dict[str, float]:
+    return {KNOWN: (clear >= CLEAR).double().mean().item(), BEST: clear.mean().item()}
+
+
+def _probed(model: Model, games: Sequence[Prompts]) -> dict[str, float]:
+    """What a linear probe of a layer's whole stream tells, fitted by least squares: a feature reads no more than that.
+
+    Of the layer whose probes are the clearest on the games that they are fitted on.
+    """
+    found = []
+    for layer in range(LAYERS):
+        site, sides = {"x": model.site(f"layers.{layer}:out")}, []
+        for some in games:
+            given = model.inputs(some.tokens, torch.ones_like(some.tokens, dtype=torch.bool))
+            x = capture(lambda given=given: model.logits(given), site, stop=False)["x"].flatten(0, 1)
+            sides.append(torch.nn.functional.pad(x, (0, 1), value=1.0))
+        mine, yours = _boards(games[0])
+        probes = torch.zeros(sides[0].shape[1], othello.SQUARES)
+        for square in range(othello.SQUARES):
+            rows = mine[:, square] | yours[:, square]
+            told = mine[rows, square].float() - yours[rows, square].float()
+            probes[:, square] = torch.linalg.lstsq(sides[0][rows], told[:, None], driver="gelsd").solution[
+                :, 0
+            ]
+        # aurocs takes what is on, above 0
+        scores = [(x @ probes).sub((x @ probes).min() - 1) for x in sides]
+        found.append([
+            aurocs(Codes.from_dense(score), *_boards(some)).diagonal() for score, some in zip(scores, games, strict=True)
+        ])  # fmt: skip
+    return _summary(max(found, key=lambda pair: pair[0].mean().item())[1])
 
 
 def touched(tokens: Tensor) -> Bool[Tensor, "n seq square"]:
@@ -135,7 +166,7 @@ def _followed(
     Beside it the same for another feature that fires there, and for a move drawn from those so far.
     """
     strongest, other, any_move = [], [], []
-    for square, (picked, clear) in enumerate(zip(read["picked"], read["clear"], strict=True)):
+    for square, picked in enumerate(read["picked"]):
         stand, feature = divmod(picked, WIDTH)
         part = next(own.part for own in run.parts if own.stand == stand)
         at = part.positions[part.features == feature]
@@ -176,7 +207,7 @@ def _scores(run: Trace) -> list[float]:
 def _circuits(model: Model, stands: Sequence[Dictionary], read: Mapping[str, Any], seed: int) -> Found:
     """Of some games: how far rows and scores close, and from which moves squares' features come."""
     g = torch.Generator().manual_seed(4000 + seed)
-    games = othello.prompts(TRACED, g).tokens
+    games = othello.held_out(TRACED, g).tokens
     out: dict[str, list[float]] = {key: [] for key in ("row", "score", STRONGEST, OTHER, ANY)}
     for i, (tokens, moves) in enumerate(zip(games, touched(games), strict=True)):
         run = traced(model, stands, tokens)
@@ -207,9 +238,10 @@ def measure(seed: int, tell: Tell, folder: Path) -> Found:
     tell(2, 4, "training dictionaries of a model with random weights")
     other = load_model(Transformer(othello.TASK.config, 1000 + seed), name="random weights")
     g = torch.Generator().manual_seed(3000 + seed)
-    games = [othello.prompts(JUDGED, g).tokens for _ in range(2)]
+    games = [othello.held_out(JUDGED, g) for _ in range(2)]
     read = {kind: _read(learnt.model, ds, games) for kind, ds in stands.items()}
     read[UNLEARNT] = _read(other, _dictionaries(other, {UNLEARNT: "topk"}, seed)[UNLEARNT], games)
+    read[PROBE] = _probed(learnt.model, games)
     tell(3, 4, "circuits")
     circuits = _circuits(learnt.model, stands[SAE], read[SAE], seed)
     kept = {kind: {key: one[key] for key in (KNOWN, BEST)} for kind, one in read.items()}
@@ -228,11 +260,11 @@ def judge(found: Found) -> Reproduction:
             Claim("contributions, biases and errors against a feature's pre-activation, largest relative miss", "an identity", circuits["row"], "<=", 1e-4),
             Claim("pairs of features, errors and biases against attention scores, largest miss over the larger of 1 and the score", "an identity", circuits["score"], "<=", 1e-4),
             Claim(f"squares of which a feature tells mine from yours by an AUROC of {CLEAR}", "features of the board's state (figures)", read[SAE][KNOWN], ">=", 0.6, read[UNLEARNT][KNOWN], UNLEARNT),
-            Claim("of such features the strongest move by total effects set or turned the square's disc", none, circuits[STRONGEST], ">=", 0.6, circuits[OTHER], "another feature that fires there"),
+            Claim("of the squares' clearest features the strongest move by total effects set or turned the square's disc", none, circuits[STRONGEST], ">=", 0.6, circuits[OTHER], "another feature that fires there"),
         ],
         figure=bars("Features of squares", "share or AUROC", read),
         notes=[f"Of the moves so far {sum(circuits[ANY]) / len(circuits[ANY]):.2f} set or turned a square's disc, on average."],
-        controls={key: {name: read[name][key] for name in (SAE, FROZEN, RANDOM, UNLEARNT)} for key in (KNOWN, BEST)},
+        controls={key: {name: read[name][key] for name in (SAE, FROZEN, RANDOM, UNLEARNT, PROBE)} for key in (KNOWN, BEST)},
     )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Othello on a small board: random games, which moves are legal, and what a move turns over (Li et al. 2022, 2210.13382).
 
-A token is the square of a move, counted from the top left; who has no legal move passes, without a token.
+A token is the square of a move, counted from the top left; who has no legal move passes, without a token. The board is
+4x4, of which there are 60,060 games: what is held out are all games that begin in some ways.
 """
 
 import torch
@@ -10,10 +11,11 @@ from torch import Tensor
 from saekit.testbed.tasks import Prompts, Task
 from saekit.testbed.transformer import TransformerConfig
 
-SIZE = 6
+SIZE = 4
 SQUARES = SIZE * SIZE
 START = SQUARES  # the token in front of a game, and behind one that ends early
 LENGTH = SQUARES - 4  # moves that fill the board
+OPENING, SHARE = 6, 8  # moves that say whether a game is held out, and of how many openings one is
 DIRECTIONS = tuple((dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if dy or dx)
 Discs = Bool[Tensor, "n square"]
 
@@ -84,7 +86,7 @@ def boards(
     return mine, yours
 
 
-def prompts(n: int, generator: torch.Generator) -> Prompts:
+def games(n: int, generator: torch.Generator) -> Prompts:
     """Games in which each legal move is as probable; asked for the legal moves until the game is over."""
     mine, yours = beginning(n)
     tokens, allowed = [torch.full((n,), START)], [legal(mine, yours)]
@@ -98,20 +100,47 @@ def prompts(n: int, generator: torch.Generator) -> Prompts:
     return Prompts(torch.stack(tokens, 1), torch.cat([may, torch.zeros(n, LENGTH, 1, dtype=torch.bool)], 2))
 
 
+def unseen(tokens: Int[Tensor, "n seq"]) -> Bool[Tensor, " n"]:
+    """Which games are never trained on, by a checksum of their first moves."""
+    opening = tokens[:, 1 : OPENING + 1]
+    return (opening * torch.arange(1, 2 * OPENING, 2)).sum(1) % SHARE == 0
+
+
+def _chosen(n: int, generator: torch.Generator, held: bool) -> Prompts:
+    found: list[Prompts] = []
+    while sum(len(some.tokens) for some in found) < n:
+        some = games(n * (SHARE + 4 if held else 2), generator)
+        kept = unseen(some.tokens) == held
+        found.append(Prompts(some.tokens[kept], some.allowed[kept]))
+    both = ([getattr(some, name) for some in found] for name in ("tokens", "allowed"))
+    tokens, allowed = (torch.cat(parts)[:n] for parts in both)
+    return Prompts(tokens, allowed)
+
+
+def prompts(n: int, generator: torch.Generator) -> Prompts:
+    """Random games of those that are trained on."""
+    return _chosen(n, generator, False)
+
+
+def held_out(n: int, generator: torch.Generator) -> Prompts:
+    """Random games of those that are not."""
+    return _chosen(n, generator, True)
+
+
 def pairs(n: int, generator: torch.Generator) -> tuple[Prompts, Prompts]:
     """Games up to their middle, and the same with another last move, behind which other moves are legal."""
     middle = LENGTH // 2
-    games = prompts(4 * n, generator)
-    other = games.allowed[:, middle - 1].scatter(1, games.tokens[:, middle, None], False)
-    changed = games.tokens[:, : middle + 1].clone()
+    drawn = held_out(4 * n, generator)
+    other = drawn.allowed[:, middle - 1].scatter(1, drawn.tokens[:, middle, None], False)
+    changed = drawn.tokens[:, : middle + 1].clone()
     changed[:, -1] = (torch.rand(other.shape, generator=generator) * other).argmax(1)
     # 4 n games are plenty: few have one legal move alone, or the same moves behind two
-    allowed = games.allowed[:, : middle + 1].clone()
+    allowed = drawn.allowed[:, : middle + 1].clone()
     mine, yours = boards(changed)
     allowed[:, -1, :-1] = legal(mine[:, -1], yours[:, -1])
-    differs = other.any(1) & (allowed[:, -1] != games.allowed[:, middle]).any(1) & allowed[:, -1].any(1)
-    kept = (differs & games.allowed[:, middle].any(1)).nonzero()[:n, 0]
-    clean = Prompts(games.tokens[kept, : middle + 1], games.allowed[kept, : middle + 1])
+    differs = other.any(1) & (allowed[:, -1] != drawn.allowed[:, middle]).any(1) & allowed[:, -1].any(1)
+    kept = (differs & drawn.allowed[:, middle].any(1)).nonzero()[:n, 0]
+    clean = Prompts(drawn.tokens[kept, : middle + 1], drawn.allowed[kept, : middle + 1])
     return clean, Prompts(changed[kept], allowed[kept])
 
 
@@ -120,5 +149,5 @@ TASK = Task(
     config=TransformerConfig(
         vocabulary=SQUARES + 1, context=LENGTH, d_model=128, n_layers=4, n_heads=8, d_head=16, d_mlp=512
     ),
-    prompts=prompts, pairs=pairs, demand=0.95, steps=8000, rows=32, rate=2e-3,
+    prompts=prompts, held_out=held_out, pairs=pairs, demand=0.95, steps=1500, rows=64, rate=3e-3,
 )  # fmt: skip
