@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from scipy.stats import spearmanr
 from torch import Tensor
 
 import saekit
-from saekit.circuits.ablation import Yardstick, areas, top
+from saekit.circuits.ablation import SHARES, Yardstick, areas, top
 from saekit.circuits.patching import Effects, effects
 from saekit.circuits.places import Heads, Neurons
 from saekit.circuits.rows import Trace
@@ -22,7 +23,7 @@ from saekit.circuits.spliced import Spliced
 from saekit.circuits.targets import Feature, Target
 from saekit.circuits.trace import traced
 from saekit.models import Model
-from saekit.testbed import addition, depth, greater, ioi
+from saekit.testbed import addition, depth, greater, induction, ioi
 from saekit.testbed.tasks import Prompts, Trained, trained
 
 SEEDS = (0, 1, 2)
@@ -359,3 +360,100 @@ def test_depth_is_fed_by_brackets_with_their_sign(seed: int, folder: Path) -> No
             x = Spliced(learnt.model, [], point).run(train.tokens).out
         by_number, by_size = right_signs(learnt, point, some, depth.line(x, train.tokens))
         assert by_number >= least and by_size >= least, point
+
+
+# --- what methods say of the same nodes
+
+EXACT, FIRST, FEW, MANY = "exact patching", "attribution patching", "10 midpoints", "50 midpoints"
+DIRECT, TOTAL, AWARE = "graph: direct", "graph: total", "graph: total through scores"
+FLOOR, MOVED = "activation x decoder norm", "its change x decoder norm"
+HOW: dict[str, dict[str, Any]] = {
+    EXACT: {"method": "exact"}, FIRST: {"method": "attribution"}, FEW: {"steps": 10}, MANY: {"steps": 50},
+}  # fmt: skip
+GRAPHS = {DIRECT: (False, False), TOTAL: (True, False), AWARE: (True, True)}
+Said = dict[str, list[Tensor]]  # by method and group of nodes, [prompt, seq, node]
+
+
+def by_graphs(learnt: Trained, cases: Case, patch: bool) -> Said:
+    """What graphs say of patching each node (or setting it to zero), and sizes, which say nothing of the task."""
+    stands = units(learnt)
+    spliced = Spliced(learnt.model, stands)
+    with torch.no_grad():
+        runs = [spliced.run(p.tokens) for p in (cases.clean, cases.patch)]
+        values = [[run.codes(g).to_dense() for g in range(len(stands))] for run in runs]
+    start, end = values[0], values[1] if patch else [torch.zeros_like(v) for v in values[0]]
+    out: Said = {name: [torch.zeros_like(v) for v in start] for name in GRAPHS}
+    for i, tokens in enumerate(cases.clean.tokens):
+        run = traced(learnt.model, stands, tokens)
+        target = preferred(cases)(run, i)
+        for name, (through, scores) in GRAPHS.items():
+            row = run.targets([target], through=through, scores=scores)[0]
+            for own in run.parts:
+                out[name][own.stand][i, own.part.positions, own.part.features] = row[own.nodes]
+    for name in GRAPHS:
+        moved = [((b - a) / a).where(a != 0, 0.0) for a, b in zip(start, end, strict=True)]
+        out[name] = [value * by for value, by in zip(out[name], moved, strict=True)]
+    norms = [spliced.stands[g].W.norm(dim=1) for g in range(len(stands))]
+    out[FLOOR] = [a.abs() * norm for a, norm in zip(start, norms, strict=True)]
+    out[MOVED] = [(b - a).abs() * norm for a, b, norm in zip(start, end, norms, strict=True)]
+    return out
+
+
+def flat(parts: list[Tensor]) -> Tensor:
+    return torch.cat([part.flatten() for part in parts])
+
+
+def panel(learnt: Trained, shown: Case, held_out: Case, patch: bool) -> dict[str, dict[str, float]]:
+    """Each method by its agreement with exact patching, node by node, and by the circuits of its strongest nodes."""
+    spliced = Spliced(learnt.model, units(learnt))
+    other = shown.patch.tokens if patch else None
+    found = {name: effects(spliced, shown, shown.clean.tokens, other, **how) for name, how in HOW.items()}
+    said: Said = {name: [c.to_dense().detach() for c in e.by_prompt] for name, e in found.items()}
+    said |= by_graphs(learnt, shown, patch)
+    true = flat(said[EXACT])
+    differs, strong = true != 0, true.abs() >= true.abs().topk(500).values[-1]
+    yardstick = Yardstick(spliced, held_out, held_out.clean.tokens, held_out.patch.tokens)
+    active = found[EXACT].active()
+    n, out = sum(int(on.sum()) for on in active), {}
+    for name, parts in said.items():
+        mine = flat(parts)
+        ranked = [part.mean(0).abs().where(on, -1.0) + 1 for part, on in zip(parts, active, strict=True)]
+        curve = [yardstick.faithfulness(top(ranked, round(share * n))) for share in SHARES]
+        cpr, cmd = areas(curve)
+        out[name] = {
+            "signed": spearmanr(true[differs], mine[differs]).statistic,
+            "sizes": spearmanr(true[differs].abs(), mine[differs].abs()).statistic,
+            "strongest": spearmanr(true[strong], mine[strong]).statistic,
+            "CPR": cpr, "CMD": cmd, "needed": next(s for s, f in zip(SHARES, curve, strict=True) if f >= 0.9),
+        }  # fmt: skip
+    few, many = (flat(said[name]) for name in (FEW, MANY))
+    out[FEW]["moved"] = float((few - many).abs().sum() / many.abs().sum())
+    return out
+
+
+def flagged(table: dict[str, dict[str, float]]) -> set[str]:
+    """Methods that are no better than sizes alone, by nodes or by circuits."""
+    floor = table[FLOOR]
+    others = {name: row for name, row in table.items() if name not in (FLOOR, MOVED)}
+    return {
+        name for name, row in others.items() if row["sizes"] <= floor["sizes"] or row["CPR"] <= floor["CPR"]
+    }
+
+
+PANELS = {"induction, to zero": (induction.pairs, 8, False), "induction": (induction.pairs, 8, True), "ioi": (ioi.exchanged, 4, True)}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("which", PANELS)
+def test_methods_agree_and_beat_sizes_but_direct_edges(which: str, seed: int, folder: Path) -> None:
+    """Direct edges see what writes at the end alone, and so leave out everything in front of it.
+
+    The midpoint rule has converged after 10 steps, to some hundredths of what 50 say: ReLUs have kinks.
+    """
+    draw, n, patch = PANELS[which]
+    learnt = trained(which.split(",")[0], seed, folder)
+    shown, held_out = (Case(*draw(k, generator(s + seed))) for k, s in ((n, 1000), (64, 2000)))
+    table = panel(learnt, shown, held_out, patch)
+    assert flagged(table) <= {DIRECT}
+    assert table[FEW]["moved"] <= 0.05
