@@ -188,7 +188,7 @@ def loadings(run: Trace, target: Target | Feature) -> Loadings:
             continue
         g = gathered[layer][:, 0].unflatten(-1, (heads, -1))
         each = torch.einsum("shv,hk->shkv", g, torch.eye(heads).to(g)).flatten(2)
-        out.append(run.rows((layer, "z"), each))
+        out.append(run.rows((layer, "z"), each, before=True))  # what came down has passed a dictionary there
     most = max(len(part) for part in out)
     whole = torch.stack([torch.nn.functional.pad(part, (0, 0, 0, most - len(part))) for part in out])
     return Loadings(whole.cpu().numpy(), rest.cpu().numpy())

@@ -77,6 +77,7 @@ def case(make: "Make | str", kinds: tuple[str, ...], double: bool) -> Case:
 def rows_close(c: Case) -> None:
     """I1: what adds to a feature, and its encoder's bias, is its pre-activation in the model's own pass."""
     values = c.oracle.values(c.targets).detach().numpy()
+    assert c.graph.of_kind("feature").any()
     assert np.linalg.norm(c.rows.sum(1) - values) <= c.near * np.linalg.norm(values)
     c.graph.check(c.near, 10 * c.near)
     c.equal(c.graph.nodes.value[c.graph.of], values)
@@ -145,12 +146,14 @@ def scores_are_sums(c: Case) -> None:
 
 
 def edges_are_loadings(c: Case) -> None:
-    """I10: over all heads, and what goes by none, loadings add up to a row, of targets and of a feature."""
-    own = c.run.parts[-1]
-    feature = Feature(int(own.part.features[-1]), own.stand, int(own.part.positions[-1]))
-    rows = {feature: c.rows[-4], **dict(zip(range(3), c.rows[-3:], strict=True))}
-    for target, row in rows.items():
-        found = loadings(c.run, target if isinstance(target, Feature) else c.targets[target])
+    """I10: over all heads, and what goes by none, loadings add up to a row, of a target and of a feature of every part."""
+    rows, first = [(c.targets[0], c.rows[-3])], 0
+    for own in c.run.parts:
+        part, first = own.part, first + len(own.part.values)
+        feature = Feature(int(part.features[-1]), own.stand, int(part.positions[-1]))
+        rows.append((feature, c.rows[first - 1]))
+    for target, row in rows:
+        found = loadings(c.run, target)
         c.equal(found.heads.sum((0, 1)) + found.rest, row)
 
 
@@ -208,7 +211,10 @@ LAWS: dict[str, Callable[[Case], None]] = {
 cached = functools.lru_cache(maxsize=None)(case)
 
 
-OTHER_ROWS = (("parallel, norms of queries", GROUPS[0], True), ("attention alone", ("topk", "lorsa", "heads"), False))  # fmt: skip
+OTHER_ROWS = (
+    ("parallel, norms of queries", GROUPS[0], True),
+    pytest.param("attention alone", ("topk", "lorsa", "heads"), False, marks=pytest.mark.slow),
+)
 
 
 @pytest.mark.parametrize("law", LAWS)

@@ -105,8 +105,13 @@ def folded(m: Model) -> Model:
     return load_model(module, name="toy")
 
 
-@pytest.mark.parametrize("double", [False, True])
-@pytest.mark.parametrize("make", [Make("layer", "learned", "swiglu", "GQA"), Make("pre and post", "rotary", "gelu", "MHA")])  # fmt: skip
+@pytest.mark.parametrize(
+    "make, double",
+    [
+        (Make("layer", "learned", "swiglu", "GQA"), True),
+        (Make("pre and post", "rotary", "gelu", "MHA"), False),
+    ],
+)
 def test_folding_norms_moves_biases_alone(make: Make, double: bool) -> None:
     """I13: over neurons, heads and dictionaries of the stream, which read nothing behind a norm."""
     m = model(make, double)
@@ -119,12 +124,14 @@ def test_folding_norms_moves_biases_alone(make: Make, double: bool) -> None:
         np.testing.assert_allclose(two[1], one[1], rtol=0, atol=1e-10 if double else 1e-5)
 
 
-@pytest.mark.parametrize("make, kinds, double", FEW)
+@pytest.mark.parametrize(
+    "make, kinds, double", [*FEW[:2], *(pytest.param(*row, marks=pytest.mark.slow) for row in FEW[2:])]
+)
 def test_neither_batches_nor_budgets_lose_anything(make: Make, kinds: tuple[str, ...], double: bool) -> None:
     """I13: the batch's size; I11: rows close however few features get one, and scores don't rise."""
     c = cached(make, kinds, double)
     given: Any = [3, *c.targets[1:]]
-    other = trace(c.model, c.stands, TOKENS, given, batch=13)
+    other = trace(c.model, c.stands, TOKENS, given, batch=29)
     np.testing.assert_allclose(
         other.rows.toarray(), c.graph.rows.toarray(), rtol=0, atol=1e-10 if double else 1e-6
     )
@@ -137,16 +144,16 @@ def test_neither_batches_nor_budgets_lose_anything(make: Make, kinds: tuple[str,
 
 def test_the_same_input_makes_the_same_bytes_on_any_number_of_threads() -> None:
     """I13."""
-    c = cached(*FEW[0])
+    c = cached(*FEW[1])
     texts, threads = [], torch.get_num_threads()
     try:
-        for n in (1, 2, 1):
+        for n in (1, 2):
             torch.set_num_threads(n)
-            graph = trace(c.model, c.stands, TOKENS, [3, 5], batch=16).prune(0.9, 0.9)
+            graph = trace(c.model, c.stands, TOKENS, [3, 5], batch=32).prune(0.9, 0.9)
             texts.append(json.dumps(graph.to_json()))
     finally:
         torch.set_num_threads(threads)
-    assert texts[0] == texts[1] == texts[2]
+    assert texts[0] == texts[1]
 
 
 def rows_of(
@@ -154,12 +161,6 @@ def rows_of(
 ) -> "tuple[Graph, tuple[dict[Any, int], np.ndarray]]":
     g = trace(m, stands, TOKENS, [3, Logit(5) - Logit(7)])
     return g, merged(g, name)
-
-
-SOME = [
-    (Make("layer", "learned", "relu", "GQA"), True),
-    (Make("pre and post", "rotary", "relu", "MHA"), False),
-]
 
 
 def equivalent_dictionaries_make_one_graph(make: Make, double: bool) -> None:
@@ -188,9 +189,8 @@ def equivalent_dictionaries_make_one_graph(make: Make, double: bool) -> None:
             assert scores.completeness == pytest.approx(1, abs=1e-6)
 
 
-@pytest.mark.parametrize("make, double", SOME)
-def test_equivalent_dictionaries_make_one_graph(make: Make, double: bool) -> None:
-    equivalent_dictionaries_make_one_graph(make, double)
+def test_equivalent_dictionaries_make_one_graph() -> None:
+    equivalent_dictionaries_make_one_graph(Make("layer", "learned", "relu", "GQA"), True)
 
 
 @pytest.mark.slow
