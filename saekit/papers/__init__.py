@@ -37,5 +37,6 @@ PAPERS = Registry(
         "sparse-attention-decomposition": "saekit.papers.sparse_attention_decomposition:ROW",
         "discrete-circuits": "saekit.papers.discrete_circuits:ROW",
         "attention-saes": "saekit.papers.attention_saes:ROW",
+        "patch-free-othello": "saekit.papers.patch_free_othello:ROW",
     },
 )

@@ -1,7 +1,6 @@
 """Circuits without patching: a board read off the features of everything that writes to the stream (He et al., 2402.12201)."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -170,12 +169,7 @@ def _followed(
         stand, feature = divmod(picked, WIDTH)
         part = next(own.part for own in run.parts if own.stand == stand)
         at = part.positions[part.features == feature]
-        if (
-            stand == 0
-            or clear < CLEAR
-            or not len(at)
-            or not moves[: (last := int(at.max())) + 1, square].any()
-        ):
+        if stand == 0 or not len(at) or not moves[: (last := int(at.max())) + 1, square].any():
             continue
         beside = [
             Feature(int(f), own.stand, last)
@@ -224,14 +218,10 @@ def _circuits(model: Model, stands: Sequence[Dictionary], read: Mapping[str, Any
     }
 
 
-def common(folder: Path) -> None:
-    """The model that all seeds' dictionaries are of: learning the game takes as long as all else."""
-    trained("othello", 0, folder)
-
-
-def measure(seed: int, tell: Tell, folder: Path) -> Found:
+def measure(seed: int, tell: Tell) -> Found:
     """Dictionaries of everything that writes to the stream of a model of Othello, and circuits of their features."""
-    learnt = trained("othello", 0, folder)
+    tell(0, 4, "learning the game")
+    learnt = trained("othello", seed)
     tell(1, 4, "training dictionaries")
     stands = _dictionaries(learnt.model, {SAE: "topk", FROZEN: "frozen"}, seed)
     stands[RANDOM] = [untrained(d) for d in stands[FROZEN]]
@@ -255,7 +245,7 @@ def judge(found: Found) -> Reproduction:
     return Reproduction(
         title="Features of all that writes to the stream make circuits that add up, and know the board",
         source="He et al. 2024, arXiv 2402.12201",
-        setting=f"Othello on {othello.SIZE}x{othello.SIZE}, one {LAYERS}-layer model for all seeds ({found['legal'][0]:.3f} of its likeliest moves are legal); {WIDTH} features, k = {K}, on the embeddings and on what each attention layer and MLP writes, {STEPS * BATCH:,} positions; features of squares are picked on {JUDGED} games and measured on as many others; circuits of {TRACED} further games",
+        setting=f"Othello on {othello.SIZE}x{othello.SIZE}, {LAYERS}-layer models, one a seed ({sum(found['legal']) / len(found['legal']):.3f} of their likeliest moves are legal in games of openings that they never saw); {WIDTH} features, k = {K}, on the embeddings and on what each attention layer and MLP writes, {STEPS * BATCH:,} positions; features of squares are picked on {JUDGED} games and measured on as many others; circuits of {TRACED} further games",
         claims=[
             Claim("contributions, biases and errors against a feature's pre-activation, largest relative miss", "an identity", circuits["row"], "<=", 1e-4),
             Claim("pairs of features, errors and biases against attention scores, largest miss over the larger of 1 and the score", "an identity", circuits["score"], "<=", 1e-4),
@@ -268,4 +258,4 @@ def judge(found: Found) -> Reproduction:
     )  # fmt: skip
 
 
-ROW = Row(measure, judge, common=common)
+ROW = Row(measure, judge)
