@@ -10,9 +10,10 @@ from torch import Tensor
 
 from saekit.kernels import checks
 from saekit.kernels.backend import run
+from saekit.kernels.operators import operator
 
 
-@torch.library.custom_op("saekit::budget_error", mutates_args=())
+@operator("budget_error")
 def _budgets(
     indices: Tensor, values: Tensor, weight: Tensor, bias: Tensor, target: Tensor, shares: list[float]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -23,7 +24,7 @@ def _budgets(
     return total, squared, slopes, all_later
 
 
-@torch.library.custom_op("saekit::budget_outer", mutates_args=())
+@operator("budget_outer")
 def _outer(
     indices: Tensor,
     values: Tensor,

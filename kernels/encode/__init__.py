@@ -16,12 +16,13 @@ from saekit.kernels import checks
 from saekit.kernels.backend import run
 from saekit.kernels.encode import blocks
 from saekit.kernels.factors import collector
+from saekit.kernels.operators import operator
 from saekit.kernels.product import _decode, feature_sums, weight_gradient
 
 SHORTLISTS = ("auto", "fp32", "bf16")
 
 
-@torch.library.custom_op("saekit::topk_encode", mutates_args=())
+@operator("topk_encode")
 def _topk(
     x: Tensor, weight: Tensor, bias: Tensor, k: int, group: int, absolute: bool,
     dead: Tensor | None, k_aux: int, shortlist: str,
@@ -32,7 +33,7 @@ def _topk(
     return out
 
 
-@torch.library.custom_op("saekit::batchtopk_encode", mutates_args=())
+@operator("batchtopk_encode")
 def _batchtopk(
     x: Tensor, weight: Tensor, bias: Tensor, k: int, shortlist: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -40,7 +41,7 @@ def _batchtopk(
     return values, offsets, indices
 
 
-@torch.library.custom_op("saekit::threshold_encode", mutates_args=())
+@operator("threshold_encode")
 def _threshold(
     x: Tensor, weight: Tensor, bias: Tensor, lower: Tensor, shortlist: str
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,10 +13,11 @@ from torch import Tensor
 from saekit.kernels import checks
 from saekit.kernels.backend import run
 from saekit.kernels.factors import collector
+from saekit.kernels.operators import operator
 from saekit.kernels.product import row_ids, sum_outer
 
 
-@torch.library.custom_op("saekit::nested_error", mutates_args=())
+@operator("nested_error")
 def _nested(
     offsets: Tensor, indices: Tensor, values: Tensor, weight: Tensor, bias: Tensor, target: Tensor,
     prefixes: list[int], shares: list[float],

@@ -10,19 +10,20 @@ from torch import Tensor
 from saekit.kernels import checks
 from saekit.kernels.backend import run
 from saekit.kernels.factors import collector
+from saekit.kernels.operators import operator
 
 
-@torch.library.custom_op("saekit::decode", mutates_args=())
+@operator("decode")
 def _decode(offsets: Tensor, indices: Tensor, values: Tensor, weight: Tensor) -> Tensor:
     return run("product", "decode", weight, offsets, indices, values, weight)
 
 
-@torch.library.custom_op("saekit::sample", mutates_args=())
+@operator("sample")
 def _sample(offsets: Tensor, indices: Tensor, weight: Tensor, grad: Tensor) -> Tensor:
     return run("product", "sample", weight, offsets, indices, weight, grad)
 
 
-@torch.library.custom_op("saekit::sum_outer", mutates_args=())
+@operator("sum_outer")
 def _sum_outer(rows: Tensor, features: Tensor, values: Tensor, matrix: Tensor, n_features: int) -> Tensor:
     return run("product", "sum_outer", matrix, rows, features, values, matrix, n_features)
 

@@ -10,16 +10,17 @@ from torch import Tensor
 
 from saekit.kernels import checks
 from saekit.kernels.backend import run
+from saekit.kernels.operators import operator
 
 SHORTLISTS = ("auto", "fp32", "bf16")
 
 
-@torch.library.custom_op("saekit::pursue", mutates_args=())
+@operator("pursue")
 def _pursue(x: Tensor, weight: Tensor, k: int, shortlist: str) -> tuple[Tensor, Tensor, Tensor]:
     return run("pursuit", "pursue", x, x, weight, k, shortlist)
 
 
-@torch.library.custom_op("saekit::pursue_backward", mutates_args=())
+@operator("pursue_backward")
 def _pursue_backward(
     indices: Tensor,
     values: Tensor,
