@@ -1,4 +1,4 @@
-"""Circuits without patching: a board read off the features of everything that writes to the stream (He et al., 2402.12201)."""
+"""Circuits without patching, in the features of everything that writes to the stream of a model of Othello (2402.12201)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -243,7 +243,7 @@ def judge(found: Found) -> Reproduction:
     read, circuits = found["read"], found["circuits"]
     none = "no number at this scale"
     return Reproduction(
-        title="Features of all that writes to the stream make circuits that add up, and know the board",
+        title="Circuits in features of all that writes to the stream add up; whether features know the board",
         source="He et al. 2024, arXiv 2402.12201",
         setting=f"Othello on {othello.SIZE}x{othello.SIZE}, {LAYERS}-layer models, one a seed ({sum(found['legal']) / len(found['legal']):.3f} of their likeliest moves are legal in games of openings that they never saw); {WIDTH} features, k = {K}, on the embeddings and on what each attention layer and MLP writes, {STEPS * BATCH:,} positions; features of squares are picked on {JUDGED} games and measured on as many others; circuits of {TRACED} further games",
         claims=[
@@ -253,7 +253,10 @@ def judge(found: Found) -> Reproduction:
             Claim("of the squares' clearest features the strongest move by total effects set or turned the square's disc", none, circuits[STRONGEST], ">=", 0.6, circuits[OTHER], "another feature that fires there"),
         ],
         figure=bars("Features of squares", "share or AUROC", read),
-        notes=[f"Of the moves so far {sum(circuits[ANY]) / len(circuits[ANY]):.2f} set or turned a square's disc, on average."],
+        notes=[
+            f"Of the moves so far {sum(circuits[ANY]) / len(circuits[ANY]):.2f} set or turned a square's disc, on average.",
+            f"What a feature tells is read by a linear encoder: where linear probes of the whole stream don't reach {CLEAR} (see the controls), the model plays by the rules without a board that is linear in its stream, and no width of a dictionary can be expected to find one.",
+        ],
         controls={key: {name: read[name][key] for name in (SAE, FROZEN, RANDOM, UNLEARNT, PROBE)} for key in (KNOWN, BEST)},
     )  # fmt: skip
 
