@@ -320,7 +320,7 @@ def differences(learnt: Trained, prompts: Prompts, others: Prompts) -> Tensor:
 # name -> share of probability on what is allowed, and on counterfactual pairs how often the right answer is preferred
 LEARNT = {
     "induction": (0.95, 0.99), "ioi": (0.97, 0.99), "addition": (0.97, 0.99), "greater": (0.97, None), "depth": (0.97, 0.99),
-    "othello": (0.93, None),
+    "othello": (0.93, None), "maze": (0.94, 0.95),
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import torch
 from saekit.testbed.tasks import Prompts, Task, single
 from saekit.testbed.transformer import TransformerConfig
 
-SIDE = 4
+SIDE = 3
 CELLS = SIDE * SIDE  # tokens 0 .. CELLS - 1, from the top left
 START, JOINED, THEN, FROM, TO, PATH, END = range(CELLS, CELLS + 7)  # END also fills up behind a path
 VOCABULARY = CELLS + 7
@@ -133,5 +133,5 @@ TASK = Task(
     config=TransformerConfig(
         vocabulary=VOCABULARY, context=LENGTH, d_model=64, n_layers=3, n_heads=4, d_head=16, d_mlp=256
     ),
-    prompts=prompts, pairs=pairs, demand=0.95, steps=8000, rows=32, rate=2e-3,
+    prompts=prompts, pairs=pairs, demand=0.95, steps=2500, rows=32, rate=3e-3,
 )  # fmt: skip
