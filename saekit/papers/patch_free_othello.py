@@ -1,6 +1,7 @@
 """Circuits without patching, in the features of everything that writes to the stream of a model of Othello (2402.12201)."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -120,7 +121,7 @@ def _probed(model: Model, games: Sequence[Prompts]) -> dict[str, float]:
         site, sides = {"x": model.site(f"layers.{layer}:out")}, []
         for some in games:
             given = model.inputs(some.tokens, torch.ones_like(some.tokens, dtype=torch.bool))
-            x = capture(lambda given=given: model.logits(given), site, stop=False)["x"].flatten(0, 1)
+            x = capture(partial(model.logits, given), site, stop=False)["x"].flatten(0, 1)
             sides.append(torch.nn.functional.pad(x, (0, 1), value=1.0))
         mine, yours = _boards(games[0])
         probes = torch.zeros(sides[0].shape[1], othello.SQUARES)
