@@ -50,16 +50,19 @@ class Frozen:
         return [
             {
                 name: norm.size(at[site])
-                for name, site, norm in (
-                    ("before_attention", "resid_pre", block.before_attention),
-                    ("after_attention", "attn_out", block.after_attention),
-                    ("before_mlp", "resid_pre" if block.parallel else "resid_mid", block.before_mlp),
-                    ("after_mlp", "mlp_out", block.after_mlp),
-                )
-                if norm is not None and site in at
+                for name, site in self.normed(layer).items()
+                if (norm := getattr(block, name)) is not None and site in at
             }
-            for block, at in zip(self.weights.blocks, self.seen, strict=True)
+            for layer, (block, at) in enumerate(zip(self.weights.blocks, self.seen, strict=True))
         ]
+
+    def normed(self, layer: int) -> dict[str, str]:
+        """The site that each norm of a layer reads."""
+        before_mlp = "resid_pre" if self.weights.blocks[layer].parallel else "resid_mid"
+        return {
+            "before_attention": "resid_pre", "after_attention": "attn_out",
+            "before_mlp": before_mlp, "after_mlp": "mlp_out",
+        }  # fmt: skip
 
     @cached_property
     def slopes(self) -> list[Tensor]:
@@ -78,8 +81,9 @@ class Frozen:
         ]
 
     @torch.no_grad()
-    def back(self, start: Site, visit: Visit, bias: Bias, scores: bool = False) -> None:
-        """Walk the gradients of a batch of targets down from a site; ``scores``: through attention's scores as well.
+    def back(self, start: Site, visit: Visit, bias: Bias, free: str | None = None) -> None:
+        """Walk the gradients of a batch of targets down from a site; ``free``: through attention's scores, by
+        "slope" or as a "whole" (:class:`~saekit.circuits.queries.Queries`), and the norms' sizes as well.
 
         ``visit(site, gradient)`` is called at every site on the way, with [seq, batch, d] or None where nothing has
         come by, and returns the gradient that goes on. ``bias(layer, half, share)`` gets what biases of a half of a
@@ -87,16 +91,16 @@ class Frozen:
         """
         begin, gradient = depth(start), None
         for layer in range(start[0], -1, -1):
-            gradient = _Walk(self, layer, begin, visit, bias, scores).block(gradient)
+            gradient = _Walk(self, layer, begin, visit, bias, free).block(gradient)
         visit((0, "resid_pre"), gradient)
 
 
 class _Walk:
     """One block, from its output to its input."""
 
-    def __init__(self, frozen: Frozen, layer: int, begin: int, visit: Visit, bias: Bias, scores: bool):
+    def __init__(self, frozen: Frozen, layer: int, begin: int, visit: Visit, bias: Bias, free: str | None):
         self.frozen, self.layer, self.begin = frozen, layer, begin
-        self.visit_site, self.bias, self.scores = visit, bias, scores
+        self.visit_site, self.bias, self.free = visit, bias, free
         self.part: Block = frozen.weights.blocks[layer]
 
     def visit(self, name: str, gradient: Tensor | None) -> Tensor | None:
@@ -145,19 +149,19 @@ class _Walk:
             values = values_back(g, self.frozen.seen[self.layer]["patterns"], len(a.W_V))
             self.bias(self.layer, "attn", values @ a.b_V.flatten())
             read = values @ a.W_V.flatten(0, 1)
-            if self.scores:
-                read = read + self.through_scores(g)
+            if self.free:
+                read = read + self.through_scores(g, self.free)
             g = read
         return self.norm(self.visit("attn_in", g), "before_attention", "attn")
 
-    def through_scores(self, g: Tensor) -> Tensor:
+    def through_scores(self, g: Tensor, of: str) -> Tensor:
         """What comes down from what heads gather through where they look."""
         a, seq = self.part.attention, len(g)
         read = self.frozen.seen[self.layer]["attn_in"][:seq]
         values = torch.einsum("si,kvi->ksv", read, a.W_V) + a.b_V[:, None]
         values = values.repeat_interleave(len(a.W_O) // len(a.W_V), 0)
         looked = torch.einsum("qbhv,hkv->hqbk", g.unflatten(-1, (len(a.W_O), -1)), values)
-        out, share = self.frozen.queries[self.layer].back(looked)
+        out, share = self.frozen.queries[self.layer].back(looked, of)
         self.bias(self.layer, "attn", share)
         return out
 
@@ -167,7 +171,8 @@ class _Walk:
         if norm is None or g is None:
             return g
         self.bias(self.layer, half, g @ norm.bias)
-        return norm.back(g, self.frozen.sizes[self.layer][name][: len(g), None])
+        x = self.frozen.seen[self.layer][self.frozen.normed(self.layer)[name]][: len(g), None]
+        return norm.back(g, self.frozen.sizes[self.layer][name][: len(g), None], x if self.free else None)
 
 
 def values_back(

@@ -62,27 +62,25 @@ class Queries:
         return maps @ w, maps @ b
 
     def back(
-        self, looked: Float[Tensor, "head query batch source"]
+        self, looked: Float[Tensor, "head query batch source"], of: str
     ) -> tuple[Float[Tensor, "seq batch d_in"], Float[Tensor, "seq batch"]]:
         """From what targets gain per unit of each pattern, what they gain per unit of the input, through the scores,
         and what biases of queries and keys add.
 
-        A pattern changes by the softmax's Jacobian, averaged on the way from even attention to the pattern
-        (integrated gradients over the scores), so that saturated attention is not taken for free.
+        A pattern changes by the softmax's Jacobian: as it is (``of`` = "slope"), which is what a small part of the scores
+        does, or averaged on the way from even attention to the pattern ("whole": integrated gradients over the
+        scores), so that saturated attention, which no small part changes, is not taken for free.
         """
         seq = looked.shape[1]
         scores = self.scores[:, :seq, :seq]
         seen = torch.isfinite(scores)
         gain = torch.zeros_like(looked)
-        for point in range(POINTS):
-            a = (
-                (scores.masked_fill(~seen, 0) * ((point + 0.5) / POINTS))
-                .masked_fill(~seen, float("-inf"))
-                .softmax(-1)
-            )
+        points = [1.0] if of == "slope" else [(i + 0.5) / POINTS for i in range(POINTS)]
+        for point in points:
+            a = (scores.masked_fill(~seen, 0) * point).masked_fill(~seen, float("-inf")).softmax(-1)
             mean = torch.einsum("hqbk,hqk->hqb", looked, a)
             gain += a[:, :, None] * (looked - mean[..., None])
-        gain /= POINTS
+        gain /= len(points)
         k = self.k[:, :seq].repeat_interleave(self.heads // self.kv, 0)
         to_q = torch.einsum("hqbk,hkd->hqbd", gain, k)
         to_k = torch.einsum("hqbk,hqd->hkbd", gain, self.q[:, :seq])

@@ -128,35 +128,35 @@ class Trace:
     @torch.no_grad()
     def rows(
         self, site: Site, covectors: Float[Tensor, "seq batch d"], before: bool = False, through: bool = False,
-        scores: bool = False, catch: "Catch | None" = None, nodes: int | None = None,
+        free: str | None = None, catch: "Catch | None" = None, nodes: int | None = None,
     ) -> Float[Tensor, "batch node"]:  # fmt: skip
         """What every node adds to ``sum covectors x`` at a site; positions behind the covectors' are left out.
 
         ``before``: before a dictionary writes there, as its own features read it. ``through``: over all paths, also
-        those that go through other features. ``scores``: also through where attention looks. ``catch`` gets what
-        comes down to what heads gather, which then goes no further. ``nodes``: how many there can be, if not all.
+        those that go through other features. ``free``: also through where attention looks, by "slope" or as a "whole",
+        and what norms divide by. ``catch`` gets what comes down to what heads gather, which then goes no further. ``nodes``: how many there can be, if not all.
         """
         out = covectors.new_zeros(covectors.shape[1], nodes or self.columns.n)
-        self._walk(site, {(site, before): covectors}, out, through, scores, catch)
+        self._walk(site, {(site, before): covectors}, out, through, free, catch)
         return out
 
     def _walk(
         self, start: Site, waiting: dict[tuple[Site, bool], Tensor], out: Tensor, through: bool = False,
-        scores: bool = False, catch: "Catch | None" = None,
+        free: str | None = None, catch: "Catch | None" = None,
     ) -> None:  # fmt: skip
         """Walk down from a site; ``waiting`` are gradients that come in where they stand, before a dictionary or behind it."""
         seq = len(next(iter(waiting.values())))
 
         def visit(at: Site, gradient: Tensor | None) -> Tensor | None:
             for own in self.readers.get((at, False), ()) if through else ():
-                gradient = add(gradient, self._features(own, out, seq, scores))
+                gradient = add(gradient, self._features(own, out, seq, free))
             gradient = add(gradient, waiting.pop((at, False), None))
             if gradient is not None and at in self.cuts:
                 self._collect(at, gradient, out, waiting)
                 gradient = None
             gradient = add(gradient, waiting.pop((at, True), None))
             for own in self.readers.get((at, True), ()) if through else ():
-                gradient = add(gradient, self._features(own, out, seq, scores))
+                gradient = add(gradient, self._features(own, out, seq, free))
             if catch is not None and at[1] == "z" and gradient is not None:
                 catch(at, gradient)
                 return None
@@ -167,7 +167,7 @@ class Trace:
         def bias(layer: int, half: str, share: Tensor) -> None:
             out[:, self.halves[layer, half]][:, : len(share)] += share.T
 
-        self.frozen.back(start, visit, bias, scores)
+        self.frozen.back(start, visit, bias, free)
 
     def _collect(
         self, at: Site, gradient: Tensor, out: Tensor, waiting: dict[tuple[Site, bool], Tensor]
@@ -198,7 +198,7 @@ class Trace:
         if w.W_pos is not None and self.positions is not None:
             out[:, self.positions][:, :seq] += gained(gradient, w.W_pos[:seq])
 
-    def _features(self, own: Own, out: Tensor, seq: int, scores: bool) -> Tensor | None:
+    def _features(self, own: Own, out: Tensor, seq: int, free: str | None) -> Tensor | None:
         """What targets gain per unit of a site through the features that read it, [seq, batch, d]."""
         part = own.part
         stop = int(torch.searchsorted(part.positions.contiguous(), seq))
@@ -213,11 +213,11 @@ class Trace:
             return out.new_zeros(seq, *weighted.shape[1:]).index_add_(0, at, weighted)
         looks = part.patterns[part.heads[:stop], at, :seq].to(out)
         passed = torch.einsum("es,ebd->sbd", looks, weighted)
-        if scores and part.attending is not None:
-            passed = passed + self._looks(own, share, stop, seq, out)
+        if free is not None and part.attending is not None:
+            passed = passed + self._looks(own, share, stop, seq, out, free)
         return passed
 
-    def _looks(self, own: Own, share: Tensor, stop: int, seq: int, out: Tensor) -> Tensor:
+    def _looks(self, own: Own, share: Tensor, stop: int, seq: int, out: Tensor, of: str) -> Tensor:
         """The same through where the features look."""
         part, attending = own.part, own.part.attending
         assert attending is not None and part.heads is not None and part.patterns is not None
@@ -226,7 +226,7 @@ class Trace:
         looked = out.new_zeros(len(part.patterns), seq, len(out), seq)
         index = (part.heads[:stop], part.positions[:stop])
         looked.index_put_(index, share.T[:, :, None] * gained[:, None], accumulate=True)
-        passed, bias = Queries(attending.module, attending.x).back(looked.to(attending.x))
+        passed, bias = Queries(attending.module, attending.x).back(looked.to(attending.x), of)
         if attending.norm is not None:
             flat, shift = attending.norm.fold(passed.flatten(0, 1))
             passed, bias = flat.view_as(passed), bias + shift.view_as(bias)
@@ -272,27 +272,27 @@ class Trace:
         self,
         targets: Sequence[Target | Feature],
         through: bool = False,
-        scores: bool = False,
+        free: str | None = None,
         catch: "Catch | None" = None,
     ) -> Float[Tensor, "target node"]:
         """The rows of targets; with ``through`` their total effects."""
         plain = [t for t in targets if isinstance(t, Target)]
-        found = iter(self._directions(plain, through, scores, catch) if plain else ())
+        found = iter(self._directions(plain, through, free, catch) if plain else ())
         return torch.stack([
-            next(found) if isinstance(t, Target) else self._feature(t, through, scores, catch) for t in targets
+            next(found) if isinstance(t, Target) else self._feature(t, through, free, catch) for t in targets
         ])  # fmt: skip
 
-    def _directions(self, targets: Sequence[Target], *how: Any) -> Tensor:
+    def _directions(self, targets: Sequence[Target], through: bool, free: str | None, *how: Any) -> Tensor:
         w, last = self.frozen.weights, self.frozen.last
         at = torch.tensor([t.position % self.seq for t in targets], device=last.device)
         back = torch.stack([t.direction.to(last) for t in targets])
         bias = back.new_tensor([t.bias for t in targets])
         if w.norm is not None:
             bias += back @ w.norm.bias
-            back = w.norm.back(back, w.norm.size(last[at]))
+            back = w.norm.back(back, w.norm.size(last[at]), last[at] if free else None)
         covectors = back.new_zeros(int(at.max()) + 1, *back.shape)
         covectors[at, torch.arange(len(at), device=at.device)] = back
-        out = self.rows((len(w.blocks) - 1, "resid_post"), covectors, False, *how)
+        out = self.rows((len(w.blocks) - 1, "resid_post"), covectors, False, through, free, *how)
         out[:, self.final] += bias[:, None]
         return out
 

@@ -24,6 +24,7 @@ from saekit.types import SaekitError
 
 BATCH = 128  # targets whose gradients are walked down together
 BUDGET, EDGES = 8192, 8192  # features that get a row, and entries of a row
+WAYS = ("whole", "slope")  # of going through scores
 ROUND = 4  # batches between two rankings
 
 
@@ -35,6 +36,7 @@ def trace(
     budget: int = BUDGET,
     edges: int = EDGES,
     batch: int = BATCH,
+    scores: str = "whole",
 ) -> Graph:
     """The attribution graph of a prompt: text, or token ids.
 
@@ -43,14 +45,20 @@ def trace(
     cover 95 %. ``budget``: how many features get a row of their own, those of most influence first; ``edges``: how
     many inputs of each row are kept, the strongest ones. What is left out is in each row's pruned node, so that every
     row still adds up to its value.
+
+    ``scores``: how ``graph.aware`` goes through attention scores: as a "whole", as if all that stands behind a score
+    went, or by their "slope", as if a little did. Slopes foretell single ablations better where many nodes share a
+    score, and are 0 where attention is saturated.
     """
+    if scores not in WAYS:
+        raise SaekitError(f"scores = {scores!r} must be one of {', '.join(WAYS)}")
     for name, number in (("budget", budget), ("edges", edges), ("batch", batch)):
         if number < 1:
             raise SaekitError(f"{name} = {number} must be at least 1")
     model = load_model(model)
     run = traced(model, dictionaries, prompt)
     targets = resolve(run.frozen, model, target)
-    rows = _Rows(run, targets, edges, batch)
+    rows = _Rows(run, targets, edges, batch, scores)
     rows.fill(budget)
     graph = rows.graph(model)
     return without(graph, ~(graph.leaves & graph.of_kind("feature")))
@@ -72,13 +80,13 @@ def traced(
 class _Rows:
     """Rows of a graph while they are computed; features are numbered over all parts in order."""
 
-    def __init__(self, run: Trace, targets: Sequence[Target | Feature], edges: int, batch: int):
-        self.run, self.targets, self.edges, self.batch = run, targets, edges, batch
+    def __init__(self, run: Trace, targets: Sequence[Target | Feature], edges: int, batch: int, scores: str):
+        self.run, self.targets, self.edges, self.batch, self.scores = run, targets, edges, batch, scores
         self.ends = np.cumsum([0, *(len(own.part.positions) for own in run.parts)])
         self.numbers: list[np.ndarray] = []  # of the features whose rows are there
         self.found: list[Rows] = []
         self.last = self._compress(run.targets(targets))
-        self.aware = run.targets(targets, through=True, scores=True)
+        self.aware = run.targets(targets, through=True, free=scores)
 
     def _compress(self, block: Tensor) -> Rows:
         width = self.run.columns.n + len(self.targets)
@@ -158,7 +166,12 @@ class _Rows:
         words = (
             {} if model.tokenizer is None else {name: model.tokenizer.decode([int(name)]) for name in plain}
         )
-        return {"model": model.name, "vocabulary": len(self.run.frozen.weights.W_E), "outputs": words}
+        return {
+            "model": model.name,
+            "vocabulary": len(self.run.frozen.weights.W_E),
+            "outputs": words,
+            "aware": self.scores,
+        }
 
 
 def _tokens(model: Model, prompt: "str | Sequence[int] | Tensor", vocabulary: int) -> Tensor:

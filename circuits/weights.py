@@ -47,10 +47,14 @@ class Norm:
         return (x - x.mean(-1, keepdim=True) if self.centred else x) / size * self.weight + self.bias
 
     def back(
-        self, gradient: Float[Tensor, "*batch d"], size: Float[Tensor, "*rows 1"]
-    ) -> Float[Tensor, "*batch d"]:
-        """The gradient at the input, with the sizes as they are."""
+        self, gradient: Float[Tensor, "*batch d"], size: Float[Tensor, "*rows 1"],
+        x: Float[Tensor, "*rows d"] | None = None,
+    ) -> Float[Tensor, "*batch d"]:  # fmt: skip
+        """The gradient at the input, with the sizes as they are; with ``x``, what was normalised, through its size too."""
         gradient = gradient * (self.weight / size)
+        if x is not None:
+            unit = (x - x.mean(-1, keepdim=True) if self.centred else x) / size
+            gradient = gradient - unit * (gradient * unit).mean(-1, keepdim=True)
         return gradient.sub_(gradient.mean(-1, keepdim=True)) if self.centred else gradient
 
 

@@ -12,6 +12,7 @@ from scipy.sparse import csr_array
 from test_circuits import TOKENS, stand
 from test_weights import TOYS, toy
 
+from saekit.circuits.intervene import free_pass
 from saekit.circuits.places import Heads
 from saekit.circuits.qk import Heads as Looking
 from saekit.circuits.qk import loadings
@@ -171,7 +172,7 @@ def test_totals_through_scores_are_the_derivative_where_attention_is_even() -> N
                 proj.bias.mul_(0.1)
     run = traced(m, [Heads("layers.1.self_attn")], TOKENS)
     target = resolve(run.frozen, m, 3)
-    aware, plain = (run.targets(target, through=True, scores=s)[0] for s in (True, False))
+    aware, plain = (run.targets(target, through=True, free=s)[0] for s in ("whole", None))
     assert (aware - plain).abs().max() > 1e-3
     w = run.frozen.weights
     embedded = run.frozen.seen[0]["resid_pre"].clone()
@@ -195,6 +196,21 @@ def test_totals_through_scores_are_the_derivative_where_attention_is_even() -> N
     gradient = torch.autograd.functional.jacobian(value, embedded)
     tokens = (gradient * w.W_E[TOKENS]).sum(-1)
     torch.testing.assert_close(aware[run.tokens], tokens, rtol=0.05, atol=3e-3)
+
+
+@pytest.mark.parametrize("case", ["layer norms, learned", "attention alone"])
+def test_totals_by_slope_are_the_free_models_gradient(case: str) -> None:
+    """Through patterns and norms, by autograd of a pass in which everything reacts (ReLUs, whose slopes are their masks)."""
+    m = toy(case)
+    run = traced(m, [Heads("layers.1.self_attn")], TOKENS)
+    target = resolve(run.frozen, m, 3)
+    found = run.targets(target, through=True, free="slope")[0]
+    w = run.frozen.weights
+    change = torch.zeros(1, *run.frozen.seen[0]["resid_pre"].shape, requires_grad=True)
+    last = free_pass.__wrapped__(run, {(0, "resid_pre"): change})[0, -1]
+    (target[0].direction @ (last if w.norm is None else w.norm(last))).backward()
+    tokens = (change.grad[0] * w.W_E[TOKENS]).sum(-1)
+    torch.testing.assert_close(found[run.tokens], tokens, rtol=1e-4, atol=1e-4)
 
 
 def test_a_hundred_thousand_nodes_are_pruned_in_seconds() -> None:

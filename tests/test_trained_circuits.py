@@ -366,11 +366,12 @@ def test_depth_is_fed_by_brackets_with_their_sign(seed: int, folder: Path) -> No
 
 EXACT, FIRST, FEW, MANY = "exact patching", "attribution patching", "10 midpoints", "50 midpoints"
 DIRECT, TOTAL, AWARE = "graph: direct", "graph: total", "graph: total through scores"
+SLOPE = "graph: total through scores, by slope"
 FLOOR, MOVED = "activation x decoder norm", "its change x decoder norm"
 HOW: dict[str, dict[str, Any]] = {
     EXACT: {"method": "exact"}, FIRST: {"method": "attribution"}, FEW: {"steps": 10}, MANY: {"steps": 50},
 }  # fmt: skip
-GRAPHS = {DIRECT: (False, False), TOTAL: (True, False), AWARE: (True, True)}
+GRAPHS = {DIRECT: (False, None), TOTAL: (True, None), AWARE: (True, "whole"), SLOPE: (True, "slope")}
 Said = dict[str, list[Tensor]]  # by method and group of nodes, [prompt, seq, node]
 
 
@@ -387,7 +388,7 @@ def by_graphs(learnt: Trained, cases: Case, patch: bool) -> Said:
         run = traced(learnt.model, stands, tokens)
         target = preferred(cases)(run, i)
         for name, (through, scores) in GRAPHS.items():
-            row = run.targets([target], through=through, scores=scores)[0]
+            row = run.targets([target], through=through, free=scores)[0]
             for own in run.parts:
                 out[name][own.stand][i, own.part.positions, own.part.features] = row[own.nodes]
     for name in GRAPHS:

@@ -16,13 +16,16 @@ from saekit.papers.row import Found, Row
 from saekit.testbed import tasks
 
 PROMPTS, NEURONS, TOP = 6, 200, 10
-AWARE, TOTAL, DIRECT, ABSOLUTE, SIZE = (
-    "through scores",
+SLOPE, WHOLE, TOTAL, DIRECT, ABSOLUTE, SIZE = (
+    "through scores, by slope",
+    "through scores, as a whole",
     "total effects",
     "direct edges",
     "absolute influence",
     "activation x norm",
 )
+UNSIGNED = (ABSOLUTE, SIZE)
+NAMES = (SLOPE, WHOLE, TOTAL, DIRECT, ABSOLUTE, SIZE)
 
 
 def _groups(run: Trace, graph: Graph, seed: int) -> list[list[int]]:
@@ -50,7 +53,7 @@ def _prompt(model: Model, tokens: torch.Tensor, answer: int, seed: int) -> dict[
         for i in range(2)
         for kind, name in ((Neurons, "mlp"), (Heads, "self_attn"))
     ]
-    graph = trace(model, stands, tokens, [answer], budget=10**6, edges=10**6)
+    graph = trace(model, stands, tokens, [answer], budget=10**6, edges=10**6, scores="slope")
     run = traced(model, stands, tokens)
     target = resolve(run.frozen, model, [answer])[0]
     assert isinstance(target, Target)
@@ -60,7 +63,7 @@ def _prompt(model: Model, tokens: torch.Tensor, answer: int, seed: int) -> dict[
     for own in run.parts:
         sizes[own.nodes] = own.part.written[0].norm(dim=1).numpy()
     by_node = {
-        AWARE: graph.aware[0], TOTAL: graph.total_effects()[0], DIRECT: graph.rows[[-1]].toarray()[0],
+        SLOPE: graph.aware[0], WHOLE: run.targets([target], True, "whole")[0].numpy(), TOTAL: graph.total_effects()[0], DIRECT: graph.rows[[-1]].toarray()[0],
         ABSOLUTE: graph.influence(), SIZE: sizes,
     }  # fmt: skip
     predicted = {
@@ -68,9 +71,10 @@ def _prompt(model: Model, tokens: torch.Tensor, answer: int, seed: int) -> dict[
     }
     out = {"frozen": float(spearmanr(predicted[TOTAL], frozen).statistic)}
     for name, values in predicted.items():
-        unsigned = name in (ABSOLUTE, SIZE)
-        out[name] = float(spearmanr(values, np.abs(free) if unsigned else free).statistic)
-    strongest = [set(np.argsort(-np.abs(v), kind="stable")[:TOP]) for v in (predicted[AWARE], free)]
+        out[f"size, {name}"] = float(spearmanr(np.abs(values), np.abs(free)).statistic)
+        if name not in UNSIGNED:
+            out[name] = float(spearmanr(values, free).statistic)
+    strongest = [set(np.argsort(-np.abs(v), kind="stable")[:TOP]) for v in (predicted[SLOPE], free)]
     return {**out, "top": float(len(strongest[0] & strongest[1])), "nodes": float(len(groups))}
 
 
@@ -89,22 +93,31 @@ def measure(seed: int, tell: Tell) -> Found:
 
 
 def judge(found: Found) -> Reproduction:
-    """Frozen ablation is predicted exactly; free ablation better where totals go through attention scores."""
-    others = {name: found[name] for name in (TOTAL, DIRECT, ABSOLUTE, SIZE)}
-    best = [max(values) for values in zip(*others.values(), strict=True)]
-    margin = [a - b for a, b in zip(found[AWARE], best, strict=True)]
+    """Frozen ablation is predicted exactly; free ablation best where totals go through attention scores and norms."""
+
+    def best(*names: str) -> list[float]:
+        return [max(values) for values in zip(*(found[name] for name in names), strict=True)]
+
+    def over(name: str, others: list[float]) -> list[float]:
+        return [a - b for a, b in zip(found[name], others, strict=True)]
+
+    signed, sizes = best(TOTAL, DIRECT), best(*(f"size, {name}" for name in (TOTAL, DIRECT, ABSOLUTE, SIZE)))
     return Reproduction(
-        title="Total effects are frozen ablation; through attention scores they foretell free ablation",
+        title="Total effects are frozen ablation; through attention scores and norms they foretell free ablation",
         source="Ameisen et al. 2025 (attribution graphs); totals through scores are saekit's",
         setting=f"2-layer induction model ({sum(found['accuracy']) / len(found['accuracy']):.3f} right), {PROMPTS} prompts, {found['nodes'][0]:.0f} nodes each: every head at every position, the {NEURONS // 2} strongest neurons and {NEURONS // 2} random ones",
         claims=[
             Claim("rank correlation of total effects with frozen ablation", "exact by construction", found["frozen"], ">=", 0.99),
-            Claim("rank correlation of totals through scores with free ablation", "no number at this scale", found[AWARE], ">=", 0.8, best, "the best of the others"),
-            Claim("by how much that is above the best of frozen totals, direct edges and absolute influence", "no number", margin, ">=", 0.0),
+            Claim("rank correlation of totals through scores, by slope, with free ablation", "no number at this scale", found[SLOPE], ">=", 0.8, signed, "the best of frozen totals and direct edges"),
+            Claim("by how much that is above the best of frozen totals and direct edges", "no number", over(SLOPE, signed), ">=", 0.0),
+            Claim("by how much its sizes rank above those of frozen totals, direct edges, absolute influence and activation x norm", "no number", over(f"size, {SLOPE}", sizes), ">=", 0.0),
             Claim(f"of the {TOP} strongest nodes by free ablation, found", "no number", found["top"], ">=", 7.0),
         ],
-        figure=bars("Rank correlation with free ablation", "Spearman", {name: {"mean": found[name]} for name in (AWARE, *others)}),
-        controls={"rank correlation with free ablation": {AWARE: found[AWARE], **others}},
+        figure=bars("Rank correlation of sizes with free ablation", "Spearman", {name: {"mean": found[f"size, {name}"]} for name in NAMES}),
+        controls={
+            "rank correlation with free ablation": {name: found[name] for name in NAMES if name not in UNSIGNED},
+            "rank correlation of sizes with free ablation": {name: found[f"size, {name}"] for name in NAMES},
+        },
     )  # fmt: skip
 
 
