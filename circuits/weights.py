@@ -209,11 +209,17 @@ def _weights(model: Model) -> Weights:
         _full(embed.weight) * scale if scale != 1.0 else _full(embed.weight),
         None if positions is None else _full(positions.weight),
         tuple(_block(model, f"{path}.{i}") for i in range(len(list(modules[path].children())))),
-        _norm(_first(behind, LAST)),
+        _norm(final_norm(model)),
         W_U,
         torch.zeros_like(W_U[:, 0]) if bias is None else _full(bias),
         model.context,
     )
+
+
+def final_norm(model: Model) -> nn.Module | None:
+    """The module behind a model's blocks that normalises, if there is one."""
+    stem = (model.block_path or "").rpartition(".")[0]
+    return _first(dict(dict(model.module.named_modules())[stem].named_children()), LAST)
 
 
 def _unembedding(module: nn.Module) -> Any:

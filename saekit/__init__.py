@@ -19,6 +19,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 if TYPE_CHECKING:
     from saekit import metrics as metrics
     from saekit.activations import Store as Store
+    from saekit.circuits.constrained import constrained as constrained
     from saekit.circuits.targets import Logit as Logit
     from saekit.circuits.targets import Target as Target
     from saekit.circuits.trace import trace as trace
@@ -52,6 +53,7 @@ _LAZY = {
     "Store": "saekit.activations",
     "Trainer": "saekit.trainers",
     "calibrate": "saekit.dictionaries",
+    "constrained": "saekit.circuits.constrained",
     "create": "saekit.dictionaries",
     "dashboard": "saekit.report",
     "evaluate": "saekit.evaluate",

@@ -105,12 +105,12 @@ def _hooks(model: Model, dictionary: Dictionary, edits: list[Edit], clock: Clock
 
     def see(part: int) -> Any:
         def read(x: Tensor) -> None:
-            change = _change(dictionary, edits, x, part if layered else None, clock.start)
+            change = change_of(dictionary, edits, x, part if layered else None, clock.start)
             if change is None:
                 return
             wiring: Any = dictionary.wiring
             for place in range(*(wiring.written(part) if layered else (0, len(writes)))):
-                added.setdefault(place, []).append(_written(dictionary, change, x, part, place, layered))
+                added.setdefault(place, []).append(written_by(dictionary, change, x, part, place, layered))
 
         return read
 
@@ -126,7 +126,7 @@ def _hooks(model: Model, dictionary: Dictionary, edits: list[Edit], clock: Clock
     return hooks + [(model.site(point), change_at(i)) for i, point in enumerate(writes)]
 
 
-def _change(dictionary: Any, edits: list[Edit], x: Tensor, layer: int | None, start: int) -> Codes | None:
+def change_of(dictionary: Any, edits: list[Edit], x: Tensor, layer: int | None, start: int) -> Codes | None:
     """By how much the codes of edited features change; of a layer, its features count from 0."""
     each = dictionary.n_features if layer is None else dictionary.n_features // dictionary.layers
     first = 0 if layer is None else layer * each
@@ -152,7 +152,7 @@ def _change(dictionary: Any, edits: list[Edit], x: Tensor, layer: int | None, st
     return Codes.from_rectangular(indices, (new - old).flatten(0, -2), codes.n_features, tuple(x.shape[:2]))
 
 
-def _written(dictionary: Any, change: Codes, x: Tensor, part: int, place: int, layered: bool) -> Tensor:
+def written_by(dictionary: Any, change: Codes, x: Tensor, part: int, place: int, layered: bool) -> Tensor:
     """What a change of codes adds at a place; decoding is linear but for what it adds to nothing."""
     nothing = change.with_values(torch.zeros_like(change.values))
     if layered:
