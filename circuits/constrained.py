@@ -90,7 +90,9 @@ def _without(own: Own, edits: list[Edit]) -> Own:
 
 def _hooks(model: Model, run: Trace, out: FrozenPass, clock: Clock) -> list[tuple[Hook, Any]]:
     """What puts the frozen pass in the place of the prompt's stream, at each block and behind the last norm."""
-    hooks: list[tuple[Hook, Any]] = [(model.site(f"{model.block_path}.0:in"), _put(out.seen[0]["resid_pre"], clock))]
+    hooks: list[tuple[Hook, Any]] = [
+        (model.site(f"{model.block_path}.0:in"), _put(out.seen[0]["resid_pre"], clock))
+    ]
     hooks += [
         (model.site(f"{model.block_path}.{layer}:out"), _put(seen["resid_post"], clock))
         for layer, seen in enumerate(out.seen)

@@ -57,7 +57,12 @@ function grid(counts, width, height) {
   return best;
 }
 
-function layOut(width, height) {
+const labelOf = (column) => (column < Number(loose) ? "anywhere" : tokens[column - Number(loose)]);
+
+// half of what a column's label takes, lying flat
+const half = (column) => (cut(plain(labelOf(column)), 14).length * 7 + 8) / 2;
+
+function layOut(width, height, flat = true) {
   view.visible = nodes.map((_, at) => at).filter(isVisible);
   const counts = rowKeys.map(() => new Array(nColumns).fill(0));
   const cells = new Map();
@@ -67,8 +72,6 @@ function layOut(width, height) {
     cells.set(key, [...(cells.get(key) ?? []), at]);
   }
   const margin = { left: 62, right: 18, top: 12 };
-  // tokens lie flat where all of them have room, else they slant
-  const flat = Math.max(...tokens.map((token) => cut(plain(token), 14).length)) * 7 + 8 < (width - 80) / nColumns;
   margin.bottom = flat ? 30 : 84;
   const gap = { x: Math.min(8, (0.25 * width) / nColumns), y: 12 };
   const inner = { width: width - margin.left - margin.right - gap.x * nColumns, height: height - margin.top - margin.bottom - gap.y * rowKeys.length };
@@ -83,6 +86,12 @@ function layOut(width, height) {
     edge += size;
     return { left: edge - size, size };
   });
+  // labels lie flat where all of them have room, else they slant
+  const middles = view.columns.map(({ left, size }) => left + size / 2);
+  if (flat && middles.some((x, column) => column && x - middles[column - 1] < half(column) + half(column - 1))) {
+    layOut(width, height, false);
+    return;
+  }
   edge = height - margin.bottom;
   view.rows = lines.map((n) => {
     const size = n * perLine + gap.y;
@@ -141,7 +150,7 @@ function drawAxes() {
     if (position === chosen && position >= 0) axes.prepend(draw("rect", { class: "chosen", x: left, y: 6, width: size, height: bottom - 6 }));
     if (!fits[column]) return;
     const x = left + size / 2;
-    const text = position < 0 ? "anywhere" : tokens[position];
+    const text = labelOf(column);
     const turn = view.flat ? "" : ` rotate(-50)`;
     const label = draw("text", { class: "position", transform: `translate(${x} ${bottom + (view.flat ? 18 : 12)})${turn}` }, ...spans(text, 14));
     if (view.flat) label.classList.add("flat");
