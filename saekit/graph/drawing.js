@@ -57,10 +57,10 @@ function grid(counts, width, height) {
   return best;
 }
 
-const labelOf = (column) => (column < Number(loose) ? "anywhere" : tokens[column - Number(loose)]);
+const columnName = (column) => (column < Number(loose) ? "anywhere" : tokens[column - Number(loose)]);
 
 // half of what a column's label takes, lying flat
-const half = (column) => (cut(plain(labelOf(column)), 14).length * 7 + 8) / 2;
+const half = (column) => (cut(plain(columnName(column)), 14).length * 7 + 8) / 2;
 
 function layOut(width, height, flat = true) {
   view.visible = nodes.map((_, at) => at).filter(isVisible);
@@ -150,7 +150,7 @@ function drawAxes() {
     if (position === chosen && position >= 0) axes.prepend(draw("rect", { class: "chosen", x: left, y: 6, width: size, height: bottom - 6 }));
     if (!fits[column]) return;
     const x = left + size / 2;
-    const text = labelOf(column);
+    const text = columnName(column);
     const turn = view.flat ? "" : ` rotate(-50)`;
     const label = draw("text", { class: "position", transform: `translate(${x} ${bottom + (view.flat ? 18 : 12)})${turn}` }, ...spans(text, 14));
     if (view.flat) label.classList.add("flat");
