@@ -25,6 +25,7 @@ from saekit.hooks import Clock, intervene, passes
 from saekit.hooks import Site as Hook
 from saekit.interventions import Edit, Edits, change_of, edits_of, written_by
 from saekit.models import Model, load_model
+from saekit.types import SaekitError
 
 
 @contextmanager
@@ -40,7 +41,7 @@ def constrained(
     without the edits. ``react``: active features of all dictionaries given (those with no edits too) write what they
     make of their changed inputs, so that effects are total; else they write what they wrote, and effects are direct.
     Edited features have the values that edits give them. Tokens generated behind the prompt react freely to it; the
-    model must run on this prompt.
+    model runs on nothing but this prompt and what follows it.
     """
     model = load_model(model)
     run = traced(model, [dictionary for dictionary, _ in changes], prompt)
@@ -54,8 +55,30 @@ def constrained(
             moved[site] = moved[site] + change if site in moved else change
     with torch.no_grad():
         out = FrozenPass(run, moved, react)
-    with passes(model.module) as clock, intervene(_hooks(model, run, out, clock)):
-        yield model
+    with passes(model.module) as clock, _only_on(model, run.frozen.tokens, clock):
+        with intervene(_hooks(model, run, out, clock)):
+            yield model
+
+
+@contextmanager
+def _only_on(model: Model, tokens: Int[Tensor, " seq"], clock: Clock) -> Iterator[None]:
+    """Refuse passes on other tokens than a prompt's; what comes behind it is free."""
+
+    def begin(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if isinstance(ids, Tensor):
+            due = tokens[clock.start : clock.start + ids.shape[1]]
+            short = clock.start + ids.shape[1] < len(tokens)
+            if short or not bool((ids[:, : len(due)] == due).all()):
+                raise SaekitError(
+                    "the model runs on other tokens than the prompt that it is frozen on; give constrained this prompt"
+                )
+
+    handle = model.module.register_forward_pre_hook(begin, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _moved(run: Trace, model: Model, d: Dictionary, edits: list[Edit]) -> Iterator[tuple[Site, Tensor]]:

@@ -106,6 +106,8 @@ class Heads:
     ) -> list[QK]:
         patterns = self.frozen.seen[layer]["patterns"]
         places, weights = [], []
+        if key is not None and not -self.run.seq <= key < self.run.seq:
+            raise SaekitError(f"key {key} lies outside of the prompt's {self.run.seq} tokens")
         for head in heads:
             pattern = patterns[head, query]
             to = int(pattern.argmax()) if key is None else key % self.run.seq

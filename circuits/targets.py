@@ -53,7 +53,14 @@ class Logit:
         object.__setattr__(self, "terms", token if isinstance(token, tuple) else ((token, 1.0),))
         object.__setattr__(self, "position", position)
 
+        if not self.terms:
+            raise SaekitError("a logit has no terms; give a token")
+
     def __add__(self, other: "Logit") -> "Logit":
+        if self.position != other.position:
+            raise SaekitError(
+                f"logits at positions {self.position} and {other.position} don't add up to one target; give one position"
+            )
         return Logit((*self.terms, *other.terms), self.position)
 
     def __neg__(self) -> "Logit":
@@ -101,6 +108,9 @@ def resolve(frozen: Frozen, model: Model, given: "Given | Sequence[Given] | None
                 f"target position {one.position} lies outside of the prompt's {len(frozen.last)} tokens"
             )
         out.append(one)
+    for name in (names := [one.name for one in out]):
+        if names.count(name) > 1:
+            raise SaekitError(f"target {name!r} is given {names.count(name)} times; give each target once")
     return out
 
 
@@ -119,7 +129,7 @@ def _logit(frozen: Frozen, model: Model, logit: Logit, weight: float = 1.0) -> T
     name = (
         str(ids[0][0])
         if len(ids) == 1 and ids[0][1] == 1
-        else "".join(f"{'+' if s > 0 else '-'}{t}" for t, s in ids)
+        else "".join(f"{'+' if s > 0 else '-'}{'' if abs(s) == 1 else f'{abs(s):g}*'}{t}" for t, s in ids)
     )
     return Target(name, direction, bias, logit.position, weight)
 

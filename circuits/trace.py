@@ -1,6 +1,7 @@
 """Attribution graphs: what every feature, error, token and bias adds to features and logits, exactly."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,14 +11,16 @@ from scipy.sparse import csr_array
 from torch import Tensor, nn
 
 from saekit.circuits.frozen import Frozen
-from saekit.circuits.places import Stand, place
+from saekit.circuits.places import Heads, Neurons, Stand, place
 from saekit.circuits.rows import Own, Trace
 from saekit.circuits.targets import Feature, Given, Target, resolve
 from saekit.circuits.weights import weights
+from saekit.dictionaries import Dictionary
 from saekit.graph import Graph
 from saekit.graph.compress import Rows, below, compress
 from saekit.graph.data import with_targets
 from saekit.graph.prune import without
+from saekit.hub import load as read
 from saekit.kernels.threads import parallel
 from saekit.models import Model, load_model
 from saekit.types import SaekitError
@@ -25,12 +28,13 @@ from saekit.types import SaekitError
 BATCH = 128  # targets whose gradients are walked down together
 BUDGET, EDGES = 8192, 8192  # features that get a row, and entries of a row
 WAYS = ("whole", "slope")  # of going through scores
+Placeable = Stand | str | Path  # a dictionary may be named by its path
 ROUND = 4  # batches between two rankings
 
 
 def trace(
     model: "Model | str | nn.Module",
-    dictionaries: "Stand | Sequence[Stand]",
+    dictionaries: "Placeable | Sequence[Placeable]",
     prompt: "str | Sequence[int] | Int[Tensor, ' seq']",
     target: "Given | Sequence[Given] | None" = None,
     budget: int = BUDGET,
@@ -66,15 +70,26 @@ def trace(
 
 def traced(
     model: "Model | str | nn.Module",
-    dictionaries: "Stand | Sequence[Stand]",
+    dictionaries: "Placeable | Sequence[Placeable]",
     prompt: "str | Sequence[int] | Int[Tensor, ' seq']",
 ) -> Trace:
     """A prompt with dictionaries in place."""
     model = load_model(model)
-    stands = list(dictionaries) if isinstance(dictionaries, Sequence) else [dictionaries]
+    several = isinstance(dictionaries, Sequence) and not isinstance(dictionaries, str)
+    stands = [_stand(one) for one in (dictionaries if several else [dictionaries])]
     w = weights(model)
     frozen = Frozen(w, _tokens(model, prompt, len(w.W_E)))
     return Trace(frozen, [place(frozen, model, stand) for stand in stands])
+
+
+def _stand(one: Any) -> Stand:
+    if isinstance(one, str | Path):
+        return read(one)
+    if not isinstance(one, Dictionary | Neurons | Heads):
+        raise SaekitError(
+            f"{one!r} is no dictionary; give a dictionary or its path, Neurons(hook point) or Heads(hook point)"
+        )
+    return one
 
 
 class _Rows:
@@ -182,7 +197,13 @@ def _tokens(model: Model, prompt: "str | Sequence[int] | Tensor", vocabulary: in
         ids = model.tokenizer(prompt)["input_ids"]
     else:
         ids = prompt
-    tokens = torch.as_tensor(ids, dtype=torch.int64, device=model.device)
+    try:
+        given = torch.as_tensor(ids)
+        tokens = given.to(model.device, torch.int64)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise SaekitError(f"prompt {ids!r} is none; give text or token ids") from None
+    if given.is_floating_point() and len(given):
+        raise SaekitError(f"prompt has numbers of type {given.dtype}; give whole numbers, the ids of tokens")
     if tokens.ndim != 1 or len(tokens) == 0:
         raise SaekitError(f"prompt has shape {tuple(tokens.shape)}; give one sequence of at least one token")
     if model.context is not None and len(tokens) > model.context:

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from saekit.circuits.frozen import Site
 from saekit.circuits.intervene import EMBEDDING, FrozenPass, free_pass
-from saekit.circuits.places import Stand
 from saekit.circuits.rows import Trace
 from saekit.circuits.targets import Given, Logit, Target, resolve
-from saekit.circuits.trace import traced
-from saekit.graph import Graph
+from saekit.circuits.trace import Placeable, traced
+from saekit.graph import KINDS, Graph
 from saekit.models import load_model
 from saekit.types import SaekitError
 
@@ -89,13 +88,13 @@ def _moved(run: Trace, target: Target, last: Tensor, free: bool) -> Tensor:
 
 
 def verify(
-    graph: Graph, model: Any, dictionaries: "Stand | Sequence[Stand]", top: int = 50, seed: int = 0,
+    graph: Graph, model: Any, dictionaries: "Placeable | Sequence[Placeable]", top: int = 50, seed: int = 0,
     target: "Given | Sequence[Given] | None" = None,
 ) -> Graph:  # fmt: skip
     """Ablate a graph's strongest nodes and as many random ones; the graph with what was found in ``about["verified"]``.
 
     Strongest are those of the largest total effect. Found are the Spearman correlations of total effects with ablation
-    (frozen, which they predict exactly, and free), of the totals through attention scores with free ablation, and the
+    (frozen, which they predict exactly where nothing was left out, and free), of the totals through attention scores with free ablation, and the
     mean size of the free effects of the strongest and of the random nodes. ``target``: as it was traced; needed where
     it isn't made of tokens.
     """
@@ -111,6 +110,9 @@ def verify(
         raise SaekitError(
             "target holds features, whose ablation this doesn't measure; trace with tokens or directions"
         )
+    ends = graph.nodes.value[graph.of[len(graph.of) - len(targets) :]]
+    for one, was in zip(targets, ends, strict=True):
+        _same(f"target {one.name!r}", float(run.value(one)), float(was))
     free_to_go = np.flatnonzero(graph.of_kind("feature", "error"))
     if not len(free_to_go):
         raise SaekitError("the graph has no features or errors; trace with dictionaries")
@@ -157,8 +159,20 @@ def _in_trace(graph: Graph, run: Trace, nodes: np.ndarray) -> list[int]:
     place = {key: i for i, key in enumerate(zip(*(getattr(table, n).tolist() for n in names), strict=True))}
     keys = zip(*(getattr(graph.nodes, n)[nodes].tolist() for n in names), strict=True)
     try:
-        return [place[key] for key in keys]
+        found = [place[key] for key in keys]
     except KeyError:
         raise SaekitError(
             "the graph has nodes that these dictionaries don't make on its prompt; give those that it was traced with"
         ) from None
+    for node, own in zip(nodes, found, strict=True):
+        if graph.nodes.kind[node] == KINDS.index("feature"):
+            _same(graph.label(node), float(table.value[own]), float(graph.nodes.value[node]))
+    return found
+
+
+def _same(what: str, here: float, was: float) -> None:
+    """Raise unless a value is the graph's but for rounding."""
+    if abs(here - was) > 1e-3 * max(1.0, abs(was)):
+        raise SaekitError(
+            f"{what} is {here:.4g} here and {was:.4g} in the graph; give the model, dictionaries and target that it was traced with"
+        )

@@ -4,6 +4,7 @@ What a feature writes changes by ``(new value - value) * direction`` at the plac
 that is there, the dictionary's error included, stays, and the model behind it reacts as it does.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -42,6 +43,13 @@ class Edit:
             raise SaekitError(
                 f"an edit of feature {self.feature} has {given or 'nothing'}; give one of set, scale and add"
             )
+        value = getattr(self, given[0])
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise SaekitError(
+                f"{given[0]} = {value!r} of an edit of feature {self.feature} must be a finite number"
+            )
+        if not isinstance(self.feature, int):
+            raise SaekitError(f"feature {self.feature!r} of an edit must be a number of a feature")
         if self.position is not None and self.position < 0:
             raise SaekitError(
                 f"position {self.position} of an edit must be counted from the beginning, from 0"

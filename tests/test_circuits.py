@@ -8,7 +8,7 @@ from test_weights import TOYS, toy
 
 import saekit
 from saekit.circuits.places import Heads, Neurons
-from saekit.circuits.targets import Target
+from saekit.circuits.targets import Logit, Target
 from saekit.circuits.trace import trace
 from saekit.graph import Graph
 from saekit.models import Model
@@ -90,6 +90,8 @@ def test_what_cannot_be_traced_is_refused() -> None:
         ([], TOKENS + 60, None, r"token \d+ of the prompt is none; the model has 0 to 63"),
         ([], [3, -1], None, "token -1 of the prompt is none"),
         ([], "text", None, "has no tokenizer; give token ids"),
+        ([], TOKENS, [3, Logit(3)], "target '3' is given 2 times"),
+        ("nowhere/run", TOKENS, None, "nowhere/run"),
         (Neurons("blocks.0.self_attn"), TOKENS, None, "is no MLP"),
         (Heads("blocks.0.mlp"), TOKENS, None, "is no attention layer"),
     ):

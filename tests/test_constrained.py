@@ -67,6 +67,12 @@ def test_two_edits_add_and_nothing_is_no_change() -> None:
     assert moved([first]).abs().max() > 1e-3
     with pytest.raises(SaekitError, match="feature 96 is none"), constrained(m, [(d, {96: 1.0})], TOKENS):
         pass
+    with (
+        pytest.raises(SaekitError, match="other tokens than the prompt"),
+        constrained(m, [(d, [])], TOKENS.flip(0)),
+    ):
+        run(m, ())
+    assert torch.equal(run(m, ())["logits"], before)
 
 
 def test_generation_behind_a_frozen_prompt_is_the_same_with_and_without_cached_keys(code_lm: Model) -> None:

@@ -270,3 +270,23 @@ def test_verifying_finds_that_the_strongest_matter(graph: Graph) -> None:
     assert found["mean effect"] > 3 * found["mean effect of random nodes"]
     with pytest.raises(SaekitError, match="that these dictionaries don't make"):
         graph.verify(m, stands[:1])
+
+
+def test_what_a_graph_was_not_traced_with_is_no_verification_of_it(graph: Graph) -> None:
+    """Another model, and another target under the same name, are told by their values."""
+    m, stands = mixed("layer norms, learned")
+    other = toy("layer norms, learned")
+    with torch.no_grad():
+        other.module.layers[0].mlp.up_proj.weight.mul_(1.1)
+    with pytest.raises(
+        SaekitError, match=r"here and .* in the graph; give the model, dictionaries and target"
+    ):
+        trace(m, stands, TOKENS, 3).verify(other, stands)
+    double = Logit(((3, 2.0), (5, -1.0)))
+    traced_twice = trace(m, stands, TOKENS, double)
+    assert traced_twice.targets == ("+2*3-5",)
+    with pytest.raises(SaekitError, match="is no sum of tokens; give target"):
+        traced_twice.verify(m, stands)
+    assert traced_twice.verify(m, stands, target=double).about["verified"]["frozen"] > 0.99
+    with pytest.raises(SaekitError, match="positions -1 and 4 don't add up"):
+        Logit(3) - Logit(5, position=4)

@@ -225,8 +225,15 @@ MISSED = {
     "k-sparse": ("the same at the k where it gains least", 0.5),
     "archetypal": ("agreement", 0.03),
 }
-# how many claims plainly don't hold (which, and why, is in LOG.md)
-FAILED = {"discrete-circuits": 2, "sparse-attention-decomposition": 1, "patch-free-othello": 2}
+# claims that plainly don't hold (why is in LOG.md)
+FAILED = {
+    "discrete-circuits": (
+        "induction: the paper's score with shuffled labels",
+        "indirect objects: AUC of the score less chance",
+    ),
+    "sparse-attention-decomposition": ("random head: directions in S",),
+    "patch-free-othello": ("squares of which a feature", "of the squares' clearest features"),
+}
 
 
 def _near(claim: dict[str, Any], floor: float) -> bool:
@@ -242,7 +249,7 @@ def test_the_claims_hold(name: str, tmp_path: Path) -> None:
     failed = [
         c for c in data["claims"] if not (c["holds"] or (c["claim"].startswith(text) and _near(c, floor)))
     ]
-    assert len(failed) <= FAILED.get(name, 0), failed
+    assert all(c["claim"].startswith(FAILED.get(name, ("none is",))) for c in failed), failed
     own = set() if name in OF_MODELS else {FROZEN, RANDOM}
     assert all(data["controls"][m].keys() >= own for m in data["controls"])
     assert (tmp_path / "figure.html").stat().st_size > 10_000

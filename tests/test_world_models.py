@@ -66,7 +66,7 @@ def traced_passages(model: Model, mazes: Prompts) -> tuple[list[bool], list[floa
         for at in (answers >= 0).nonzero()[:-1, 0].tolist():  # the last answer is the path's end
             run, step = traced(model, [], tokens[: at + 1]), int(answers[at])
             if int(run.frozen.logits[-1].argmax()) == step:
-                leaves = run.targets(resolve(run.frozen, model, [step]), through=True, scores=True)
+                leaves = run.targets(resolve(run.frozen, model, [step]), through=True, free="whole")
                 strongest = cells[int(leaves[0, run.tokens][listed].argmax()) // 4]
                 hits.append(set(strongest.tolist()) == {int(tokens[at]), step})
                 drawn.append(1 / int((cells == step).sum()))

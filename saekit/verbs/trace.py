@@ -132,13 +132,13 @@ def trace(
 def _summary(graph: Any, small: Any, closed: dict[str, float], folder: Path) -> dict[str, Any]:
     from dataclasses import asdict
 
-    totals = small.total_effects()
+    totals = graph.total_effects()
     return {
         "out": str(folder.resolve()), "closure": closed, "scores": asdict(graph.scores()),
         "pruned": {"nodes": len(small.nodes), "edges": int(small.rows.nnz), "scores": asdict(small.scores())},
         "targets": [
             {"target": small.output(i), "share": small.weights[i], "top": [
-                {"node": small.label(n), "total_effect": float(totals[i, n])} for n in _strongest(small, totals[i])
+                {"node": graph.label(n), "total_effect": float(totals[i, n])} for n in _strongest(graph, totals[i])
             ]} for i in range(len(small.targets))
         ],
         **({"verified": graph.about["verified"]} if "verified" in graph.about else {}),
@@ -153,14 +153,14 @@ def _strongest(graph: Any, totals: Any, n: int = 8) -> list[int]:
 
 
 def _text(graph: Any, small: Any, closed: dict[str, float], folder: Path) -> str:
-    scores, totals = graph.scores(), small.total_effects()
+    scores, totals = graph.scores(), graph.total_effects()
     lines = [
         f"{len(graph.nodes):,} nodes, {graph.rows.nnz:,} edges; rows close to {closed['row']:.1g}",
         f"replacement {scores.replacement:.3f}, completeness {scores.completeness:.3f}; pruned to {len(small.nodes):,} nodes and {small.rows.nnz:,} edges: {small.scores().replacement:.3f}, {small.scores().completeness:.3f}",
     ]
     for i in range(min(len(small.targets), 3)):
         lines.append(f"\n{small.output(i)!r} ({small.weights[i]:.0%}): total effects")
-        lines += [f"  {totals[i, n]:+8.3f}  {small.label(n)}" for n in _strongest(small, totals[i])]
+        lines += [f"  {totals[i, n]:+8.3f}  {graph.label(n)}" for n in _strongest(graph, totals[i])]
     if found := graph.about.get("verified"):
         lines.append(
             f"\nSpearman of total effects with ablation: frozen {found['frozen']:.3f}, free {found['free']:.3f}, through attention scores {found['free, through scores']:.3f}; mean effect of the {found['nodes']} strongest {found['mean effect']:.3g}, of random nodes {found['mean effect of random nodes']:.3g}"
