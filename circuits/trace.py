@@ -75,8 +75,9 @@ def traced(
 ) -> Trace:
     """A prompt with dictionaries in place."""
     model = load_model(model)
-    several = isinstance(dictionaries, Sequence) and not isinstance(dictionaries, str)
-    stands = [_stand(one) for one in (dictionaries if several else [dictionaries])]
+    one = isinstance(dictionaries, str) or not isinstance(dictionaries, Sequence)
+    given: list[Any] = [dictionaries] if one else list(dictionaries)  # type: ignore[arg-type]
+    stands = [_stand(each) for each in given]
     w = weights(model)
     frozen = Frozen(w, _tokens(model, prompt, len(w.W_E)))
     return Trace(frozen, [place(frozen, model, stand) for stand in stands])

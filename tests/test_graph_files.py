@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -64,4 +65,23 @@ def test_a_cut_or_altered_graph_is_refused(graph: Graph, tmp_path: Path) -> None
     data = graph.prune().to_json()
     data["links"][0]["source"] = "nowhere"
     with pytest.raises(SaekitError, match="which is none of its nodes"):
+        read(data)
+
+
+@pytest.mark.parametrize(
+    ("alter", "words"),
+    [
+        (lambda d: d["nodes"][0].update(kind="foo"), "parts that don't fit together"),
+        (lambda d: d["nodes"][0].pop("activation"), "parts that don't fit together"),
+        (lambda d: d["saekit"].update(dtype="foo"), "parts that don't fit together"),
+        (lambda d: d["saekit"]["aware"][0].pop(), "parts that don't fit together"),
+        (lambda d: d["saekit"].update(blocks=[3]), "parts that don't fit together"),
+        (lambda d: d["saekit"]["dropped"].pop(), "parts that don't fit together"),
+        (lambda d: d["links"][-1].update(weight=9.0), "doesn't add up to its node's value"),
+    ],
+)
+def test_altered_json_is_refused(graph: Graph, alter: Callable[[dict], object], words: str) -> None:
+    data = graph.prune().to_json()
+    alter(data)
+    with pytest.raises(SaekitError, match=words):
         read(data)

@@ -15,7 +15,7 @@ from scipy.sparse import csr_array
 from saekit import records
 from saekit.activations import write_atomic
 from saekit.graph.data import KINDS, Graph, Nodes, Several
-from saekit.graph.files import LISTS, fitting
+from saekit.graph.files import LISTS, check_parts, fitting
 from saekit.types import SaekitError
 
 DRAWN = 2000  # nodes that a page draws; a larger graph is pruned for it
@@ -194,6 +194,19 @@ def read(given: "dict[str, Any] | str | Path") -> Graph:
     else:
         data = given
         records.check(data, SHAPE, "an exported graph", fix)
+    try:
+        graph = _built(data, fix)
+    except SaekitError:
+        raise
+    except (ValueError, TypeError, KeyError, IndexError):
+        raise SaekitError(f"an exported graph has parts that don't fit together; {fix}") from None
+    check_parts(graph, "exported", fix)
+    if not graph.closure().max(initial=0) <= 1e-3:
+        raise SaekitError(f"an exported graph has a row that doesn't add up to its node's value; {fix}")
+    return graph
+
+
+def _built(data: dict[str, Any], fix: str) -> Graph:
     number = {node["node_id"]: i for i, node in enumerate(data["nodes"])}
     if len(number) < len(data["nodes"]):
         raise SaekitError(f"an exported graph names two nodes alike; {fix}")

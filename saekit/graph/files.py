@@ -104,11 +104,11 @@ def load_graph(path: "str | Path") -> Graph:
     graph = Graph(
         nodes=nodes, rows=rows, of=of, dropped=dropped, aware=aware, about=about["about"], several=several, **lists
     )  # fmt: skip
-    _check(graph, str(path))
+    check_parts(graph, str(path))
     return graph
 
 
-def _check(graph: Graph, name: str) -> None:
+def check_parts(graph: Graph, name: str, fix: str = FIX) -> None:
     """Raise unless the parts fit together."""
     n, t = len(graph.nodes), len(graph.targets)
     kinds = graph.nodes.kind
@@ -123,7 +123,7 @@ def _check(graph: Graph, name: str) -> None:
         and (graph.several is None or fitting(graph.several, t, n, len(graph.of)))
     )  # fmt: skip
     if not fits:
-        raise SaekitError(f"graph {name!r} has parts that don't fit together; {FIX}")
+        raise SaekitError(f"graph {name!r} has parts that don't fit together; {fix}")
 
 
 def fitting(several: Several, n_targets: int, n: int, n_rows: int) -> bool:
