@@ -78,7 +78,7 @@ def export(
     data = {
         "metadata": {
             "slug": slug, "scan": str(graph.about.get("model", "custom")), "transcoder_list": [],
-            "prompt_tokens": list(words), "prompt": "".join(words), "node_threshold": 1.0, "schema_version": 1,
+            "prompt_tokens": list(words), "prompt": "".join(words), "node_threshold": graph.about.get("node_threshold", 1.0), "schema_version": 1,
             "scores": dataclasses.asdict(graph.scores()) if len(graph.present) == 1 else {},
             "info": {"generator": {"name": "saekit", "version": version("saekit")}, "create_time_ms": 0},
         },
@@ -271,11 +271,14 @@ def html(
 ) -> str:
     """The graph as one page that needs no network; written to ``path``, where one is given.
 
-    A graph of more than 2000 nodes is pruned first, so that it can be drawn.
+    A graph of more than 2000 nodes is pruned first, by 0.8 of the influence or as little as leaves that many; the page
+    says by how much.
     """
     from saekit.graph.page import page
 
-    shown = graph.prune() if len(graph.nodes) > DRAWN else graph
+    shown, share = graph, 0.8
+    while len(shown.nodes) > DRAWN and share > 0:
+        shown, share = graph.prune(share), share - 0.1
     text = page(export(shown, labels=labels, contexts=contexts))
     if path is not None:
         write_atomic(Path(path), text.encode())

@@ -70,7 +70,8 @@ def prune(graph: Graph, nodes: float = 0.8, edges: float = 0.98) -> Graph:
     source, target = graph.rows.indices[chosen], graph.of[row[chosen]]
     alive = _connected(graph, source, target, keep, stay)
     chosen = chosen[alive[source] & alive[target]]
-    return _only(graph, chosen, row, alive)
+    about = {**graph.about, "node_threshold": nodes}
+    return dataclasses.replace(_only(graph, chosen, row, alive), about=about)
 
 
 def without(graph: Graph, alive: Bool[np.ndarray, " node"]) -> Graph:
