@@ -209,7 +209,7 @@ def training_helps(make: Make, rows: Float[Tensor, "batch *seq columns"], folder
     """A short training lowers the error of the fresh dictionary."""
     fresh = _prepared(make, rows)
     d = make()
-    _quietly(d, rows, 150, min(256, len(rows)), lr=3e-3)
+    _quietly(d, rows, 60, min(256, len(rows)), lr=3e-3)
     x, y = d.wiring.split(rows)
     assert metrics.fvu(y, d(x).detach()) < metrics.fvu(y, fresh(x).detach())
 
@@ -240,8 +240,8 @@ def recovers_planted_features(make: Make, rows: Float[Tensor, "batch *seq column
         atoms = torch.nn.functional.normalize(of.norm_out.directions(of.W_dec.detach()), dim=-1)
         return (atoms @ truth.T).abs().amax(0).mean().item()
 
-    for _ in range(5):  # most need one round
-        _quietly(d, rows, 150, 256, lr=3e-3)
+    for _ in range(10):  # most need one round
+        _quietly(d, rows, 75, 256, lr=3e-3)
         if nearness(d) > nearness(fresh) + 0.05:
             return
     raise AssertionError(f"{nearness(d):.3f} after training, {nearness(fresh):.3f} before")
