@@ -45,6 +45,8 @@ def connections(
     covectors = through(weights, site, read)
     if head is not None:
         layer, h = head
+        if not 0 <= layer < len(weights.blocks) or not 0 <= h < len(weights.blocks[layer].attention.W_O):
+            raise SaekitError(f"head {head} is none of the model's; give (layer, head), each counted from 0")
         block = weights.blocks[layer]
         a = block.attention
         kv = h * len(a.W_V) // len(a.W_O)
@@ -106,18 +108,18 @@ class Path:
     value: float
 
 
-def paths(
-    graph: Graph, target: int = 0, branches: int | None = 5, steps: int = 8, least: float = 0.0
-) -> list[Path]:
+def paths(graph: Graph, target: int = 0, branches: int | None = 5, least: float = 0.0) -> list[Path]:
     """Paths into a target, each step from a node to what adds to it; those that end in leaves, the strongest first.
 
     Greedy (Dunefsky et al.): from all paths of a length the ``branches`` that carry most are followed, of either sign.
     Exact with ``branches=None``: every path that carries more than ``least``; with 0 they add up to the target.
     """
+    if not 0 <= target < len(graph.targets):
+        raise SaekitError(f"target {target} is none of the graph's {len(graph.targets)}; count from 0")
     node = int(graph.of[len(graph.of) - len(graph.targets) + target])
     leaves = graph.leaves
     going, done = [Path((node,), float("nan"))], list[Path]()
-    for _ in range(steps):
+    while going:
         found: list[Path] = []
         for path in going:
             last = path.nodes[-1]
@@ -129,6 +131,4 @@ def paths(
                 (done if leaves[source] else found).append(Path((*path.nodes, source), value))
         found.sort(key=lambda path: -abs(path.value))
         going = found if branches is None else found[:branches]
-        if not going:
-            break
     return sorted(done, key=lambda path: -abs(path.value))
