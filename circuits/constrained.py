@@ -55,30 +55,20 @@ def constrained(
             moved[site] = moved[site] + change if site in moved else change
     with torch.no_grad():
         out = FrozenPass(run, moved, react)
-    with passes(model.module) as clock, _only_on(model, run.frozen.tokens, clock):
-        with intervene(_hooks(model, run, out, clock)):
-            yield model
+    with passes(model.module) as clock, intervene(_hooks(model, run, out, clock)):
+        yield model
 
 
-@contextmanager
-def _only_on(model: Model, tokens: Int[Tensor, " seq"], clock: Clock) -> Iterator[None]:
-    """Refuse passes on other tokens than a prompt's; what comes behind it is free."""
-
-    def begin(_module: nn.Module, args: tuple, kwargs: dict) -> None:
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        if isinstance(ids, Tensor):
-            due = tokens[clock.start : clock.start + ids.shape[1]]
-            short = clock.start + ids.shape[1] < len(tokens)
-            if short or not bool((ids[:, : len(due)] == due).all()):
-                raise SaekitError(
-                    "the model runs on other tokens than the prompt that it is frozen on; give constrained this prompt"
-                )
-
-    handle = model.module.register_forward_pre_hook(begin, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+def _check(tokens: Int[Tensor, " seq"], clock: Clock) -> None:
+    """Refuse a pass on other tokens than the prompt's; what comes behind them is free."""
+    ids = clock.tokens
+    if ids is None:
+        return
+    due = tokens[clock.start : clock.start + ids.shape[1]]
+    if clock.start + ids.shape[1] < len(tokens) or not bool((ids[:, : len(due)] == due).all()):
+        raise SaekitError(
+            "the model runs on other tokens than the prompt that it is frozen on; give constrained this prompt"
+        )
 
 
 def _moved(run: Trace, model: Model, d: Dictionary, edits: list[Edit]) -> Iterator[tuple[Site, Tensor]]:
@@ -113,9 +103,13 @@ def _without(own: Own, edits: list[Edit]) -> Own:
 
 def _hooks(model: Model, run: Trace, out: FrozenPass, clock: Clock) -> list[tuple[Hook, Any]]:
     """What puts the frozen pass in the place of the prompt's stream, at each block and behind the last norm."""
-    hooks: list[tuple[Hook, Any]] = [
-        (model.site(f"{model.block_path}.0:in"), _put(out.seen[0]["resid_pre"], clock))
-    ]
+    begin = _put(out.seen[0]["resid_pre"], clock)
+
+    def checked(x: Tensor) -> Tensor | None:
+        _check(run.frozen.tokens, clock)
+        return begin(x)
+
+    hooks: list[tuple[Hook, Any]] = [(model.site(f"{model.block_path}.0:in"), checked)]
     hooks += [
         (model.site(f"{model.block_path}.{layer}:out"), _put(seen["resid_post"], clock))
         for layer, seen in enumerate(out.seen)

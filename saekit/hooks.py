@@ -162,9 +162,10 @@ def whole_sequences(module: nn.Module) -> Iterator[None]:
 
 
 class Clock:
-    """Where in the text the running pass begins: behind what keys and values are cached for."""
+    """Where in the text the running pass begins, behind what keys and values are cached for, and its token ids."""
 
     start = 0
+    tokens: Tensor | None = None
 
 
 @contextmanager
@@ -172,7 +173,8 @@ def passes(module: nn.Module) -> Iterator[Clock]:
     """A clock that is set at the beginning of each of the module's passes."""
     clock = Clock()
 
-    def begin(_module: nn.Module, _args: tuple, kwargs: dict) -> None:
+    def begin(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+        clock.tokens = kwargs.get("input_ids", args[0] if args else None)
         cached = [v.get_seq_length() for v in kwargs.values() if hasattr(v, "get_seq_length")]
         clock.start = int(cached[0]) if cached else 0
 
