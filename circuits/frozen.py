@@ -82,8 +82,8 @@ class Frozen:
 
     @torch.no_grad()
     def back(self, start: Site, visit: Visit, bias: Bias, free: str | None = None) -> None:
-        """Walk the gradients of a batch of targets down from a site; ``free``: through attention's scores, by
-        "slope" or as a "whole" (:class:`~saekit.circuits.queries.Queries`), and the norms' sizes as well.
+        """Walk the gradients of a batch of targets down from a site; ``free``: through attention's scores as
+        well, as a "whole", or by "slope" (:class:`~saekit.circuits.queries.Queries`), and then the norms' sizes too.
 
         ``visit(site, gradient)`` is called at every site on the way, with [seq, batch, d] or None where nothing has
         come by, and returns the gradient that goes on. ``bias(layer, half, share)`` gets what biases of a half of a
@@ -172,7 +172,9 @@ class _Walk:
             return g
         self.bias(self.layer, half, g @ norm.bias)
         x = self.frozen.seen[self.layer][self.frozen.normed(self.layer)[name]][: len(g), None]
-        return norm.back(g, self.frozen.sizes[self.layer][name][: len(g), None], x if self.free else None)
+        return norm.back(
+            g, self.frozen.sizes[self.layer][name][: len(g), None], x if self.free == "slope" else None
+        )
 
 
 def values_back(

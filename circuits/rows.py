@@ -133,8 +133,8 @@ class Trace:
         """What every node adds to ``sum covectors x`` at a site; positions behind the covectors' are left out.
 
         ``before``: before a dictionary writes there, as its own features read it. ``through``: over all paths, also
-        those that go through other features. ``free``: also through where attention looks, by "slope" or as a "whole",
-        and what norms divide by. ``catch`` gets what comes down to what heads gather, which then goes no further. ``nodes``: how many there can be, if not all.
+        those that go through other features. ``free``: also through where attention looks, as a "whole", or by
+        "slope" and then through what norms divide by too. ``catch`` gets what comes down to what heads gather, which then goes no further. ``nodes``: how many there can be, if not all.
         """
         out = covectors.new_zeros(covectors.shape[1], nodes or self.columns.n)
         self._walk(site, {(site, before): covectors}, out, through, free, catch)
@@ -289,7 +289,7 @@ class Trace:
         bias = back.new_tensor([t.bias for t in targets])
         if w.norm is not None:
             bias += back @ w.norm.bias
-            back = w.norm.back(back, w.norm.size(last[at]), last[at] if free else None)
+            back = w.norm.back(back, w.norm.size(last[at]), last[at] if free == "slope" else None)
         covectors = back.new_zeros(int(at.max()) + 1, *back.shape)
         covectors[at, torch.arange(len(at), device=at.device)] = back
         out = self.rows((len(w.blocks) - 1, "resid_post"), covectors, False, through, free, *how)

@@ -51,7 +51,7 @@ def trace(
     row still adds up to its value.
 
     ``scores``: how ``graph.aware`` goes through attention scores: as a "whole", as if all that stands behind a score
-    went, or by their "slope", as if a little did. Slopes foretell single ablations better where many nodes share a
+    went, or by their "slope", as if a little did, and then through norms too. Slopes foretell single ablations better where many nodes share a
     score, and are 0 where attention is saturated.
     """
     if scores not in WAYS:

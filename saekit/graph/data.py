@@ -86,7 +86,7 @@ class Graph:
     of: Int[Array, " row"]
     blocks: tuple[int, ...]  # where each block of rows ends
     dropped: Float[Array, " row"]
-    aware: Float[Array, "target node"]  # total effects that also go through attention scores and norms
+    aware: Float[Array, "target node"]  # total effects that also go through attention scores
     weights: tuple[float, ...]  # of the targets, such as their probabilities
     tokens: tuple[int, ...]
     words: tuple[str, ...]  # the tokens as text
