@@ -26,10 +26,17 @@ class Descent(NamedTuple):
     mlp: Float[Tensor, "seq batch"]
 
 
-def descends(frozen: Frozen, read: Site, taken: Container[Site]) -> bool:
-    """Whether targets that read a site may be brought down at once; ``taken`` are sites where dictionaries write."""
+def descends(frozen: Frozen, read: Site, before: bool, taken: Container[Site]) -> bool:
+    """Whether targets that read a site may be brought down at once; ``taken`` are sites where dictionaries write.
+
+    ``before``: they read their site as it was before a dictionary wrote there.
+    """
     layer, name = read
-    if name not in ("mlp_in", "resid_mid") or frozen.weights.blocks[layer].parallel:
+    if (
+        name not in ("mlp_in", "resid_mid")
+        or frozen.weights.blocks[layer].parallel
+        or (read in taken and not before)
+    ):
         return False
     return not any((layer, between) in taken for between in BETWEEN if between != name)
 

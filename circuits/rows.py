@@ -251,7 +251,7 @@ class Trace:
     ) -> Float[Tensor, "batch node"]:
         """Rows of some of a part's entries, in order; the first ``nodes`` of them: those from the part's own on add nothing."""
         part = own.part
-        if part.patterns is None and descends(self.frozen, own.read, self.cuts):
+        if part.patterns is None and descends(self.frozen, own.read, own.before, self.cuts):
             out = self._descended(own.read, part.w[some].to(self.frozen.last), part.positions[some], nodes)
         else:
             out = self.rows(own.read, self.covectors(own, some), own.before, nodes=nodes)

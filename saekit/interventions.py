@@ -5,6 +5,7 @@ that is there, the dictionary's error included, stays, and the model behind it r
 """
 
 import math
+import numbers
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -44,11 +45,11 @@ class Edit:
                 f"an edit of feature {self.feature} has {given or 'nothing'}; give one of set, scale and add"
             )
         value = getattr(self, given[0])
-        if not isinstance(value, int | float) or not math.isfinite(value):
+        if not isinstance(value, numbers.Real) or not math.isfinite(value):
             raise SaekitError(
                 f"{given[0]} = {value!r} of an edit of feature {self.feature} must be a finite number"
             )
-        if not isinstance(self.feature, int):
+        if not isinstance(self.feature, numbers.Integral):
             raise SaekitError(f"feature {self.feature!r} of an edit must be a number of a feature")
         if self.position is not None and self.position < 0:
             raise SaekitError(

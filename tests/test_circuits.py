@@ -9,7 +9,7 @@ from test_weights import TOYS, toy
 import saekit
 from saekit.circuits.places import Heads, Neurons
 from saekit.circuits.targets import Logit, Target
-from saekit.circuits.trace import trace
+from saekit.circuits.trace import trace, traced
 from saekit.graph import Graph
 from saekit.models import Model
 from saekit.types import SaekitError
@@ -97,3 +97,15 @@ def test_what_cannot_be_traced_is_refused() -> None:
     ):
         with pytest.raises(SaekitError, match=words):
             trace(m, stands, prompt, target)
+
+
+@pytest.mark.parametrize("names", [("abstopk", "transcoder"), ("transcoder",), ("abstopk",)])
+def test_rows_that_descend_at_once_are_those_of_the_walk(names: tuple[str, ...]) -> None:
+    """Also where another dictionary writes what is read, whose features then stand in between."""
+    m = toy("layer norms, learned")
+    run = traced(m, [stand(name, m) for name in names], TOKENS)
+    for own in run.parts:
+        some = torch.arange(len(own.part.positions))
+        walked = run.rows(own.read, run.covectors(own, some), own.before)
+        walked[:, own.bias] += own.part.b[some, None]
+        torch.testing.assert_close(run.features(own, some), walked, rtol=0, atol=1e-5)
