@@ -23,7 +23,7 @@ from saekit.dictionaries import Dictionary
 from saekit.dictionaries.cross_layer import CrossLayer
 from saekit.hooks import Clock, intervene, passes
 from saekit.hooks import Site as Hook
-from saekit.interventions import Edit, Edits, change_of, edits_of, written_by
+from saekit.interventions import Edit, Edits, change_of, pairs, written_by
 from saekit.models import Model, load_model
 from saekit.types import SaekitError
 
@@ -44,14 +44,20 @@ def constrained(
     model runs on nothing but this prompt and what follows it.
     """
     model = load_model(model)
-    run = traced(model, [dictionary for dictionary, _ in changes], prompt)
-    edits = [edits_of(dictionary, listed) for dictionary, listed in changes]
+    listed = pairs(changes)
+    run = traced(model, [dictionary for dictionary, _ in listed], prompt)
+    edits = [each for _, each in listed]
+    for edit in (edit for each in edits for edit in each):
+        if edit.position is not None and edit.position >= run.seq:
+            raise SaekitError(
+                f"position {edit.position} of an edit of feature {edit.feature} lies behind the prompt's {run.seq} tokens, where nothing is frozen; edit it with intervened"
+            )
     run.readers = {
         key: [_without(own, edits[own.stand]) for own in parts] for key, parts in run.readers.items()
     }
     moved: dict[Site, Tensor] = {}
-    for (dictionary, _), listed in zip(changes, edits, strict=True):
-        for site, change in _moved(run, model, dictionary, listed):
+    for dictionary, each in listed:
+        for site, change in _moved(run, model, dictionary, each):
             moved[site] = moved[site] + change if site in moved else change
     with torch.no_grad():
         out = FrozenPass(run, moved, react)

@@ -84,6 +84,7 @@ def site_of(weights: Weights, model: Model, point: str) -> Site:
 
 def sites_of(weights: Weights, model: Model, d: Dictionary) -> tuple[tuple[Site, ...], tuple[Site, ...]]:
     """Where a dictionary reads and where it writes; raises where it doesn't fit into the model."""
+    _check_origin(model, d)
     reads, writes = (tuple(site_of(weights, model, p) for p in points) for points in (d.reads, d.writes))
     if not writes:
         raise SaekitError(
@@ -102,6 +103,18 @@ def sites_of(weights: Weights, model: Model, d: Dictionary) -> tuple[tuple[Site,
             f"a dictionary of d_in = {d.d_in} and d_out = {d.d_out} stands where the model is {d_in} and {d_out} wide; give one of this model"
         )
     return reads, writes
+
+
+def _check_origin(model: Model, d: Dictionary) -> None:
+    """Refuse a dictionary that was trained on another model, where its card and the model's weights can tell."""
+    known, here = d.card.get("data", {}).get("model") or {}, model.identity()
+    weights = next(model.module.parameters())
+    rounded = weights.dtype not in (torch.float32, torch.float64)  # other bits of the same weights
+    fields = ("class", "parameters") if rounded else ("digest",)
+    if any(known.get(field, here[field]) != here[field] for field in fields):
+        raise SaekitError(
+            f"a dictionary of {', '.join(d.writes)} was trained on model {known.get('name')!r} with other weights than model {model.name!r} has; give its own model, or take card['data']['model'] from the dictionary to trace it here"
+        )
 
 
 def _width(weights: Weights, site: Site) -> int:

@@ -57,6 +57,8 @@ class Logit:
             raise SaekitError("a logit has no terms; give a token")
 
     def __add__(self, other: "Logit") -> "Logit":
+        if not isinstance(other, Logit):
+            raise SaekitError(f"{other!r} is no logit; write Logit({other!r})")
         if self.position != other.position:
             raise SaekitError(
                 f"logits at positions {self.position} and {other.position} don't add up to one target; give one position"
@@ -67,7 +69,7 @@ class Logit:
         return Logit(tuple((token, -sign) for token, sign in self.terms), self.position)
 
     def __sub__(self, other: "Logit") -> "Logit":
-        return self + -other
+        return self + (-other if isinstance(other, Logit) else other)
 
 
 Given = int | str | Target | Feature | Logit
@@ -95,6 +97,10 @@ def resolve(frozen: Frozen, model: Model, given: "Given | Sequence[Given] | None
             one = _weighed(one, float(chances[int(one.name)]) if plain else 1.0)
         elif isinstance(one, Logit):
             one = _logit(frozen, model, one)
+        elif isinstance(one, Target) and not isinstance(one.direction, Tensor):
+            raise SaekitError(
+                f"target {one.name!r} has a direction of type {type(one.direction).__name__}; give a tensor"
+            )
         elif isinstance(one, Target) and one.direction.shape != frozen.last[0].shape:
             raise SaekitError(
                 f"target {one.name!r} has a direction of shape {tuple(one.direction.shape)} and the model is {len(frozen.last[0])} wide; give one number for each dimension"

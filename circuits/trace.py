@@ -1,5 +1,6 @@
 """Attribution graphs: what every feature, error, token and bias adds to features and logits, exactly."""
 
+import numbers
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,8 @@ def trace(
     if scores not in WAYS:
         raise SaekitError(f"scores = {scores!r} must be one of {', '.join(WAYS)}")
     for name, number in (("budget", budget), ("edges", edges), ("batch", batch)):
-        if number < 1:
-            raise SaekitError(f"{name} = {number} must be at least 1")
+        if not isinstance(number, numbers.Integral) or number < 1:
+            raise SaekitError(f"{name} = {number!r} must be a whole number from 1")
     model = load_model(model)
     run = traced(model, dictionaries, prompt)
     targets = resolve(run.frozen, model, target)

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from saekit import metrics as metrics
     from saekit.activations import Store as Store
     from saekit.circuits.constrained import constrained as constrained
+    from saekit.circuits.places import Heads as Heads
+    from saekit.circuits.places import Neurons as Neurons
+    from saekit.circuits.targets import Feature as Feature
     from saekit.circuits.targets import Logit as Logit
     from saekit.circuits.targets import Target as Target
     from saekit.circuits.trace import trace as trace
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from saekit.dictionaries import prune as prune
     from saekit.evaluate import evaluate as evaluate
     from saekit.graph import Graph as Graph
+    from saekit.graph.align import average as average
     from saekit.graph.files import load_graph as load_graph
     from saekit.harvest import harvest as harvest
     from saekit.hub import load as load
@@ -37,6 +41,7 @@ if TYPE_CHECKING:
     from saekit.interventions import intervened as intervened
     from saekit.models import load_model as load_model
     from saekit.report import dashboard as dashboard
+    from saekit.report import graph_contexts as graph_contexts
     from saekit.trainers import Trainer as Trainer
     from saekit.trainers import train as train
     from saekit.trainers import train_many as train_many
@@ -52,19 +57,24 @@ _LAZY = {
     "SaekitError": "saekit.types",
     "Store": "saekit.activations",
     "Trainer": "saekit.trainers",
+    "average": "saekit.graph.align",
     "calibrate": "saekit.dictionaries",
     "constrained": "saekit.circuits.constrained",
     "create": "saekit.dictionaries",
     "dashboard": "saekit.report",
     "evaluate": "saekit.evaluate",
+    "graph_contexts": "saekit.report",
     "harvest": "saekit.harvest",
     "load": "saekit.hub",
     "load_model": "saekit.models",
     "prune": "saekit.dictionaries",
     "save": "saekit.hub",
     "Edit": "saekit.interventions",
+    "Feature": "saekit.circuits.targets",
     "Graph": "saekit.graph",
+    "Heads": "saekit.circuits.places",
     "Logit": "saekit.circuits.targets",
+    "Neurons": "saekit.circuits.places",
     "Target": "saekit.circuits.targets",
     "intervened": "saekit.interventions",
     "load_graph": "saekit.graph.files",

@@ -162,9 +162,13 @@ def whole_sequences(module: nn.Module) -> Iterator[None]:
 
 
 class Clock:
-    """Where in the text the running pass begins, behind what keys and values are cached for, and its token ids."""
+    """Where in the text the running pass begins, behind what keys and values are cached for, and its token ids.
+
+    ``end``: how far into a text the passes have come.
+    """
 
     start = 0
+    end = 0
     tokens: Tensor | None = None
 
 
@@ -177,6 +181,8 @@ def passes(module: nn.Module) -> Iterator[Clock]:
         clock.tokens = kwargs.get("input_ids", args[0] if args else None)
         cached = [v.get_seq_length() for v in kwargs.values() if hasattr(v, "get_seq_length")]
         clock.start = int(cached[0]) if cached else 0
+        seen = clock.tokens if clock.tokens is not None else kwargs.get("inputs_embeds")
+        clock.end = max(clock.end, clock.start + (0 if seen is None else seen.shape[1]))
 
     handle = module.register_forward_pre_hook(begin, with_kwargs=True)
     try:

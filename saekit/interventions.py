@@ -6,6 +6,7 @@ that is there, the dictionary's error included, stays, and the model behind it r
 
 import math
 import numbers
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -66,6 +67,17 @@ class Edit:
 Edits = Mapping[int, float] | Sequence[Edit]
 
 
+def pairs(changes: Any) -> list[tuple[Dictionary, list[Edit]]]:
+    """Dictionaries and their edits; raises where they are anything else."""
+    for change in changes:
+        one = change[0] if isinstance(change, tuple | list) and len(change) == 2 else change
+        if one is change or not isinstance(one, Dictionary):
+            raise SaekitError(
+                f"changes has a {type(one).__name__}; give pairs of a dictionary and edits, as in [(dictionary, {{3: 0.0}})]"
+            )
+    return [(dictionary, edits_of(dictionary, edits)) for dictionary, edits in changes]
+
+
 def edits_of(dictionary: Dictionary, edits: Edits) -> list[Edit]:
     """Edits of a dictionary's features; a mapping gives values to set."""
     listed = [Edit(f, set=float(v)) for f, v in edits.items()] if isinstance(edits, Mapping) else list(edits)
@@ -81,25 +93,33 @@ def intervened(
 ) -> Iterator[Model]:
     """Run the model with edits of dictionaries' features; also in generation, with or without cached keys and values.
 
-    The hooks are gone when the context ends, however it ends.
+    The hooks are gone when the context ends, however it ends. Edits at positions that no pass came to are warned of.
     """
     model = load_model(model)
     hooks: list[tuple[Site, Any]] = []
+    listed = pairs(changes)
     with ExitStack() as stack:
         clock = stack.enter_context(passes(model.module))
-        for dictionary, edits in changes:
-            listed = edits_of(dictionary, edits)
+        for dictionary, edits in listed:
             if not dictionary.writes:
                 raise SaekitError(
                     "a dictionary doesn't name its hook points; set reads and writes, or train it on a store"
                 )
-            if not listed:
+            if not edits:
                 continue
-            hooks += _hooks(model, dictionary, listed, clock)
+            hooks += _hooks(model, dictionary, edits, clock)
             if isinstance(dictionary, Sequences):
                 stack.enter_context(whole_sequences(model.module))
         stack.enter_context(intervene(hooks))
         yield model
+        missed = [
+            e for _, edits in listed for e in edits if e.position is not None and e.position >= clock.end
+        ]
+        if missed and clock.end:
+            warnings.warn(
+                f"the edit of feature {missed[0].feature} at position {missed[0].position} did nothing: the longest text had {clock.end} tokens",
+                stacklevel=3,
+            )
 
 
 def _hooks(model: Model, dictionary: Dictionary, edits: list[Edit], clock: Clock) -> list[tuple[Site, Any]]:

@@ -78,7 +78,10 @@ def test_what_cannot_be_traced_is_refused() -> None:
     narrow.reads = narrow.writes = ("layers.0",)
     inside = saekit.create("topk", d_in=64, n_features=64, k=4)
     inside.reads = inside.writes = ("layers.0.mlp.act_fn",)
+    other = stand("topk", m)
+    other.card = {"data": {"model": {"name": "another", "class": "Toy", "parameters": 5, "digest": "0" * 16}}}
     for stands, prompt, target, words in (
+        (other, TOKENS, None, "was trained on model 'another' with other weights than model 'toy'"),
         (two, TOKENS, None, "reads layers.0, layers.1 at once"),
         (narrow, TOKENS, None, "d_in = 16 and d_out = 16 stands where the model is 32 and 32 wide"),
         (inside, TOKENS, None, "is inside of what a circuit takes as one step"),
@@ -97,6 +100,11 @@ def test_what_cannot_be_traced_is_refused() -> None:
     ):
         with pytest.raises(SaekitError, match=words):
             trace(m, stands, prompt, target)
+    own = stand("topk", m)
+    own.card = {"data": {"model": m.identity()}}
+    trace(m, own, TOKENS)
+    with pytest.raises(SaekitError, match=r"budget = 0 must be a whole number"):
+        trace(m, own, TOKENS, budget=0)
 
 
 @pytest.mark.parametrize("names", [("abstopk", "transcoder"), ("transcoder",), ("abstopk",)])

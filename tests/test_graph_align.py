@@ -337,9 +337,14 @@ def test_means_and_differences_are_pruned_kept_and_shown(toys: list[Graph], tmp_
                 graph.scores()
         with pytest.raises(SaekitError, match="verify those that it was made of"):
             small.verify(None, [])
-        data["saekit"]["several"]["totals"].pop()
-        with pytest.raises(SaekitError, match="parts that don't fit the graph"):
-            read(data)
+        for part, words in (
+            (data["saekit"]["several"]["sizes"], "several has parts that don't fit the graph"),
+            (data["saekit"]["totals"], "parts that don't fit together"),
+        ):
+            part.pop()
+            with pytest.raises(SaekitError, match=words):
+                read(data)
+            part.append(part[0])
     (toys[0] - toys[0]).to_html()
 
 

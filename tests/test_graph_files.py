@@ -15,6 +15,7 @@ from saekit.graph import Graph, Nodes
 from saekit.graph.export import read
 from saekit.graph.files import load_graph
 from saekit.types import SaekitError
+from saekit.verbs.doctor import explain
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def test_a_graph_comes_back_from_disk_and_from_json(graph: Graph, tmp_path: Path
         for f in dataclasses.fields(Nodes):
             np.testing.assert_array_equal(getattr(one.nodes, f.name), getattr(two.nodes, f.name))
         assert abs(one.rows - two.rows).nnz == 0 and one.rows.dtype == two.rows.dtype
-        for name in ("of", "dropped", "aware"):
+        for name in ("of", "dropped", "aware", "totals"):
             np.testing.assert_array_equal(getattr(one, name), getattr(two, name))
         for name in ("blocks", "weights", "tokens", "words", "stands", "biases", "targets", "about"):
             assert getattr(one, name) == getattr(two, name)
@@ -85,3 +86,32 @@ def test_altered_json_is_refused(graph: Graph, alter: Callable[[dict], object], 
     alter(data)
     with pytest.raises(SaekitError, match=words):
         read(data)
+
+
+def test_an_exported_file_is_loaded_and_explained(graph: Graph, tmp_path: Path) -> None:
+    small = graph.prune()
+    small.to_json(tmp_path / "a.json")
+    back = load_graph(tmp_path / "a.json")
+    assert abs(back.rows - small.rows).nnz == 0 and back.title == graph.title
+    for path, one in ((tmp_path / "a.json", small), (graph.save(tmp_path / "g"), graph)):
+        said = explain(path)
+        assert said["nodes"] == len(one.nodes) and said["edges"] == one.rows.nnz and said["of"] == graph.title
+    (tmp_path / "b.json").write_text("{}")
+    with pytest.raises(SaekitError, match="lacks the field 'nodes'; export the graph again"):
+        explain(tmp_path / "b.json")
+
+
+def test_a_pruned_graph_keeps_the_whole_ones_totals(graph: Graph) -> None:
+    """On disk, in JSON and pruned again; its leaves' totals add up to the target's value as before."""
+    small, whole = graph.prune(0.5, 0.8), graph.total_effects()
+    keys = [
+        np.stack([getattr(g.nodes, f) for f in ("kind", "layer", "position", "stand", "place")], 1)
+        for g in (graph, small)
+    ]
+    number = {tuple(key): i for i, key in enumerate(keys[0].tolist())}
+    kept = [number[tuple(key)] for key in keys[1].tolist()]
+    other = np.flatnonzero(~small.of_kind("pruned"))
+    assert len(small.nodes) < len(graph.nodes)
+    np.testing.assert_array_equal(small.total_effects()[:, other], whole[:, kept][:, other])
+    small.check()
+    small.prune(0.4).check()

@@ -1,5 +1,8 @@
 """Edits of features in a running model: what moves, where, and that nothing else does."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from test_circuits import POINTS, TOKENS, stand
@@ -74,7 +77,7 @@ def test_an_edit_of_nothing_changes_no_bit_and_an_exception_leaves_no_hook() -> 
     m = toy("layer norms, learned")
     d = stand("topk", m)
     before = run(m, d.writes)
-    for edits in ([], [Edit(0, position=300, set=5.0)]):
+    for edits in ([], [Edit(0, position=11, scale=1.0)]):
         with intervened(m, [(d, edits)]):
             assert torch.equal(run(m, d.writes)["logits"], before["logits"])
     with pytest.raises(KeyError), intervened(m, [(d, {0: 9.0})]):
@@ -110,3 +113,52 @@ def test_wrong_edits_are_refused() -> None:
     ):
         with pytest.raises(SaekitError, match=words):
             make()
+    with pytest.warns(
+        UserWarning, match="edit of feature 3 at position 40 did nothing: the longest text had 12 tokens"
+    ):
+        with intervened(m, [(d, [Edit(3, position=40, set=1.0), Edit(3, position=2, set=1.0)])]):
+            m.module(X)
+
+
+UNTYPED = """
+import torch, saekit
+m = saekit.load_model("code-lm")
+d = saekit.create("topk", d_in=m.module.config.n_embd, n_features=64, k=4)
+d.reads = d.writes = ("blocks.1.hook_resid_post",)
+g = saekit.trace(m, d, "import os", "os")
+for call in (
+    lambda: saekit.intervened(m, [d]).__enter__(),
+    lambda: saekit.constrained(m, [(saekit.Neurons("blocks.1.mlp"), {})], "import os").__enter__(),
+    lambda: saekit.constrained(m, [(d, [saekit.Edit(3, position=40, set=1.0)])], "import os").__enter__(),
+    lambda: saekit.Logit("a") - 1,
+    lambda: saekit.trace(m, d, "import os", budget=10.5),
+    lambda: saekit.trace(m, d, "import os", saekit.Target("away", [0.0] * 256)),
+    lambda: g.prune("0.8"),
+    lambda: g.to_html("nowhere/at/all.html"),
+    lambda: g.to_json("nowhere/at/all.json"),
+):
+    try:
+        call()
+    except saekit.SaekitError as error:
+        print(error)
+"""
+
+
+def test_arguments_of_other_types_are_refused_in_words() -> None:
+    """Without the tests' own checker of types, as a user meets them."""
+    done = subprocess.run([sys.executable, "-P", "-c", UNTYPED], capture_output=True, text=True, timeout=120)
+    said = (
+        "changes has a Rows; give pairs",
+        "changes has a Neurons; give pairs",
+        "position 40 of an edit of feature 3 lies behind the prompt's",
+        "1 is no logit; write Logit(1)",
+        "budget = 10.5 must be a whole number",
+        "target 'away' has a direction of type list; give a tensor",
+        "nodes = '0.8' must be a share",
+        "path 'nowhere/at/all.html' can't be written: No such file or directory",
+        "path 'nowhere/at/all.json' can't be written",
+    )
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(said), (done.stdout, done.stderr)
+    for line, words in zip(lines, said, strict=True):
+        assert line.startswith(words), line

@@ -59,12 +59,12 @@ def combine(
     over = 1 if subtract else len(graphs)
     kept = csr_array(rows / over).astype(np.result_type(*(graph.rows.dtype for graph in graphs)))
     kept.sort_indices()
-    several = Several(totals / over, np.concatenate(seen) if subtract else np.mean(seen, 0), sizes / over)
+    several = Several(np.concatenate(seen) if subtract else np.mean(seen, 0), sizes / over)
     nodes = dataclasses.replace(union.nodes, value=values / over)
     return Graph(
         nodes, kept, union.of, union.blocks, dropped / over, aware / over,
         tuple(np.mean([graph.weights for graph in graphs], 0).tolist()), tokens, words, graphs[0].stands,
-        graphs[0].biases, graphs[0].targets, about, several,
+        graphs[0].biases, graphs[0].targets, about, totals / over, several,
     )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from saekit.graph.scores import Scores
 
 KINDS = ("token", "position", "bias", "error", "feature", "pruned", "target")
+LINE = 80  # characters of a title
 Array = np.ndarray
 Number = int | np.integer
 
@@ -49,20 +50,16 @@ class Nodes:
 class Several:
     """What a mean or difference of graphs holds besides, for its rows don't give it.
 
-    ``totals`` [target, node]: the prompts' own total effects, combined as the rows are. ``present`` [side, node]: the
-    share of prompts that have each node; a difference has two sides, what is subtracted second. ``sizes`` [row]: of
-    the rows that were combined, which may cancel.
+    ``present`` [side, node]: the share of prompts that have each node; a difference has two sides, what is subtracted
+    second. ``sizes`` [row]: of the rows that were combined, which may cancel.
     """
 
-    totals: Float[Array, "target node"]
     present: Float[Array, "side node"]
     sizes: Float[Array, " row"]
 
-    def only(self, alive: Array, rows: Array, pruned: int, leaves: Array) -> "Several":
-        """That of some nodes and rows; the totals of leaves that go are added to the pruned node's."""
-        totals = self.totals.copy()
-        totals[:, pruned] += totals[:, leaves & ~alive].sum(1)
-        return Several(totals[:, alive], self.present[:, alive], self.sizes[rows])
+    def only(self, alive: Array, rows: Array) -> "Several":
+        """That of some nodes and rows."""
+        return Several(self.present[:, alive], self.sizes[rows])
 
 
 def lines(matrix: csr_array, first: int, stop: int) -> csr_array:
@@ -94,6 +91,7 @@ class Graph:
     biases: tuple[str, ...]
     targets: tuple[str, ...]
     about: dict[str, Any] = field(default_factory=dict)
+    totals: Float[Array, "target node"] | None = None  # total effects, where the rows left don't give them
     several: Several | None = None  # of a mean (saekit.graph.average) or a difference (``graph - other``)
 
     def __sub__(self, other: "Graph") -> "Graph":
@@ -120,6 +118,15 @@ class Graph:
     def present(self) -> Float[Array, "side node"]:
         """The share of prompts that have each node: 1, or what :class:`Several` says; a difference has two sides."""
         return np.ones((1, len(self.nodes))) if self.several is None else self.several.present
+
+    @property
+    def title(self) -> str:
+        """The prompt, or what the graph is of, in a line."""
+        text = " ".join("".join(self.words).split()) or " ".join(map(str, self.tokens))
+        text = text if len(text) <= LINE else text[: LINE - 1] + "…"
+        if len(self.present) > 1:
+            return f"Difference: {text}"
+        return f"Mean of {self.about['averaged']} prompts: {text}" if self.several is not None else text
 
     def find(self, kind: str, layer: int | None = None, position: int | None = None, stand: int | None = None,
              place: int | None = None) -> Int[Array, " found"]:  # fmt: skip
@@ -204,11 +211,11 @@ class Graph:
         """What every node adds to each target over all paths, signed: ``w (I - W)^-1``, block by block from the end,
         where W holds each row over its node's value.
 
-        The totals of the leaves add up to the target's value. Those of several graphs combined are combined totals,
-        also in their pruned graphs: over all paths of the whole ones.
+        The totals of the leaves add up to the target's value. Those of a pruned graph are over all paths of the whole
+        one, and those of several graphs combined are the graphs' own totals, combined.
         """
-        if self.several is not None:
-            return self.several.totals
+        if self.totals is not None:
+            return self.totals
         starts = (0, *self.blocks[:-1])
         total = lines(self.rows, starts[-1], self.blocks[-1]).toarray().astype(np.float64)
         for first, stop in reversed(list(itertools.pairwise(starts))):

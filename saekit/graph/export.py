@@ -86,8 +86,9 @@ def export(
         "nodes": _nodes(graph, names, words, labels or {}),
         "links": _links(graph, names),
         "saekit": {
-            **{name: list(getattr(graph, name)) for name in LISTS}, "about": graph.about,
+            **{name: list(getattr(graph, name)) for name in LISTS}, "about": graph.about, "title": graph.title,
             "dropped": graph.dropped.tolist(), "aware": graph.aware.tolist(), "dtype": str(graph.rows.dtype),
+            **({} if graph.totals is None else {"totals": graph.totals.tolist()}),
             **({"several": {name: getattr(graph.several, name).tolist() for name in SEVERAL}} if graph.several else {}),
         },
     }  # fmt: skip
@@ -97,8 +98,17 @@ def export(
         keys = {names[i]: (int(n.stand[i]), int(n.place[i])) for i in features}
         data["contexts"] = {name: list(contexts[key]) for name, key in keys.items() if key in contexts}
     if path is not None:
-        write_atomic(Path(path), json.dumps(data).encode())
+        _write(Path(path), json.dumps(data))
     return data
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        write_atomic(path, text.encode())
+    except OSError as error:
+        raise SaekitError(
+            f"path {str(path)!r} can't be written: {error.strerror}; name a file in a folder that exists"
+        ) from None
 
 
 def _cumulative(influence: Float[np.ndarray, " node"], free: np.ndarray) -> np.ndarray:
@@ -182,7 +192,7 @@ SHAPE = {
     "nodes": [{"node_id": str, "kind": str, "depth": int, "position": int, "stand": int, "place": int}],
     "links": [{"source": str, "target": str, "weight": float}],
     "saekit": {**{name: [kind] for name, kind in LISTS.items()}, "about": dict, "dropped": [float], "aware": [list], "dtype": str,
-        "several?": {"totals": [list], "present": [list], "sizes": [float]}},
+        "totals?": [list], "several?": {"present": [list], "sizes": [float]}},
 }  # fmt: skip
 
 
@@ -243,14 +253,13 @@ def _built(data: dict[str, Any], fix: str) -> Graph:
         dropped=np.array(extra["dropped"]),
         aware=aware,
         about=extra["about"],
-        several=_several(extra.get("several"), aware.shape, len(of), fix),
+        totals=np.array(extra["totals"], np.float64).reshape(aware.shape) if "totals" in extra else None,
+        several=_several(extra.get("several"), len(table), len(of), fix),
         **lists,
     )
 
 
-def _several(
-    given: Mapping[str, Any] | None, shape: tuple[int, int], n_rows: int, fix: str
-) -> Several | None:
+def _several(given: Mapping[str, Any] | None, n: int, n_rows: int, fix: str) -> Several | None:
     """What a mean or difference holds besides; raises unless it fits the graph."""
     if given is None:
         return None
@@ -258,7 +267,7 @@ def _several(
         found = Several(*(np.array(given[name], np.float64) for name in SEVERAL))
     except (ValueError, TypeError):
         found = None
-    if found is None or not fitting(found, *shape, n_rows):
+    if found is None or not fitting(found, n, n_rows):
         raise SaekitError(f"an exported graph's several has parts that don't fit the graph; {fix}")
     return found
 
@@ -281,5 +290,5 @@ def html(
         shown, share = graph.prune(share), share - 0.1
     text = page(export(shown, labels=labels, contexts=contexts))
     if path is not None:
-        write_atomic(Path(path), text.encode())
+        _write(Path(path), text)
     return text

@@ -2,8 +2,8 @@
 
 The tensors are the nodes' columns (``nodes.kind`` and so on, [node]), the rows in compressed form (``rows.offsets``
 int64 [row + 1], ``rows.indices`` int32, ``rows.data``), ``of`` and ``dropped`` [row], and ``aware`` [target, node]; of
-means and differences of graphs also ``several.totals`` [target, node], ``several.present`` [side, node] and
-``several.sizes`` [row].
+pruned graphs, means and differences also ``totals`` [target, node], and of the latter two ``several.present`` [side, node]
+and ``several.sizes`` [row].
 The JSON holds the lists of names, ``sha256`` of the tensors' file, and ``seal``, the hash of the JSON without it.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from scipy.sparse import csr_array
 
-from saekit import records
+from saekit import records, registry
 from saekit.activations import write_atomic
 from saekit.graph.data import KINDS, Graph, Nodes, Several
 from saekit.types import SaekitError
@@ -58,6 +58,8 @@ def save(graph: Graph, path: "str | Path") -> Path:
 def _arrays(graph: Graph) -> dict[str, np.ndarray]:
     rows = graph.rows
     named = {f"nodes.{f.name}": getattr(graph.nodes, f.name) for f in fields(Nodes)}
+    if graph.totals is not None:
+        named["totals"] = graph.totals
     if graph.several is not None:
         named |= {f"several.{f.name}": getattr(graph.several, f.name) for f in fields(Several)}
     named |= {"rows.offsets": rows.indptr.astype(np.int64), "rows.indices": rows.indices.astype(np.int32)}
@@ -69,11 +71,16 @@ def _seal(about: dict[str, Any]) -> str:
 
 
 def load_graph(path: "str | Path") -> Graph:
-    """Read a graph back, bit for bit; one that was cut or changed after saving is refused."""
+    """Read a graph back, bit for bit, from the folder that it was saved to or from the JSON file that it was exported to.
+
+    One that was cut or changed after saving is refused.
+    """
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
     path = Path(path)
+    if path.is_file():
+        return registry.load("saekit.graph.export:read")(path)
     if not (path / ABOUT).is_file():
         raise SaekitError(f"graph {str(path)!r} has no {ABOUT}; give a folder that a graph was saved to")
     about = records.read(path / ABOUT, "a graph's record", SHAPE, FIX, SCHEMA)
@@ -102,7 +109,8 @@ def load_graph(path: "str | Path") -> Graph:
         raise SaekitError(f"file {str(path / TENSORS)!r} holds no graph ({error}); {FIX}") from None
     lists = {name: tuple(about[name]) for name in LISTS}
     graph = Graph(
-        nodes=nodes, rows=rows, of=of, dropped=dropped, aware=aware, about=about["about"], several=several, **lists
+        nodes=nodes, rows=rows, of=of, dropped=dropped, aware=aware, about=about["about"],
+        totals=tensors.get("totals"), several=several, **lists,
     )  # fmt: skip
     check_parts(graph, str(path))
     return graph
@@ -120,13 +128,14 @@ def check_parts(graph: Graph, name: str, fix: str = FIX) -> None:
         and (graph.rows.nnz == 0 or 0 <= graph.rows.indices.min() <= graph.rows.indices.max() < n)
         and np.isfinite(graph.rows.data).all() and len(graph.words) in (0, len(graph.tokens))
         and graph.nodes.position.max() < len(graph.tokens) and (kinds == KINDS.index("pruned")).sum() == 1
-        and (graph.several is None or fitting(graph.several, t, n, len(graph.of)))
+        and (graph.totals is None or graph.totals.shape == (t, n))
+        and (graph.several is None or fitting(graph.several, n, len(graph.of)))
     )  # fmt: skip
     if not fits:
         raise SaekitError(f"graph {name!r} has parts that don't fit together; {fix}")
 
 
-def fitting(several: Several, n_targets: int, n: int, n_rows: int) -> bool:
+def fitting(several: Several, n: int, n_rows: int) -> bool:
     """Whether the parts of a mean or difference are of the graph's shape."""
-    shapes = (several.totals.shape, several.present.shape[1:], several.sizes.shape)
-    return shapes == ((n_targets, n), (n,), (n_rows,)) and several.present.shape[0] in (1, 2)
+    shapes = (several.present.shape[1:], several.sizes.shape)
+    return shapes == ((n,), (n_rows,)) and several.present.shape[0] in (1, 2)

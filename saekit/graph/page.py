@@ -42,7 +42,8 @@ def page(data: Mapping[str, Any]) -> str:
     # the policy's hashes are taken over what a parser reads, which knows no \r\n
     style = (here / "page.css").read_text("utf-8")
     script = "\n".join((here / name).read_text("utf-8") for name in SCRIPTS)
-    title = data["metadata"].get("title_prefix", "") + data["metadata"].get("slug", "") or "Attribution graph"
+    named = data["metadata"].get("title_prefix", "") + data["metadata"].get("slug", "")
+    title = data.get("saekit", {}).get("title") or named or "Attribution graph"
     parts = {
         "title": html.escape(printable(title)),
         "style_hash": sha256(style),

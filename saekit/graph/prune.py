@@ -1,6 +1,7 @@
 """Pruning by cumulative influence: exact thresholds without a sort, and nothing lost."""
 
 import dataclasses
+import numbers
 from collections.abc import Callable
 
 import numpy as np
@@ -52,8 +53,8 @@ def prune(graph: Graph, nodes: float = 0.8, edges: float = 0.98) -> Graph:
     added to each row's pruned node. Tokens and targets stay.
     """
     for name, share in (("nodes", nodes), ("edges", edges)):
-        if not 0 <= share <= 1:
-            raise SaekitError(f"{name} = {share} must be a share from 0 to 1")
+        if not isinstance(share, numbers.Real) or not 0 <= share <= 1:
+            raise SaekitError(f"{name} = {share!r} must be a share from 0 to 1")
     matrix = shares(graph)
     through = spread(graph, matrix)
     stay = graph.of_kind(*KEPT)
@@ -120,8 +121,10 @@ def _only(graph: Graph, chosen: np.ndarray, row: np.ndarray, alive: np.ndarray) 
         np.bincount(np.searchsorted(graph.blocks, left, side="right"), minlength=len(graph.blocks))
     )
     blocks = tuple(int(end) for end in ends)
+    totals = graph.total_effects().copy()
+    totals[:, graph.pruned] += totals[:, graph.leaves & ~alive].sum(1)
     return dataclasses.replace(
         graph, nodes=graph.nodes.only(alive), rows=kept, of=number[graph.of[left]], dropped=dropped[left],
         blocks=tuple(dict.fromkeys(blocks)), aware=graph.aware[:, alive],
-        several=graph.several and graph.several.only(alive, left, graph.pruned, graph.leaves),
+        totals=totals[:, alive], several=graph.several and graph.several.only(alive, left),
     )  # fmt: skip

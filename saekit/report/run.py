@@ -91,7 +91,7 @@ def dashboard(
                 f"model {view.name!r} reads no tokens, and the report shows features on their tokens; evaluate it instead"
             )
         collector.add(
-            batch.tokens, batch.documents, batch.mask, _codes(dictionary, batch), _looks(dictionary, batch)
+            batch.tokens, batch.documents, batch.mask, codes_of(dictionary, batch), _looks(dictionary, batch)
         )
         done += batch.mask.numel()
         if on_batch is not None:
@@ -104,7 +104,8 @@ def dashboard(
 
 
 @torch.no_grad()
-def _codes(dictionary: Dictionary, batch: ActivationBatch) -> Any:
+def codes_of(dictionary: Dictionary, batch: ActivationBatch) -> Any:
+    """Codes of all positions of a batch, masked ones too; raises where activations aren't finite."""
     x = torch.cat([batch.activations[point] for point in dictionary.reads], -1)
     if not torch.isfinite(x[batch.mask]).all():
         raise SaekitError(

@@ -19,7 +19,7 @@ PACKAGES = ("torch", "numpy", "numba", "triton", "transformers", "transformer-le
 
 def doctor(
     path: Annotated[
-        str | None, typer.Argument(help="A store, a dictionary, a run, or a safetensors file.")
+        str | None, typer.Argument(help="A store, a dictionary, a run, a graph, or a safetensors file.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -79,13 +79,28 @@ def explain(path: Path) -> dict[str, Any]:
         return _store(path)
     if (path / "card.json").is_file():
         return _dictionary(path)
+    if (path / "graph.json").is_file() or path.suffix == ".json":
+        return _graph(path)
     if (path / "config.json").is_file() and (path / "checkpoints").is_dir():
         return _run(path)
     if path.is_file():
         return _tensors(path)
     raise SaekitError(
-        f"path {str(path)!r} is no store, dictionary, run or safetensors file; give one of these"
+        f"path {str(path)!r} is no store, dictionary, run, graph or safetensors file; give one of these"
     )
+
+
+def _graph(path: Path) -> dict[str, Any]:
+    from saekit.graph.files import load_graph
+
+    graph = load_graph(path)
+    scores = graph.scores() if len(graph.present) == 1 else None
+    return {
+        "graph": str(path), "of": graph.title, "model": graph.about.get("model", "unknown"), "dictionaries": list(graph.stands),
+        "nodes": len(graph.nodes), "edges": int(graph.rows.nnz), "targets": [graph.output(i) for i in range(len(graph.targets))],
+        "closure": graph.check(),
+        **({} if scores is None else {"replacement": round(scores.replacement, 4), "completeness": round(scores.completeness, 4)}),
+    }  # fmt: skip
 
 
 def _store(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from saekit.errors import SaekitError
-from saekit.verbs.console import Device, Json, Seed, result, say
+from saekit.verbs.console import Device, Json, Seed, progress, result, say
 
 ID = re.compile(r"\s*\d+([\s,]+\d+)*\s*")
 
@@ -24,7 +24,7 @@ def _tokens(prompt: str | None, tokens: str | None) -> Any:
 
 
 def _targets(targets: list[str]) -> Any:
-    """What ``--target`` names: ids, differences of ids (``12-9``), or text that is one token."""
+    """What ``--target`` names: ids, differences of ids (``12-9``), or text that is one token; quoted text is text."""
     from saekit.circuits.targets import Logit
 
     out: list[Any] = []
@@ -32,6 +32,8 @@ def _targets(targets: list[str]) -> Any:
         pair = re.fullmatch(r"(\d+)-(\d+)", given)
         if pair:
             out.append(Logit(int(pair[1])) - Logit(int(pair[2])))
+        elif len(given) > 2 and given[0] == given[-1] and given[0] in "'\"":
+            out.append(given[1:-1])
         else:
             out.append(int(given) if given.isdecimal() else given)
     return out or None
@@ -77,7 +79,7 @@ def trace(
     target: Annotated[
         list[str] | None,
         typer.Option(
-            help="Token (id or text) or a difference of ids (12-9); again for more; default: the likeliest."
+            help="Token (id or text; digits in quotes are text) or a difference of ids (12-9); again for more; default: the likeliest."
         ),
     ] = None,
     neurons: Annotated[bool, typer.Option(help="Also every MLP's neurons.")] = False,
@@ -91,6 +93,10 @@ def trace(
     edges: Annotated[
         float, typer.Option(help="Share of the influence to keep in edges.", min=0, max=1)
     ] = 0.98,
+    contexts: Annotated[
+        int,
+        typer.Option(help="Tokens of text to search for the features' top contexts; 0: show none.", min=0),
+    ] = 50_000,
     verify: Annotated[int, typer.Option(help="Ablate this many nodes and as many random ones.", min=0)] = 0,
     out: Annotated[
         str,
@@ -125,8 +131,21 @@ def trace(
     graph.save(folder)
     small = graph.prune(nodes, edges)
     small.to_json(folder / "graph.circuit.json")
-    small.to_html(folder / "graph.html")
+    small.to_html(folder / "graph.html", contexts=_contexts(small, loaded, stands, contexts))
     result(_summary(graph, small, closed, folder), as_json, _text(graph, small, closed, folder))
+
+
+def _contexts(graph: Any, model: Any, stands: list[Any], tokens: int) -> Any:
+    """Top contexts of the features that the page shows."""
+    from saekit.dictionaries import Dictionary
+    from saekit.report import graph_contexts
+
+    if not tokens or not any(isinstance(stand, Dictionary) for stand in stands):
+        return None
+    with progress("contexts", "tokens") as draw:
+        return graph_contexts(
+            graph, model, stands, tokens=tokens, on_batch=lambda done, total: draw(done, total, "")
+        )
 
 
 def _summary(graph: Any, small: Any, closed: dict[str, float], folder: Path) -> dict[str, Any]:
