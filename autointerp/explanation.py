@@ -1,0 +1,128 @@
+"""What is said of a feature, by whom, and how well it held up; and the file that keeps it beside the dictionary."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from jaxtyping import Float, Int64
+from numpy import ndarray
+
+from saekit import records
+from saekit.activations import write_atomic
+from saekit.types import SaekitError
+
+SCHEMA = 1
+FILE = "explanations.json"
+METHODS = ("statistics", "llm", "human", "imported")
+FIX = "explain the features again"
+
+
+class Rule(Protocol):
+    """An explanation that can be executed: it says from the tokens of windows alone how likely each one fires."""
+
+    def strength(self, tokens: Int64[ndarray, "window width"]) -> Float[ndarray, "window width"]:
+        """Chance that the feature fires on each token, 0 to 1."""
+        ...
+
+    def to_json(self) -> dict[str, Any]:
+        """The rule as JSON, to be read by people and by :func:`saekit.autointerp.rules.rule_of`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well an explanation foretells its feature, on text that it was not made from.
+
+    ``value`` is in the unit that ``metric`` names, None where nothing could be scored, with its 95 % interval ``low``
+    to ``high`` over ``n`` examples. ``wrong`` is the value where every failed answer counts as wrong (in ``value`` it
+    is left out), ``failures`` counts them by kind. ``controls`` hold the same measure for judges that don't know the
+    explanation, ``strata`` the share of examples judged rightly by kind.
+    """
+
+    scorer: str
+    metric: str
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int
+    wrong: float | None = None
+    controls: Mapping[str, float | None] = field(default_factory=dict)
+    strata: Mapping[str, float] = field(default_factory=dict)
+    failures: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A feature in words, by one of ``METHODS``; ``rule`` is the same as a predicate, where there is one.
+
+    ``about`` holds what the method says besides: tables of tokens, the model that was asked.
+    """
+
+    feature: int
+    text: str
+    method: str
+    rule: Rule | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)
+    scores: tuple[Score, ...] = ()
+
+    def __post_init__(self):
+        if self.method not in METHODS:
+            raise SaekitError(f"method {self.method!r} is not one of {', '.join(METHODS)}")
+
+    def score(self, scorer: str) -> Score | None:
+        """The score by one scorer, if it has it."""
+        return next((score for score in self.scores if score.scorer == scorer), None)
+
+
+SHAPE = {
+    "about": dict,
+    "features": [
+        {
+            "feature": int, "text": str, "method": str, "rule?": dict, "about": dict,
+            "scores": [{
+                "scorer": str, "metric": str, "value": float | None, "low": float | None, "high": float | None, "n": int,
+                "wrong?": float | None, "controls?": {"*": float | None}, "strata?": {"*": float}, "failures?": {"*": int}, "notes?": [str],
+            }],
+        }
+    ],
+}  # fmt: skip
+
+
+def save(explanations: Iterable[Explanation], path: "str | Path", about: Mapping[str, Any]) -> Path:
+    """Write explanations to a file (of a folder: ``explanations.json`` in it), whole or not at all."""
+    file = Path(path) / FILE if Path(path).is_dir() else Path(path)
+    listed = [
+        {
+            "feature": one.feature, "text": one.text, "method": one.method, "about": dict(one.about),
+            **({"rule": one.rule.to_json()} if one.rule is not None else {}),
+            "scores": [asdict(score) for score in one.scores],
+        }
+        for one in explanations
+    ]  # fmt: skip
+    try:
+        write_atomic(
+            file,
+            json.dumps({"schema": SCHEMA, "about": dict(about), "features": listed}, indent=1).encode(),
+        )
+    except OSError as error:
+        raise SaekitError(
+            f"out {str(file)!r} can't be written: {error.strerror}; name a file in a folder that exists"
+        ) from None
+    return file
+
+
+def load(path: "str | Path") -> tuple[list[Explanation], dict[str, Any]]:
+    """Explanations of a file (or of the folder that holds ``explanations.json``), and what is said about them all."""
+    from saekit.autointerp.rules import rule_of
+
+    file = Path(path) / FILE if Path(path).is_dir() else Path(path)
+    data = records.read(file, "a record of explanations", SHAPE, FIX, SCHEMA)
+    out = []
+    for one in data["features"]:
+        rule = rule_of(one["rule"]) if "rule" in one else None
+        scores = tuple(Score(**{**score, "notes": tuple(score.get("notes", ()))}) for score in one["scores"])
+        out.append(Explanation(one["feature"], one["text"], one["method"], rule, one["about"], scores))
+    return out, data["about"]
