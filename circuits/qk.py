@@ -18,7 +18,7 @@ from saekit.models import Model
 from saekit.types import SaekitError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class QK:
     """A score as ``sum_ij query_parts[:, i] . key_parts[:, j]`` over the nodes i at the query's side and j at the key's.
 
@@ -31,6 +31,29 @@ class QK:
     nodes: Nodes
     query_parts: Float[np.ndarray, "d_qk node"]
     key_parts: Float[np.ndarray, "d_qk node"]
+    names: tuple[tuple[str, ...], tuple[str, ...]]  # of the dictionaries, and of the biases
+
+    def __repr__(self) -> str:
+        layer, head = self.head
+        return (
+            f"QK(head {head} of layer {layer}, from {self.places[0]} to {self.places[1]}: {self.score:.3f})"
+        )
+
+    def label(self, node: int) -> str:
+        """A node in words; nodes are those of the trace, numbered over all of its features, and one for biases of queries
+        and keys."""
+        n = self.nodes
+        if not 0 <= node < len(n):
+            raise SaekitError(f"node {node} is none of the trace's {len(n)}")
+        kind, at, layer = KINDS[n.kind[node]], int(n.position[node]), int(n.layer[node])
+        where = "" if at < 0 else f" at {at}"
+        if kind == "bias":
+            place = int(n.place[node])
+            return f"bias of {self.names[1][place] if place >= 0 else 'queries and keys'}{where}"
+        if kind not in ("feature", "error"):
+            return f"{kind}{where}"
+        what = f"feature {int(n.place[node])}" if kind == "feature" else "error"
+        return f"{what} of {self.names[0][int(n.stand[node])]} in layer {layer}{where}"
 
     @property
     def score(self) -> float:
@@ -117,10 +140,11 @@ class Heads:
                 )
             places.append((query, to))
             weights.append(_contrast(pattern, to) if contrast else _one(pattern, to))
+        names = (tuple(one.name for one in self.run.placed), tuple(self.run.biases))
         asked = [_one(patterns[head, query], query) for head in heads]
         sides = (self._parts(layer, heads, side, at) for side, at in (("Q", asked), ("K", weights)))
         return [
-            QK((layer, head), place_, self.nodes, q, k)
+            QK((layer, head), place_, self.nodes, q, k, names)
             for head, place_, q, k in zip(heads, places, *sides, strict=True)
         ]
 

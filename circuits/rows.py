@@ -107,7 +107,9 @@ class Trace:
             for written in one.written:
                 layer = written.site[0]
                 if written.site in self.fixed:
-                    raise SaekitError(f"{written.site} is written by two dictionaries; leave one of them out")
+                    raise SaekitError(
+                        f"{written.site[1]} of layer {layer} is written twice, by {one.name} too; leave one of them out"
+                    )
                 constant = add_nodes("bias", layer, everywhere, i, self._bias(f"decoder of {one.name}"))
                 error = None if written.error is None else add_nodes("error", layer, everywhere, i)
                 self.fixed[written.site] = (constant, error)

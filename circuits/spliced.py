@@ -73,7 +73,9 @@ class Spliced:
         for i, stand in enumerate(self.stands):
             for at, site in enumerate(stand.writes):
                 if site in self.written:
-                    raise SaekitError(f"{site} is written by two dictionaries; leave one of them out")
+                    raise SaekitError(
+                        f"{site[1]} of layer {site[0]} is written by two dictionaries; leave one of them out"
+                    )
                 if self.readout is not None and depth(site) > depth(self.readout):
                     raise SaekitError(
                         f"{site} is written behind {readout!r}, which metrics read; leave it out"

@@ -1,8 +1,11 @@
 """What a graph explains: logits and their differences, directions of the final stream, features."""
 
+import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -52,9 +55,11 @@ class Logit:
     def __init__(self, token: str | int | tuple[tuple[str | int, float], ...], position: int = -1):
         object.__setattr__(self, "terms", token if isinstance(token, tuple) else ((token, 1.0),))
         object.__setattr__(self, "position", position)
-
         if not self.terms:
             raise SaekitError("a logit has no terms; give a token")
+        for one, _ in self.terms:
+            if not isinstance(one, str | numbers.Integral) or isinstance(one, bool):
+                raise SaekitError(f"token {one!r} of a logit is none; give text that is one token, or an id")
 
     def __add__(self, other: "Logit") -> "Logit":
         if not isinstance(other, Logit):
@@ -83,7 +88,10 @@ def resolve(frozen: Frozen, model: Model, given: "Given | Sequence[Given] | None
         return [
             _logit(frozen, model, Logit(int(t)), float(p)) for t, p in zip(order[:n], share[:n], strict=True)
         ]
+    if isinstance(given, Tensor | np.ndarray):
+        given = given.tolist()
     some = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    some = [int(one) if isinstance(one, np.integer) else one for one in some]
     if not some:
         raise SaekitError(
             "target is empty; name a token or a direction, or leave it out for the likeliest tokens"
@@ -92,7 +100,7 @@ def resolve(frozen: Frozen, model: Model, given: "Given | Sequence[Given] | None
     chances = frozen.logits[-1].softmax(-1)
     out: list[Target | Feature] = []
     for one in some:
-        if isinstance(one, int | str):
+        if isinstance(one, int | str) and not isinstance(one, bool):
             one = _logit(frozen, model, Logit(one))
             one = _weighed(one, float(chances[int(one.name)]) if plain else 1.0)
         elif isinstance(one, Logit):
@@ -109,6 +117,12 @@ def resolve(frozen: Frozen, model: Model, given: "Given | Sequence[Given] | None
             raise SaekitError(
                 f"target {one!r} is none; give a token, Logit(...), Target(...) or Feature(...)"
             )
+        if isinstance(one, Target) and not (_finite(one) and one.weight > 0):
+            raise SaekitError(
+                f"target {one.name!r} must have a finite direction and bias, a name, and a weight above 0"
+            )
+        if not isinstance(one.position, numbers.Integral):
+            raise SaekitError(f"target position {one.position!r} must be a whole number")
         if not -len(frozen.last) <= one.position < len(frozen.last):
             raise SaekitError(
                 f"target position {one.position} lies outside of the prompt's {len(frozen.last)} tokens"
@@ -118,6 +132,11 @@ def resolve(frozen: Frozen, model: Model, given: "Given | Sequence[Given] | None
         if names.count(name) > 1:
             raise SaekitError(f"target {name!r} is given {names.count(name)} times; give each target once")
     return out
+
+
+def _finite(target: Target) -> bool:
+    numbers_ = (target.bias, target.weight)
+    return bool(target.name) and bool(target.direction.isfinite().all()) and all(map(math.isfinite, numbers_))
 
 
 def _weighed(target: Target, weight: float) -> Target:

@@ -1,5 +1,6 @@
 """Attribution graphs: what every feature, error, token and bias adds to features and logits, exactly."""
 
+import dataclasses
 import numbers
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,7 +42,7 @@ def trace(
     budget: int = BUDGET,
     edges: int = EDGES,
     batch: int = BATCH,
-    scores: str = "whole",
+    scores: str = "slope",
 ) -> Graph:
     """The attribution graph of a prompt: text, or token ids.
 
@@ -51,9 +52,9 @@ def trace(
     many inputs of each row are kept, the strongest ones. What is left out is in each row's pruned node, so that every
     row still adds up to its value.
 
-    ``scores``: how ``graph.aware`` goes through attention scores: as a "whole", as if all that stands behind a score
-    went, or by their "slope", as if a little did, and then through norms too. Slopes foretell single ablations better where many nodes share a
-    score, and are 0 where attention is saturated.
+    ``scores``: how ``graph.aware`` goes through attention scores: by their "slope", as if a little of what stands behind
+    a score went, and then through norms too, or as a "whole", as if all did. Slopes foretell ablations better where many
+    nodes share a score, as in language models; where attention is saturated, as in hand-built circuits, they are 0.
     """
     if scores not in WAYS:
         raise SaekitError(f"scores = {scores!r} must be one of {', '.join(WAYS)}")
@@ -66,7 +67,10 @@ def trace(
     rows = _Rows(run, targets, edges, batch, scores)
     rows.fill(budget)
     graph = rows.graph(model)
-    return without(graph, ~(graph.leaves & graph.of_kind("feature")))
+    stays = ~(graph.leaves & graph.of_kind("feature"))
+    # over all paths, those through features that have no row too
+    totals = np.pad(run.targets(targets, through=True).cpu().double().numpy(), ((0, 0), (0, len(targets))))
+    return dataclasses.replace(without(graph, stays), totals=totals[:, stays])
 
 
 def traced(

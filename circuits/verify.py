@@ -1,6 +1,7 @@
 """Attribution against ablation: what a graph says of its nodes beside what taking them away does."""
 
 import dataclasses
+import numbers
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -100,15 +101,19 @@ def verify(
     """
     from scipy.stats import spearmanr
 
-    if top < 1:
-        raise SaekitError(f"top = {top} must be at least 1")
+    if not isinstance(top, numbers.Integral) or top < 1:
+        raise SaekitError(f"top = {top!r} must be a whole number from 1")
     model = load_model(model)
     run = traced(model, dictionaries, list(graph.tokens))
     resolved = resolve(run.frozen, model, target if target is not None else _named(graph))
     targets = [t for t in resolved if isinstance(t, Target)]
-    if len(targets) < len(graph.targets):
+    if len(targets) < len(resolved):
         raise SaekitError(
             "target holds features, whose ablation this doesn't measure; trace with tokens or directions"
+        )
+    if len(targets) != len(graph.targets):
+        raise SaekitError(
+            f"target names {len(targets)} and the graph has {len(graph.targets)}; give target as it was traced"
         )
     ends = graph.nodes.value[graph.of[len(graph.of) - len(targets) :]]
     for one, was in zip(targets, ends, strict=True):
@@ -116,20 +121,24 @@ def verify(
     free_to_go = np.flatnonzero(graph.of_kind("feature", "error"))
     if not len(free_to_go):
         raise SaekitError("the graph has no features or errors; trace with dictionaries")
+    if 2 * top > len(free_to_go):
+        raise SaekitError(
+            f"top = {top} leaves too few of the graph's {len(free_to_go)} features and errors for random ones; give at most {len(free_to_go) // 2}"
+        )
     totals = graph.total_effects()
     order = free_to_go[np.argsort(-np.abs(totals[:, free_to_go]).max(0), kind="stable")]
     chosen, rest = order[:top], order[top:]
     control = np.random.default_rng(seed).permutation(rest)[: len(chosen)]
     nodes = np.concatenate([chosen, control])
-    numbers = [[node] for node in _in_trace(graph, run, nodes)]
-    frozen, free = (-effects(run, targets, numbers, free=kind) for kind in (False, True))
+    groups = [[node] for node in _in_trace(graph, run, nodes)]
+    frozen, free = (-effects(run, targets, groups, free=kind) for kind in (False, True))
     found = {
         "nodes": len(chosen), "random": len(control),
         "frozen": float(spearmanr(totals[:, nodes].ravel(), frozen.ravel()).statistic),
         "free": float(spearmanr(totals[:, nodes].ravel(), free.ravel()).statistic),
         "free, through scores": float(spearmanr(graph.aware[:, nodes].ravel(), free.ravel()).statistic),
         "mean effect": float(np.abs(free[:, : len(chosen)]).mean()),
-        "mean effect of random nodes": float(np.abs(free[:, len(chosen) :]).mean()) if len(control) else 0.0,
+        "mean effect of random nodes": float(np.abs(free[:, len(chosen) :]).mean()),
     }  # fmt: skip
     return dataclasses.replace(graph, about={**graph.about, "verified": found})
 

@@ -52,7 +52,9 @@ class Edit:
             )
         if not isinstance(self.feature, numbers.Integral):
             raise SaekitError(f"feature {self.feature!r} of an edit must be a number of a feature")
-        if self.position is not None and self.position < 0:
+        if self.position is not None and (
+            not isinstance(self.position, numbers.Integral) or self.position < 0
+        ):
             raise SaekitError(
                 f"position {self.position} of an edit must be counted from the beginning, from 0"
             )
@@ -69,6 +71,10 @@ Edits = Mapping[int, float] | Sequence[Edit]
 
 def pairs(changes: Any) -> list[tuple[Dictionary, list[Edit]]]:
     """Dictionaries and their edits; raises where they are anything else."""
+    if not isinstance(changes, Sequence):
+        raise SaekitError(
+            f"changes are a {type(changes).__name__}; give a list of pairs of a dictionary and edits"
+        )
     for change in changes:
         one = change[0] if isinstance(change, tuple | list) and len(change) == 2 else change
         if one is change or not isinstance(one, Dictionary):
@@ -80,8 +86,12 @@ def pairs(changes: Any) -> list[tuple[Dictionary, list[Edit]]]:
 
 def edits_of(dictionary: Dictionary, edits: Edits) -> list[Edit]:
     """Edits of a dictionary's features; a mapping gives values to set."""
-    listed = [Edit(f, set=float(v)) for f, v in edits.items()] if isinstance(edits, Mapping) else list(edits)
+    if not isinstance(edits, Mapping | Sequence):
+        raise SaekitError(f"edits are a {type(edits).__name__}; give a list of edits, or {{feature: value}}")
+    listed = [Edit(f, set=v) for f, v in edits.items()] if isinstance(edits, Mapping) else list(edits)
     for edit in listed:
+        if not isinstance(edit, Edit):
+            raise SaekitError(f"edit {edit!r} is none; write Edit(feature, set=..., scale=... or add=...)")
         if not 0 <= edit.feature < dictionary.n_features:
             raise SaekitError(f"feature {edit.feature} is none of the dictionary's {dictionary.n_features}")
     return listed

@@ -85,7 +85,7 @@ def test_what_cannot_be_traced_is_refused() -> None:
         (two, TOKENS, None, "reads layers.0, layers.1 at once"),
         (narrow, TOKENS, None, "d_in = 16 and d_out = 16 stands where the model is 32 and 32 wide"),
         (inside, TOKENS, None, "is inside of what a circuit takes as one step"),
-        ([stand("topk", m), stand("topk", m)], TOKENS, None, "is written by two dictionaries"),
+        ([stand("topk", m), stand("topk", m)], TOKENS, None, "is written twice"),
         ([], TOKENS, [64], "target 64 is no token"),
         ([], TOKENS, [], "target is empty"),
         ([], TOKENS.repeat(3), None, "prompt has 36 tokens and model 'toy' reads 32"),

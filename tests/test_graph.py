@@ -1,5 +1,6 @@
 """Laws of graphs: totals, through scores too, targets, pruning, budgets and size; identities over all makes are in test_identities."""
 
+import dataclasses
 import time
 import tracemalloc
 from typing import Any
@@ -46,9 +47,13 @@ def test_total_effects_are_one_pass_through_features_and_frozen_ablation(case: s
     m, stands = mixed(case)
     g, run = trace(m, stands, TOKENS, [3, 5]), traced(m, stands, TOKENS)
     totals = g.total_effects()
+    solved = dataclasses.replace(g, totals=None).total_effects()  # by the rows
+    np.testing.assert_allclose(totals, solved, atol=1e-5)
+    few = trace(m, stands, TOKENS, [3, 5], budget=40)
+    some = few.find("token")
+    np.testing.assert_allclose(few.total_effects()[:, some], totals[:, g.find("token")], atol=1e-6)
+    assert len(few.of) < len(g.of) and few.check()["target"] < 1e-4
     targets = resolve(run.frozen, m, [3, 5])
-    through = run.targets(targets, through=True).double().numpy()
-    np.testing.assert_allclose(totals[:, : through.shape[1]], through, atol=1e-5)
     nodes = g.find("feature")[::9].tolist() + g.find("error")[::5].tolist() + g.find("token").tolist()
     ablated = -effects(run, targets, [[node] for node in nodes], free=False)
     np.testing.assert_allclose(totals[:, nodes], ablated, atol=2e-5)
@@ -155,7 +160,7 @@ def test_totals_through_scores_are_one_whoever_stands_for_the_heads() -> None:
     m = toy("layer norms, learned")
     found = []
     for stands in ([], [Heads(f"layers.{i}.self_attn") for i in range(2)], own_heads(m)):
-        g = trace(m, stands, TOKENS, [3, 5])
+        g = trace(m, stands, TOKENS, [3, 5], scores="whole")
         found.append(g.aware[:, g.of_kind("token", "position")])
         assert np.abs(g.aware - g.total_effects())[:, g.of_kind("token")].max() > 1e-3
     for other in found[1:]:

@@ -195,7 +195,9 @@ def known() -> tuple[Any, list[list[int]]]:
 def asked(built: Any, tokens: list[int], like: list[int]) -> Graph:
     """A prompt's graph of the right name's logit less the wrong one's, as they are in another prompt."""
     at = ioi_roles(like)
-    return trace(built.model, KNOWN_HEADS, tokens, Logit(like[at["io"]]) - Logit(like[at["s1"]]))
+    return trace(
+        built.model, KNOWN_HEADS, tokens, Logit(like[at["io"]]) - Logit(like[at["s1"]]), scores="whole"
+    )
 
 
 def test_the_mean_of_prompts_of_indirect_objects_closes_and_names_its_roles(known: Any) -> None:
@@ -227,7 +229,7 @@ def test_tasks_prompts_bring_their_roles() -> None:
     stands = [Neurons("layers.0.mlp"), Heads("layers.1.self_attn"), Neurons("layers.1.mlp")]
     names = drawn.tokens.gather(1, torch.stack([drawn.roles["io"], drawn.roles["s1"]], 1)).tolist()
     graphs = [
-        trace(m, stands, tokens, Logit(io) - Logit(s1))
+        trace(m, stands, tokens, Logit(io) - Logit(s1), scores="whole")
         for tokens, (io, s1) in zip(drawn.tokens, names, strict=True)
     ]
     mean = average(graphs, drawn.roles, ["answer"])

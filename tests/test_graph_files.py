@@ -115,3 +115,13 @@ def test_a_pruned_graph_keeps_the_whole_ones_totals(graph: Graph) -> None:
     np.testing.assert_array_equal(small.total_effects()[:, other], whole[:, kept][:, other])
     small.check()
     small.prune(0.4).check()
+
+
+@pytest.mark.parametrize("part", ["aware", "totals", "weights", "dropped", "tokens", "targets"])
+def test_any_change_of_an_exported_graph_is_found(part: str, graph: Graph) -> None:
+    data = json.loads(json.dumps(graph.prune().to_json()))
+    values = data["saekit"][part]
+    at = values[0] if isinstance(values[0], list) else values
+    at[0] = "7" if isinstance(at[0], str) else at[0] + 1
+    with pytest.raises(SaekitError, match="was changed after saving"):
+        read(data)

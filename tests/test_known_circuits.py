@@ -82,7 +82,7 @@ class Traced:
         self.targets = list(targets or prompt.answers[:1])
         stands = stands or units(known)
         goals = [logit(known, t) for t in self.targets]
-        self.graph: Graph = saekit.trace(known.model, stands, prompt.tokens, goals)
+        self.graph: Graph = saekit.trace(known.model, stands, prompt.tokens, goals, scores="whole")
         missed = self.graph.rows.sum(1) - self.graph.nodes.value[self.graph.of]
         assert np.abs(missed).max() <= 1e-4  # rounding is no small share of what is off but for rounding
         self.names = names(known, self.graph.nodes, self.graph.stands, self.targets)

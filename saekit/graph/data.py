@@ -69,7 +69,7 @@ def lines(matrix: csr_array, first: int, stop: int) -> csr_array:
     return csr_array(part, shape=(stop - first, matrix.shape[1]), copy=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Graph:
     """``rows`` [row, node]: what every node adds to the value of a feature or target, whose node is in ``of`` (rising).
 
@@ -94,12 +94,22 @@ class Graph:
     totals: Float[Array, "target node"] | None = None  # total effects, where the rows left don't give them
     several: Several | None = None  # of a mean (saekit.graph.average) or a difference (``graph - other``)
 
+    def __repr__(self) -> str:
+        return f"Graph({self.title!r}: {len(self.nodes):,} nodes, {self.rows.nnz:,} edges, targets {', '.join(map(repr, map(self.output, range(len(self.targets)))))})"
+
     def __sub__(self, other: "Graph") -> "Graph":
         """What this graph has more than another; see :func:`saekit.graph.align.difference`."""
+        if not isinstance(other, Graph):
+            raise SaekitError(
+                f"a {type(other).__name__} can't be subtracted from a graph; give another graph"
+            )
         return load("saekit.graph.align:difference")(self, other)
 
     def of_kind(self, *kinds: str) -> Bool[Array, " node"]:
         """Mask of the nodes of some kinds."""
+        for kind in kinds:
+            if kind not in KINDS:
+                raise SaekitError(f"kind {kind!r} is none of {', '.join(KINDS)}")
         return np.isin(self.nodes.kind, [KINDS.index(kind) for kind in kinds])
 
     @property
@@ -131,15 +141,18 @@ class Graph:
     def find(self, kind: str, layer: int | None = None, position: int | None = None, stand: int | None = None,
              place: int | None = None) -> Int[Array, " found"]:  # fmt: skip
         """Numbers of the nodes of a kind with these entries in the table."""
-        if kind not in KINDS:
-            raise SaekitError(f"kind {kind!r} is none of {', '.join(KINDS)}")
         found = self.of_kind(kind)
         for column, value in (("layer", layer), ("position", position), ("stand", stand), ("place", place)):
             found &= True if value is None else getattr(self.nodes, column) == value
         return np.flatnonzero(found)
 
+    def _check(self, node: Number) -> None:
+        if not 0 <= node < len(self.nodes):
+            raise SaekitError(f"node {node} is none of the graph's {len(self.nodes)}")
+
     def row(self, node: Number) -> int:
         """The row of a feature or target."""
+        self._check(node)
         at = int(np.searchsorted(self.of, node))
         if at == len(self.of) or self.of[at] != node:
             raise SaekitError(f"node {node} ({self.label(node)}) has no row; choose a feature or a target")
@@ -147,6 +160,7 @@ class Graph:
 
     def edge(self, source: Number, target: Number) -> float:
         """What one node adds to another directly."""
+        self._check(source)
         at = self.row(target)
         part = slice(self.rows.indptr[at], self.rows.indptr[at + 1])
         return float(self.rows.data[part][self.rows.indices[part] == source].sum())
@@ -160,6 +174,7 @@ class Graph:
 
     def label(self, node: Number) -> str:
         """A node in words."""
+        self._check(node)
         note = self.note(node)
         return self._named(node) + (f", {note}" if note else "")
 
@@ -193,6 +208,8 @@ class Graph:
 
     def output(self, target: int) -> str:
         """A target in words: its token's text, where that is known."""
+        if not 0 <= target < len(self.targets):
+            raise SaekitError(f"target {target} is none of the graph's {len(self.targets)}")
         return str(self.about.get("outputs", {}).get(self.targets[target], self.targets[target]))
 
     def sizes(self) -> Float[Array, " row"]:
@@ -211,8 +228,8 @@ class Graph:
         """What every node adds to each target over all paths, signed: ``w (I - W)^-1``, block by block from the end,
         where W holds each row over its node's value.
 
-        The totals of the leaves add up to the target's value. Those of a pruned graph are over all paths of the whole
-        one, and those of several graphs combined are the graphs' own totals, combined.
+        The totals of the leaves add up to the target's value. Those of a traced graph are the frozen model's own, over all
+        paths, also those through features beyond the budget; pruning keeps them, and combining graphs combines them.
         """
         if self.totals is not None:
             return self.totals

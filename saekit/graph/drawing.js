@@ -264,7 +264,7 @@ function drawLinks() {
   for (const at of view.visible) shown[at] = 1;
   const some = [];
   for (const link of byStrength) {
-    if (Math.abs(weight[link]) < state.least) break;
+    if (flow[link] < state.least) break;
     if (shown[source[link]] && shown[target[link]]) some.push(link);
   }
   const dense = Math.min(1, 12 / Math.sqrt(some.length));

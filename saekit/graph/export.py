@@ -1,9 +1,10 @@
 """A graph in the JSON that circuit-tracer's viewer and Neuronpedia open, with what saekit needs to read it back."""
 
 import dataclasses
+import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,10 @@ from scipy.sparse import csr_array
 from saekit import records
 from saekit.activations import write_atomic
 from saekit.graph.data import KINDS, Graph, Nodes, Several
-from saekit.graph.files import LISTS, check_parts, fitting
+from saekit.graph.files import LISTS, arrays, check_parts, fitting
 from saekit.types import SaekitError
 
-DRAWN = 2000  # nodes that a page draws; a larger graph is pruned for it
+DRAWN, LINKS = 2000, 100_000  # nodes and links that a page draws; a larger graph is pruned for it
 TYPES = {
     "token": "embedding", "position": "position embedding", "bias": "bias", "error": "mlp reconstruction error",
     "feature": "cross layer transcoder", "pruned": "pruned mass", "target": "logit",
@@ -92,6 +93,7 @@ def export(
             **({"several": {name: getattr(graph.several, name).tolist() for name in SEVERAL}} if graph.several else {}),
         },
     }  # fmt: skip
+    data["saekit"]["seal"] = seal(graph)
     if contexts:
         n = graph.nodes
         features = np.flatnonzero(graph.of_kind("feature"))
@@ -191,7 +193,7 @@ def _links(graph: Graph, names: list[str]) -> list[dict[str, Any]]:
 SHAPE = {
     "nodes": [{"node_id": str, "kind": str, "depth": int, "position": int, "stand": int, "place": int}],
     "links": [{"source": str, "target": str, "weight": float}],
-    "saekit": {**{name: [kind] for name, kind in LISTS.items()}, "about": dict, "dropped": [float], "aware": [list], "dtype": str,
+    "saekit": {**{name: [kind] for name, kind in LISTS.items()}, "about": dict, "dropped": [float], "aware": [list], "dtype": str, "seal": str,
         "totals?": [list], "several?": {"present": [list], "sizes": [float]}},
 }  # fmt: skip
 
@@ -213,7 +215,21 @@ def read(given: "dict[str, Any] | str | Path") -> Graph:
     check_parts(graph, "exported", fix)
     if not graph.closure().max(initial=0) <= 1e-3:
         raise SaekitError(f"an exported graph has a row that doesn't add up to its node's value; {fix}")
+    if seal(graph) != data["saekit"]["seal"]:
+        raise SaekitError(f"an exported graph was changed after saving, or cut; {fix}")
     return graph
+
+
+def seal(graph: Graph) -> str:
+    """A hash of all that a graph is, whatever the types of its tables: labels and contexts aren't part of it."""
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays(graph).items()):
+        plain = np.asarray(array, np.int64 if array.dtype.kind in "iub" else np.float64)
+        digest.update(f"{name}{plain.shape}".encode())
+        digest.update(np.ascontiguousarray(plain).data)
+    lists = {name: list(getattr(graph, name)) for name in LISTS}
+    digest.update(json.dumps([lists, graph.about, str(graph.rows.dtype)], sort_keys=True).encode())
+    return digest.hexdigest()
 
 
 def _built(data: dict[str, Any], fix: str) -> Graph:
@@ -272,6 +288,26 @@ def _several(given: Mapping[str, Any] | None, n: int, n_rows: int, fix: str) -> 
     return found
 
 
+def drawn(graph: Graph) -> Graph:
+    """The graph, or as much of it as a page can draw: 2000 nodes and 100,000 links."""
+    shown = graph
+    if len(graph.nodes) > DRAWN:
+        shown = _most(lambda share: graph.prune(share, 1.0), lambda one: len(one.nodes) <= DRAWN)
+    if shown.rows.nnz > LINKS:
+        whole = shown
+        shown = _most(lambda share: whole.prune(1.0, share), lambda one: one.rows.nnz <= LINKS)
+    return shown
+
+
+def _most(pruned: Callable[[float], Graph], fits: Callable[[Graph], bool]) -> Graph:
+    """The graph of the largest share that fits, to a hundredth."""
+    low, high = 0, 100
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(pruned(middle / 100)) else (low, middle)
+    return pruned(low / 100)
+
+
 def html(
     graph: Graph,
     path: "str | Path | None" = None,
@@ -280,15 +316,12 @@ def html(
 ) -> str:
     """The graph as one page that needs no network; written to ``path``, where one is given.
 
-    A graph of more than 2000 nodes is pruned first, by 0.8 of the influence or as little as leaves that many; the page
-    says by how much.
+    A graph of more than 2000 nodes or 100,000 links is pruned first, by as little as leaves that many; the page says to
+    which shares of the influence.
     """
     from saekit.graph.page import page
 
-    shown, share = graph, 0.8
-    while len(shown.nodes) > DRAWN and share > 0:
-        shown, share = graph.prune(share), share - 0.1
-    text = page(export(shown, labels=labels, contexts=contexts))
+    text = page(export(drawn(graph), labels=labels, contexts=contexts))
     if path is not None:
         _write(Path(path), text)
     return text

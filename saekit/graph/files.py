@@ -41,7 +41,7 @@ def save(graph: Graph, path: "str | Path") -> Path:
     from safetensors.numpy import save as to_bytes
 
     path = Path(path)
-    data = to_bytes({name: np.ascontiguousarray(array) for name, array in _arrays(graph).items()})
+    data = to_bytes({name: np.ascontiguousarray(array) for name, array in arrays(graph).items()})
     about: dict[str, Any] = {name: list(getattr(graph, name)) for name in LISTS}
     about |= {"schema": SCHEMA, "about": graph.about, "sha256": hashlib.sha256(data).hexdigest()}
     try:
@@ -55,7 +55,8 @@ def save(graph: Graph, path: "str | Path") -> Path:
     return path
 
 
-def _arrays(graph: Graph) -> dict[str, np.ndarray]:
+def arrays(graph: Graph) -> dict[str, np.ndarray]:
+    """All that a graph holds in arrays, by the names of its file."""
     rows = graph.rows
     named = {f"nodes.{f.name}": getattr(graph.nodes, f.name) for f in fields(Nodes)}
     if graph.totals is not None:

@@ -42,6 +42,7 @@ const minus = (text) => text.replaceAll("-", "−");
 const signed = (value) => (value > 0 ? "+" : "") + minus(digits(value)); // as many digits each: for columns
 const short = (value) => value === 0 ? "0" : minus(Math.abs(value) < 1e-2 ? digits(value) : String(+digits(value)));
 const count = (value) => value.toLocaleString("en");
+const precise = (share) => `${+(100 * share).toPrecision(2)} %`;
 const percent = (share) => (share < 1e-3 ? "< 0.1 %" : share < 0.0995 ? `${(100 * share).toPrecision(2)} %` : `${Math.round(100 * share)} %`);
 
 // ---- text of tokens: whitespace and control characters made visible ----
@@ -98,9 +99,21 @@ source.forEach((from, link) => {
 });
 // what was pruned adds to nearly everything: its links are drawn where it is selected, and listed
 const drawable = source.map((_, link) => link).filter((link) => nodes[source[link]].kind !== "pruned");
-const byStrength = drawable.toSorted((a, b) => Math.abs(weight[b]) - Math.abs(weight[a]));
+// how much of the targets comes through each node: of its share in what it adds to, theirs
+const mass = new Float64Array(nodes.length).fill(NaN);
+const share = (link) => Math.abs(weight[link]) / (taken[target[link]] || 1);
+function through(at) {
+  if (Number.isNaN(mass[at])) {
+    mass[at] = 0; // a foreign file may hold a circle
+    const own = nodes[at].kind === "target" ? 1 / targets.length : 0;
+    mass[at] = leaving[at].reduce((sum, link) => sum + share(link) * through(target[link]), own);
+  }
+  return mass[at];
+}
 const numberOf = new Map(nodes.map((node, at) => [node.id, at]));
 const targets = nodes.map((_, at) => at).filter((at) => nodes[at].kind === "target");
+const flow = Float64Array.from(source, (_, link) => share(link) * through(target[link])); // of the targets, through each link
+const byStrength = drawable.toSorted((a, b) => flow[b] - flow[a]);
 const influences = nodes.map((node) => node.influence).filter((one) => one !== null);
 const reaches = [Math.min(...influences), Math.max(...influences)];
 
@@ -128,7 +141,7 @@ const usual = {
   groups: (data.q.supernodes ?? []).map(([name, ...ids]) => ({ name, members: ids.map((id) => numberOf.get(id)) })),
   labels: new Map(JSON.parse(data.q.clerps || "[]").map(([feature, label]) => [String(feature), label])),
   reach: data.q.pruningThreshold ?? reaches[1], // of influence, cumulative: nodes beyond it are hidden
-  least: Math.abs(weight[byStrength[20 + Math.round(0.2 * nodes.length)] ?? byStrength.at(-1)] ?? 0), // weight of links drawn
+  least: flow[byStrength[20 + Math.round(0.2 * nodes.length)] ?? byStrength.at(-1)] ?? 0, // share of the targets that drawn links carry
   effect: 0, // the target whose total effects colour the drawing
   query: "",
   larger: false,

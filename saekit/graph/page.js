@@ -74,10 +74,10 @@ function listenToSearch() {
 
 // ---- sliders ----
 
-// the slider for links counts them on a log scale, the state holds the weight
+// the slider for links counts them on a log scale, the state holds their share of the targets
 const countAt = (place) => Math.round((byStrength.length + 1) ** (place / 1000)) - 1;
-const leastOf = (n) => (n ? Math.abs(weight[byStrength[n - 1]]) : Infinity);
-const strongest = () => byStrength.findLastIndex((link) => Math.abs(weight[link]) >= state.least) + 1;
+const leastOf = (n) => (n ? flow[byStrength[n - 1]] : Infinity);
+const strongest = () => byStrength.findLastIndex((link) => flow[link] >= state.least) + 1;
 const reachAt = (place) => (place >= 1000 ? reaches[1] : reaches[0] + (place / 1000) * (reaches[1] - reaches[0]));
 
 function drawSliders(moved) {
@@ -88,7 +88,7 @@ function drawSliders(moved) {
   const reach = Number.isFinite(high) ? `top ${percent(state.reach)} of influence` : "";
   byId("reach-said").textContent = `${count(view.visible.length)} of ${count(nodes.length)}`;
   byId("reach-slide").title = `nodes up to the ${reach}`;
-  const least = Number.isFinite(state.least) ? `≥ ${short(state.least)}` : "none";
+  const least = Number.isFinite(state.least) ? `≥ ${precise(state.least)}` : "none";
   byId("weight-said").textContent = `${least}: ${count(view.drawn)} of ${count(byStrength.length)}`;
 }
 

@@ -71,7 +71,8 @@ def prune(graph: Graph, nodes: float = 0.8, edges: float = 0.98) -> Graph:
     source, target = graph.rows.indices[chosen], graph.of[row[chosen]]
     alive = _connected(graph, source, target, keep, stay)
     chosen = chosen[alive[source] & alive[target]]
-    about = {**graph.about, "node_threshold": nodes}
+    shares_ = {"node_threshold": nodes, "edge_threshold": edges}
+    about = {**graph.about, **{name: share * graph.about.get(name, 1.0) for name, share in shares_.items()}}
     return dataclasses.replace(_only(graph, chosen, row, alive), about=about)
 
 

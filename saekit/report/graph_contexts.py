@@ -1,13 +1,14 @@
 """Where the features of a graph are most active in a text, for the graph's page to show."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from saekit.dictionaries import Dictionary
 from saekit.graph import Graph
 from saekit.graph.export import Contexts
 from saekit.harvest import harvest
-from saekit.hub.native import origin
+from saekit.hub.native import load, origin
 from saekit.models import Model, load_model
 from saekit.report.contexts import Context, ContextCollector
 from saekit.report.run import codes_of
@@ -32,13 +33,15 @@ def graph_contexts(
     the first dictionary was trained on.
     """
     view = load_model(model)
-    if len(dictionaries) != len(graph.stands):
+    stands = [load(one) if isinstance(one, str | Path) else one for one in dictionaries]
+    names = [", ".join(one.writes) if isinstance(one, Dictionary) else one.hook_point for one in stands]
+    if names != list(graph.stands):
         raise SaekitError(
-            f"dictionaries are {len(dictionaries)} and the graph has {len(graph.stands)}; give those that it was traced with, in their order"
+            f"dictionaries are of {', '.join(names) or 'nothing'} and the graph's of {', '.join(graph.stands)}; give those that it was traced with, in their order"
         )
     if view.tokenizer is None:
         raise SaekitError(f"model {view.name!r} has no tokenizer, so there is no text to show")
-    shown = {i: d for i, d in enumerate(dictionaries) if isinstance(d, Dictionary)}
+    shown = {i: d for i, d in enumerate(stands) if isinstance(d, Dictionary)}
     places = {i: graph.nodes.place[graph.find("feature", stand=i)] for i in shown}
     wanted = {i: sorted(set(found.tolist())) for i, found in places.items() if len(found)}
     if not wanted:

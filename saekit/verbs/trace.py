@@ -41,26 +41,23 @@ def _targets(targets: list[str]) -> Any:
 
 def _stands(paths: list[str], model: Any, neurons: bool, heads: bool) -> list[Any]:
     """The dictionaries, and the neurons and heads of every layer, where they are asked for."""
-    from saekit.circuits.places import Heads, Neurons
+    from saekit.circuits.places import Heads, Neurons, site_of
     from saekit.circuits.weights import weights
     from saekit.hub import load
 
     out: list[Any] = [load(path, device=model.device) for path in paths]
-    blocks = weights(model).blocks
-    for kind, asked, name in (
-        (Neurons, neurons or not (paths or heads), "mlp_out"),
-        (Heads, heads, "attn_out"),
+    w = weights(model)
+    taken = {site_of(w, model, point) for d in out for point in d.writes}
+    for kind, asked, half in (
+        (Neurons, neurons or not (paths or heads), "mlp"),
+        (Heads, heads, "attn"),
     ):
-        places = (next((p for p, site in b.places.items() if site == name), None) for b in blocks)
-        out += (
-            [
-                kind(place)
-                for place, b in zip(places, blocks, strict=True)
-                if place and (b.mlp or kind is Heads)
-            ]
-            if asked
-            else []
-        )
+        for layer, block in enumerate(w.blocks):
+            place = next((p for p, site in block.places.items() if site == f"{half}_out"), None)
+            free = (layer, f"{half}_out") not in taken  # a dictionary stands in for the others
+            if asked and place and free and (block.mlp or kind is Heads):
+                short = f"blocks.{layer}.{half}"
+                out.append(kind(short if short in model.hook_points else place))
     return out
 
 
@@ -82,8 +79,16 @@ def trace(
             help="Token (id or text; digits in quotes are text) or a difference of ids (12-9); again for more; default: the likeliest."
         ),
     ] = None,
-    neurons: Annotated[bool, typer.Option(help="Also every MLP's neurons.")] = False,
-    heads: Annotated[bool, typer.Option(help="Also every attention layer's heads.")] = False,
+    neurons: Annotated[
+        bool, typer.Option(help="Also the neurons of every MLP that no dictionary writes.")
+    ] = False,
+    heads: Annotated[
+        bool, typer.Option(help="Also the heads of every attention layer that no dictionary writes.")
+    ] = False,
+    scores: Annotated[
+        str,
+        typer.Option(help="How effects go through attention scores: by their 'slope', or as a 'whole'."),
+    ] = "slope",
     budget: Annotated[
         int, typer.Option(help="Features that get inputs of their own, by influence.", min=1)
     ] = 8192,
@@ -113,6 +118,7 @@ def trace(
     Example: `saekit trace --model code-lm --prompt "def main(self" --out graph`
     """
     from saekit.circuits.trace import trace as run
+    from saekit.graph.export import drawn
     from saekit.harvest import check_writable
     from saekit.hub.native import origin, read_card
     from saekit.models import load_model
@@ -124,12 +130,12 @@ def trace(
     loaded = load_model(source, device=device) if device else load_model(source)
     stands = _stands(paths, loaded, neurons, heads)
     say(f"tracing {source} with {len(stands)} {'dictionary' if len(stands) == 1 else 'dictionaries'}")
-    graph = run(loaded, stands, given, named, budget=budget)
+    graph = run(loaded, stands, given, named, budget=budget, scores=scores)
     closed = graph.check()
     if verify:
         graph = graph.verify(loaded, stands, top=verify, seed=seed, target=named)
     graph.save(folder)
-    small = graph.prune(nodes, edges)
+    small = drawn(graph.prune(nodes, edges))
     small.to_json(folder / "graph.circuit.json")
     small.to_html(folder / "graph.html", contexts=_contexts(small, loaded, stands, contexts))
     result(_summary(graph, small, closed, folder), as_json, _text(graph, small, closed, folder))
