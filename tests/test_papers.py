@@ -93,6 +93,7 @@ OF_MODELS = (
     "attribution-graphs",
     "sparse-attention-decomposition",
     "discrete-circuits",
+    "neurons-dead-ngram-positional",
 )
 
 
