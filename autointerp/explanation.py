@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float, Int64
 from numpy import ndarray
@@ -19,11 +19,12 @@ METHODS = ("statistics", "llm", "human", "imported")
 FIX = "explain the features again"
 
 
+@runtime_checkable
 class Rule(Protocol):
     """An explanation that can be executed: it says from the tokens of windows alone how likely each one fires."""
 
     def strength(self, tokens: Int64[ndarray, "window width"]) -> Float[ndarray, "window width"]:
-        """Chance that the feature fires on each token, 0 to 1."""
+        """Chance that the feature fires on each token, 0 to 1; above 0 exactly where the rule says that it does."""
         ...
 
     def to_json(self) -> dict[str, Any]:
@@ -38,7 +39,8 @@ class Score:
     ``value`` is in the unit that ``metric`` names, None where nothing could be scored, with its 95 % interval ``low``
     to ``high`` over ``n`` examples. ``wrong`` is the value where every failed answer counts as wrong (in ``value`` it
     is left out), ``failures`` counts them by kind. ``controls`` hold the same measure for judges that don't know the
-    explanation, ``strata`` the share of examples judged rightly by kind.
+    explanation, ``strata`` the share of examples judged rightly by kind. ``auc`` goes by the judge's chances;
+    ``corrected`` is the value without the judge's own errors, where these are known.
     """
 
     scorer: str
@@ -51,6 +53,8 @@ class Score:
     controls: Mapping[str, float | None] = field(default_factory=dict)
     strata: Mapping[str, float] = field(default_factory=dict)
     failures: Mapping[str, int] = field(default_factory=dict)
+    auc: float | None = None
+    corrected: float | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -84,7 +88,7 @@ SHAPE = {
             "feature": int, "text": str, "method": str, "rule?": dict, "about": dict,
             "scores": [{
                 "scorer": str, "metric": str, "value": float | None, "low": float | None, "high": float | None, "n": int,
-                "wrong?": float | None, "controls?": {"*": float | None}, "strata?": {"*": float}, "failures?": {"*": int}, "notes?": [str],
+                "wrong?": float | None, "controls?": {"*": float | None}, "strata?": {"*": float}, "failures?": {"*": int}, "auc?": float | None, "corrected?": float | None, "notes?": [str],
             }],
         }
     ],

@@ -64,15 +64,21 @@ class Examples:
 
 
 class Windows:
-    """All windows of a text in which features fire, on two sides that share no document."""
+    """All windows of a text in which features fire, on two sides that share no document.
 
-    def __init__(self, firings: Firings, width: int = WIDTH, seed: int = 0):
+    ``texts``: of each token, so that silent windows can be as long as firing ones, and marks fall on words alike.
+    """
+
+    def __init__(
+        self, firings: Firings, width: int = WIDTH, seed: int = 0, texts: "Sequence[str] | None" = None
+    ):
         if width < 2 or width > firings.seq:
             raise SaekitError(f"width = {width} must be from 2 to the {firings.seq} tokens of a row")
         self.firings, self.width, self.seed = firings, width, seed
         self.starts = _starts(firings, width)
         self.documents = np.asarray(firings.documents).reshape(-1)[self.starts].astype(np.int64)
         self.side = self._dealt()
+        self.texts = texts
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -103,6 +109,19 @@ class Windows:
         """Token ids of all windows."""
         at = self.starts[:, None] + np.arange(self.width)
         return np.asarray(self.firings.tokens).reshape(-1)[at].astype(np.int64)
+
+    @cached_property
+    def opens(self) -> Bool[ndarray, " token"]:
+        """Tokens that begin a word: all of them, where no texts are given."""
+        n = int(self.tokens.max(initial=0)) + 1
+        return np.array([text[:1].isspace() for text in self.texts]) if self.texts else np.ones(n, bool)
+
+    def lengths(self, windows: Int[ndarray, " n"]) -> Int64[ndarray, " n"]:
+        """Characters of each window."""
+        sizes = (
+            np.array([len(text) for text in self.texts]) if self.texts else np.ones(len(self.opens), np.int64)
+        )
+        return sizes[self.tokens[windows]].sum(1)
 
     def peaks(self, feature: int) -> tuple[Int64[ndarray, " firing"], Float32[ndarray, " firing"]]:
         """Windows in which a feature fires, rising, and how strongly at most."""

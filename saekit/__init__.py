@@ -19,6 +19,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 if TYPE_CHECKING:
     from saekit import metrics as metrics
     from saekit.activations import Store as Store
+    from saekit.autointerp.explain import explain as explain
     from saekit.circuits.constrained import constrained as constrained
     from saekit.circuits.places import Heads as Heads
     from saekit.circuits.places import Neurons as Neurons
@@ -41,7 +42,9 @@ if TYPE_CHECKING:
     from saekit.interventions import intervened as intervened
     from saekit.models import load_model as load_model
     from saekit.report import dashboard as dashboard
+    from saekit.report import fires as fires
     from saekit.report import graph_contexts as graph_contexts
+    from saekit.report import show as show
     from saekit.trainers import Trainer as Trainer
     from saekit.trainers import train as train
     from saekit.trainers import train_many as train_many
@@ -63,12 +66,15 @@ _LAZY = {
     "create": "saekit.dictionaries",
     "dashboard": "saekit.report",
     "evaluate": "saekit.evaluate",
+    "explain": "saekit.autointerp.explain",
+    "fires": "saekit.report",
     "graph_contexts": "saekit.report",
     "harvest": "saekit.harvest",
     "load": "saekit.hub",
     "load_model": "saekit.models",
     "prune": "saekit.dictionaries",
     "save": "saekit.hub",
+    "show": "saekit.report",
     "Edit": "saekit.interventions",
     "Feature": "saekit.circuits.targets",
     "Graph": "saekit.graph",

@@ -16,6 +16,7 @@ VERBS = {
     "train": "saekit.verbs.train:train",
     "eval": "saekit.verbs.evaluate:evaluate",
     "diff": "saekit.verbs.diff:diff",
+    "explain": "saekit.verbs.explain:explain",
     "trace": "saekit.verbs.trace:trace",
     "dashboard": "saekit.verbs.dashboard:dashboard",
     "reproduce": "saekit.verbs.reproduce:reproduce",

@@ -88,12 +88,11 @@ def export(
         "links": _links(graph, names),
         "saekit": {
             **{name: list(getattr(graph, name)) for name in LISTS}, "about": graph.about, "title": graph.title,
-            "dropped": graph.dropped.tolist(), "aware": graph.aware.tolist(), "dtype": str(graph.rows.dtype),
+            "dropped": graph.dropped.tolist(), "aware": graph.aware.tolist(), "dtype": str(graph.rows.dtype), "seal": seal(graph),
             **({} if graph.totals is None else {"totals": graph.totals.tolist()}),
             **({"several": {name: getattr(graph.several, name).tolist() for name in SEVERAL}} if graph.several else {}),
         },
     }  # fmt: skip
-    data["saekit"]["seal"] = seal(graph)
     if contexts:
         n = graph.nodes
         features = np.flatnonzero(graph.of_kind("feature"))

@@ -1,0 +1,221 @@
+"""Scores can be believed: a perfect judge of true explanations scores 1, and whoever can't read them scores chance.
+
+A judge in a process of its own sees the prompts' text and nothing else.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from concept_rules import alive, judge, reader, serve, true_explanations, windows_of
+from scipy.stats import ks_2samp
+
+from saekit.autointerp import llm, stats
+from saekit.autointerp.explanation import Explanation
+from saekit.autointerp.scorers import SCORERS
+from saekit.autointerp.scorers.detection import Detection
+from saekit.autointerp.scorers.fuzzing import Fuzzing
+from saekit.autointerp.scoring import score, summaries
+from saekit.autointerp.windows import Windows
+from saekit.testbed.concepts import World, world
+
+JUDGED = ("detection", "fuzzing")
+
+
+@pytest.fixture(scope="module")
+def small() -> World:
+    return world(0, documents=300)
+
+
+@pytest.fixture(scope="module")
+def windows(small: World, tmp_path_factory: pytest.TempPathFactory) -> Windows:
+    return windows_of(small, tmp_path_factory.mktemp("firings"))
+
+
+@pytest.fixture(scope="module")
+def true(small: World) -> list[Explanation]:
+    return true_explanations(small, alive(small))
+
+
+def asked(personality: str, given: list[Explanation], windows: Windows, small: World, path: Path, scorers: Any = JUDGED, **options: Any) -> Any:  # fmt: skip
+    with serve(personality) as served:
+        own = judge(served, path / "calls.sqlite", concurrency=64)
+        return score(given, windows, reader(small), scorers, own, **{"controls": False, **options})
+
+
+def values(out: list[Explanation], scorer: str) -> np.ndarray:
+    return np.array([one.score(scorer).value for one in out])
+
+
+def test_a_perfect_judge_of_true_explanations_scores_1(
+    true, windows: Windows, small: World, tmp_path: Path
+) -> None:
+    """And what it says is what the rule says, example by example."""
+    scorers = ("detection", "fuzzing", "simulation", "intruder")
+    out = asked("perfect", true, windows, small, tmp_path, scorers, n=24)
+    executed = score(true, windows, reader(small), scorers, n=24, controls=False)
+    assert len(out) >= 24
+    for scorer in ("detection", "fuzzing", "intruder"):
+        assert (values(out, scorer) == 1).all() and (values(executed, scorer) == 1).all()
+    assert values(out, "simulation").min() >= 0.95
+    np.testing.assert_allclose(values(out, "simulation"), values(executed, "simulation"))
+    for one in out:
+        detection = one.score("detection")
+        assert detection.auc == 1 and detection.n == 48 and detection.low > 0.9 and detection.corrected == 1
+        assert set(detection.strata.values()) == {1.0} and detection.wrong == 1 and not detection.failures
+
+
+def test_permuted_explanations_score_chance(true, windows: Windows, small: World, tmp_path: Path) -> None:
+    texts = [true[(i + 1) % len(true)].text for i in range(len(true))]
+    permuted = [dataclasses.replace(one, text=text, rule=None) for one, text in zip(true, texts, strict=True)]
+    out = asked("perfect", permuted, windows, small, tmp_path, n=50)
+    for scorer in JUDGED:
+        assert values(out, scorer).mean() == pytest.approx(0.5, abs=0.02)
+        assert all(one.score(scorer).low <= 0.65 for one in out)
+
+
+@pytest.mark.parametrize("personality", ["yes", "no", "coin", "noisy:0.2"])
+def test_judges_without_skill_score_chance_and_noise_its_share(personality: str, true, windows: Windows, small: World, tmp_path: Path) -> None:  # fmt: skip
+    out = asked(personality, true, windows, small, tmp_path)
+    for scorer in JUDGED:
+        found = values(out, scorer)
+        if personality in ("yes", "no"):
+            assert (found == 0.5).all() and all("constant judge" in one.score(scorer).notes[0] for one in out)
+        else:
+            assert found.mean() == pytest.approx(0.8 if personality.startswith("noisy") else 0.5, abs=0.02)
+        if personality.startswith("noisy"):  # audited by what the rules say
+            corrected = [one.score(scorer).corrected for one in out]
+            assert np.mean(corrected) == pytest.approx(1, abs=0.04)
+
+
+@pytest.mark.parametrize("cheater", ["position", "count", "length", "memoriser"])
+def test_whoever_cannot_read_the_explanation_scores_chance(cheater: str, true, windows: Windows, small: World, tmp_path: Path) -> None:  # fmt: skip
+    with serve(cheater) as served:
+        own = judge(served, tmp_path / "calls.sqlite", concurrency=64)
+        if cheater == "memoriser":  # recalls what it was shown to explain
+            features = [one.feature for one in true]
+            made, failed = llm.explain(windows, features, reader(small), own)
+            assert len(made) == len(features) and not failed
+        out = score(true, windows, reader(small), JUDGED, own, controls=False)
+    for scorer in JUDGED:
+        mean = values(out, scorer).mean()
+        assert mean == pytest.approx(0.5, abs=0.03) if cheater == "memoriser" else 0.47 <= mean <= 0.53
+
+
+def test_a_judge_of_its_own_explanations_finds_the_concepts(
+    true, windows: Windows, small: World, tmp_path: Path
+) -> None:
+    """From texts to explanations to scores, by a model that knows 30 concepts; two are named where one is meant rarely."""
+    features = [one.feature for one in true]
+    with serve("perfect") as served:
+        own = judge(served, tmp_path / "calls.sqlite", concurrency=64)
+        made, _ = llm.explain(windows, features, reader(small), own)
+        out = score(made, windows, reader(small), ("detection",), own)
+    assert np.mean([one.text == two.text for one, two in zip(made, true, strict=True)]) >= 0.9
+    (found,) = summaries(out)
+    assert found.value >= 0.95 and found.low > 0.9
+    assert found.controls["shuffled"] == pytest.approx(0.5, abs=0.04) and found.controls["empty"] == 0.5
+    assert abs(found.controls["length of text"] - 0.5) < 0.1
+
+
+def test_half_of_a_union_is_flagged(windows: Windows, small: World, tmp_path: Path) -> None:
+    feature = small.feature("colour or year")
+    half = dataclasses.replace(true_explanations(small, ("colour",))[0], feature=feature)
+    (one,) = asked("perfect", [half], windows, small, tmp_path, ("detection",))
+    found = one.score("detection")
+    assert 0.25 < found.strata["firing"] < 0.75 and found.strata["random"] == 1
+    assert any(note.startswith("two things") for note in found.notes)
+    whole = dataclasses.replace(half, rule=true_explanations(small, ("colour or year",))[0].rule)
+    (one,) = score([whole], windows, reader(small), ("detection",), controls=False)
+    assert one.score("detection").value == 1 and not one.score("detection").notes
+
+
+def test_marks_of_silent_windows_are_those_of_firing_ones(true, windows: Windows) -> None:
+    """In number and place, over all features; and silent windows are as long."""
+    on: dict[str, list[Any]] = {"count": [], "place": [], "size": []}
+    off: dict[str, list[Any]] = {"count": [], "place": [], "size": []}
+    for one in true:
+        trials = Fuzzing().trials(windows, one.feature, "score", 40, 0)
+        for kind, side in ((True, on), (False, off)):
+            own = trials.truth == kind
+            side["count"] += trials.marks[own].sum(1).tolist()
+            side["place"] += trials.marks[own].nonzero()[1].tolist()
+            side["size"] += windows.lengths(trials.examples.windows[own]).tolist()
+        assert trials.marks.any(1).all() and not (trials.examples.values[~trials.truth] > 0).any()
+        assert len(set(trials.examples.windows.tolist())) == len(trials.examples)
+        pair = [trials.marks[trials.truth == kind].sum(1) for kind in (True, False)]
+        assert ks_2samp(*pair).pvalue > 0.01
+    for name in on:
+        assert ks_2samp(on[name], off[name]).pvalue > 0.01, name
+
+
+def test_what_is_explained_from_is_not_scored_on(true, windows: Windows) -> None:
+    explained, scored = set(), set()
+    for one in true:
+        explained |= set(windows.firing(one.feature, "explain", 20).documents.tolist())
+        trials = Detection().trials(windows, one.feature, "score", 40, 0)
+        scored |= set(trials.examples.documents.tolist())
+    assert explained and scored and not explained & scored
+
+
+@pytest.mark.parametrize("accuracy", [0.55, 0.8, 0.97])
+@pytest.mark.parametrize("measure", ["accuracy", "auc", "share"])
+def test_intervals_cover_the_truth(accuracy: float, measure: str) -> None:
+    """Nominal 95 %: the truth is inside in 92 to 98 % of repetitions."""
+    rng, n, repeats = np.random.default_rng([7, int(100 * accuracy)]), 40, 1000
+    truth = np.repeat([True, False], n)
+    inside = 0
+    for _ in range(repeats):
+        if measure == "auc":
+            from scipy.special import ndtri
+
+            shift = np.sqrt(2) * ndtri(accuracy)
+            low, high = stats.auc_interval(truth, rng.standard_normal(2 * n) + shift * truth)
+        else:
+            judged = truth ^ (rng.random(2 * n) > accuracy)
+            found = stats.balanced_interval(truth, judged) if measure == "accuracy" else stats.wilson(float((judged == truth).sum()), 2 * n)  # fmt: skip
+            low, high = found
+        inside += low <= accuracy <= high
+    assert 0.92 <= inside / repeats <= 0.985
+
+
+def test_measures_are_what_they_say() -> None:
+    rng = np.random.default_rng(0)
+    truth, at = rng.random(200) < 0.3, rng.random(200).round(1)
+    pairs = [(a > b) + (a == b) / 2 for a in at[truth] for b in at[~truth]]
+    assert stats.auc(truth, at) == pytest.approx(np.mean(pairs))
+    assert stats.balanced_accuracy(truth, truth) == 1 and stats.balanced_accuracy(truth, ~truth) == 0
+    assert stats.balanced_accuracy(truth, np.ones(200, bool)) == 0.5
+    assert stats.balanced_accuracy(np.ones(9, bool), np.ones(9, bool)) is None
+    assert stats.corrected(0.5 + 0.6 * 0.4, 0.9, 0.7) == pytest.approx(0.9)
+    assert stats.corrected(0.5, 0.5, 0.5) is None
+
+
+def test_a_feature_that_hardly_fires_is_not_scored(windows: Windows, small: World) -> None:
+    rare = true_explanations(small, ("dodo",))
+    for scorer in ("rule", "detection", "fuzzing", "simulation", "intruder", "embedding"):
+        (one,) = score(rare, windows, reader(small), (scorer,))
+        assert one.score(scorer).value is None and one.score(scorer).failures == {"not_run": 1}
+    bare = dataclasses.replace(true_explanations(small, ("hal",))[0], rule=None)
+    (one,) = score([bare], windows, reader(small), ("detection",))
+    assert one.score("detection").notes == ("has no rule to execute, and no judge was given",)
+
+
+def test_every_scorer_is_in_the_table_and_says_what_it_is() -> None:
+    for name in SCORERS:
+        scorer = SCORERS[name]
+        assert scorer.name == name and scorer.by in ("judge", "rule", "model") and scorer.metric
+
+
+def test_rules_are_scored_token_by_token_at_their_own_rarity(true, windows: Windows, small: World) -> None:
+    out = score(true, windows, reader(small), ("rule",))
+    assert (values(out, "rule") == 1).all()
+    every = small.fires.reshape(-1, len(small.concepts)).numpy()[windows.starts[:, None] + np.arange(32)][
+        windows.side == 1
+    ]
+    for one in out:  # a rule that always says yes has the precision that the text gives it
+        share = every[..., one.feature].mean()
+        assert one.score("rule").controls["always"] == pytest.approx(2 * share / (1 + share), rel=0.25)
+    assert np.mean([one.score("rule").controls["shuffled"] for one in out]) < 0.02
