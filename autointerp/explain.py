@@ -188,7 +188,7 @@ def _chosen(windows: Windows, features: "Sequence[int] | int | None") -> tuple[l
     often = [f for f in asked if _often(windows, f)]
     if not often:
         raise SaekitError(
-            f"none of the features fires in {FEWEST} windows on each side of the text; give more tokens"
+            f"none of the features fires in {FEWEST} windows on each side of the text, which has {len(np.unique(windows.documents))} documents; give more tokens, or other features"
         )
     rare = len(asked) - len(often)
     if isinstance(features, int) and features < len(often):

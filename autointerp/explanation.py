@@ -15,6 +15,7 @@ from saekit.types import SaekitError
 
 SCHEMA = 1
 FILE = "explanations.json"
+NAMED, LONGEST = 3, 60  # tokens, and characters, of a label
 METHODS = ("statistics", "llm", "human", "imported")
 FIX = "explain the features again"
 
@@ -75,6 +76,15 @@ class Explanation:
     def __post_init__(self):
         if self.method not in METHODS:
             raise SaekitError(f"method {self.method!r} is not one of {', '.join(METHODS)}")
+
+    @property
+    def label(self) -> str:
+        """The feature in a few words: the sentence, or of statistics without a simple rule the tokens it covers the most."""
+        rule, tokens = self.about.get("rule"), self.about.get("tokens")
+        if self.method == "statistics" and tokens and not (rule and rule.get("simple")):
+            frequent = sorted(tokens, key=lambda row: -row[4])[:NAMED]
+            return ", ".join(repr(row[0]) for row in frequent) + ", ..."
+        return self.text if len(self.text) <= LONGEST else self.text[: LONGEST - 3] + "..."
 
     def score(self, scorer: str) -> Score | None:
         """The score by one scorer, if it has it."""

@@ -10,11 +10,9 @@ import torch
 from judge_server import Judged, serving
 
 from saekit.autointerp.explanation import Explanation
-from saekit.autointerp.firings import Writer
 from saekit.autointerp.ledger import Ledger
 from saekit.autointerp.prompts import Reader, reader_of
 from saekit.autointerp.scoring import Judge
-from saekit.autointerp.windows import Windows
 from saekit.testbed.concepts import DISJOINT, NAMES, World, firing
 
 
@@ -32,16 +30,6 @@ class ConceptRule:
     def to_json(self) -> dict[str, Any]:
         """Its name."""
         return {"kind": "concept", "number": self.number}
-
-
-def windows_of(world: World, path: Path, seed: int = 0) -> Windows:
-    """The windows of a world's own text."""
-    writer = Writer(path, world.dictionary.n_features)
-    with torch.no_grad():
-        for rows in torch.arange(len(world.tokens)).split(256):
-            codes = world.dictionary.encode(world.model.module(world.tokens[rows]))
-            writer.add(world.tokens[rows], world.documents[rows], world.mask[rows], codes)
-    return Windows(writer.close({}), seed=seed, texts=world.tokenizer.texts)
 
 
 def true_explanations(world: World, names: "tuple[str, ...]" = NAMES) -> list[Explanation]:

@@ -94,6 +94,7 @@ OF_MODELS = (
     "sparse-attention-decomposition",
     "discrete-circuits",
     "neurons-dead-ngram-positional",
+    "auto-interp",
 )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from concept_rules import alive, judge, reader, serve, true_explanations, windows_of
+from concept_rules import alive, judge, reader, serve, true_explanations
 from scipy.stats import ks_2samp
 
 from saekit.autointerp import llm, stats
@@ -19,6 +19,7 @@ from saekit.autointerp.scorers.detection import Detection
 from saekit.autointerp.scorers.fuzzing import Fuzzing
 from saekit.autointerp.scoring import score, summaries
 from saekit.autointerp.windows import Windows
+from saekit.papers.auto_interp import windows_of
 from saekit.testbed.concepts import World, world
 
 JUDGED = ("detection", "fuzzing")

@@ -38,6 +38,7 @@ PAPERS = Registry(
         "discrete-circuits": "saekit.papers.discrete_circuits:ROW",
         "attention-saes": "saekit.papers.attention_saes:ROW",
         "patch-free-othello": "saekit.papers.patch_free_othello:ROW",
+        "auto-interp": "saekit.papers.auto_interp:ROW",
         "neurons-dead-ngram-positional": "saekit.papers.neurons_dead_ngram_positional:ROW",
     },
 )

@@ -137,8 +137,17 @@ def trace(
     graph.save(folder)
     small = drawn(graph.prune(nodes, edges))
     small.to_json(folder / "graph.circuit.json")
-    small.to_html(folder / "graph.html", contexts=_contexts(small, loaded, stands, contexts))
+    shown = _contexts(small, loaded, stands, contexts)
+    small.to_html(folder / "graph.html", labels=_labels(paths), contexts=shown)
     result(_summary(graph, small, closed, folder), as_json, _text(graph, small, closed, folder))
+
+
+def _labels(paths: list[str]) -> dict[tuple[int, int], str]:
+    """Explanations that lie beside the dictionaries, by (dictionary, feature)."""
+    from saekit.autointerp.explanation import FILE, load
+
+    found = {i: load(path)[0] for i, path in enumerate(paths) if (Path(path) / FILE).is_file()}
+    return {(i, one.feature): one.label for i, listed in found.items() for one in listed}
 
 
 def _contexts(graph: Any, model: Any, stands: list[Any], tokens: int) -> Any:

@@ -1,0 +1,261 @@
+"""From a dictionary, a model and a text to scored explanations: by counting, and by a language model on loopback."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from concept_rules import judge, reader, serve, true_explanations
+from refusals import refusal
+
+import saekit
+from saekit.autointerp.budget import Budget
+from saekit.autointerp.explain import FEWEST, Explanations, explain
+from saekit.autointerp.explanation import FILE, Explanation, load
+from saekit.autointerp.ledger import Ledger
+from saekit.autointerp.prompts import Reader, reader_of
+from saekit.autointerp.rules import Tokens
+from saekit.autointerp.scorers.intervention import KL, NEAR, Intervention
+from saekit.autointerp.scorers.surprisal import Surprisal
+from saekit.autointerp.scoring import score, shuffled
+from saekit.cli import main
+from saekit.models import Model
+from saekit.papers.auto_interp import windows_of
+from saekit.testbed.concepts import World, world
+from saekit.types import SaekitError
+
+
+@pytest.fixture(scope="module")
+def small() -> World:
+    return world(0, documents=160)
+
+
+def text_of(small: World) -> list[str]:
+    return [
+        small.tokenizer.decode(small.tokens[small.documents == d].tolist())
+        for d in range(int(small.documents.max()) + 1)
+    ]
+
+
+def explained(small: World, **options: Any) -> Explanations:
+    given = {
+        "tokens": None,
+        "n": 16,
+        "features": [small.feature(n) for n in ("hal", "ish", "oil", "sea", "colour", "year")],
+    }
+    return explain(small.dictionary, small.model, text_of(small), **{**given, **options})
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, code_lm: Model) -> Path:
+    """A dictionary of code-lm, trained a little."""
+    out = tmp_path_factory.mktemp("run")
+    d = saekit.create("topk", d_in=256, n_features=256, k=8, seed=0)
+    stream = saekit.harvest(code_lm, "stdlib", ["blocks.1.hook_resid_post"], tokens=30_000)
+    saekit.train(d, stream, steps=30, batch_size=512, out=out)
+    return out
+
+
+def test_counting_explains_and_its_rules_hold_on_other_documents(small: World, tmp_path: Path) -> None:
+    found = explained(small)
+    assert found.about["method"] == "statistics" and len(found) == 6
+    for name in ("hal", "ish", "oil", "colour", "year"):
+        one = found.of(small.feature(name))
+        assert one.score("rule").value >= 0.95 and one.score("detection").value >= 0.95, one.text
+        assert one.method == "statistics" and "shuffled" in one.score("detection").controls
+    assert found.of(small.feature("sea")).text.startswith("No simple rule")
+    back, about = load(found.save(tmp_path))
+    assert about == json.loads(json.dumps(dict(found.about)))
+    tokens = small.tokens[:40, :32].numpy()
+    for one, two in zip(found, back, strict=True):
+        assert dataclasses.replace(one, rule=None, about={}) == dataclasses.replace(two, rule=None, about={})
+        np.testing.assert_array_equal(one.rule.strength(tokens), two.rule.strength(tokens))
+    assert repr(found).count("\n") == 3 and "blind: shuffled" in repr(found)
+
+
+def test_a_language_model_explains_and_judges_once(small: World, tmp_path: Path) -> None:
+    """Recorded, then replayed with the server gone: the same bytes; a changed question is missed by name."""
+    options: dict[str, Any] = {"method": "contrastive", "scorers": ("detection", "simulation")}
+    with serve("perfect") as served:
+        first = explained(small, judge=judge(served, tmp_path / "calls"), **options).save(tmp_path / "a.json")
+        before = served.counts()
+        again = explained(small, judge=judge(served, tmp_path / "calls"), **options).save(tmp_path / "b.json")
+        assert served.counts() == before
+        endpoint = served.endpoint
+    made, _ = load(first)
+    assert {one.method for one in made} == {"llm"} and len(made) == 6
+    replay = judge(served, tmp_path / "calls")
+    replay = dataclasses.replace(replay, ledger=Ledger(tmp_path / "calls", "replay"), endpoint=endpoint)
+    third = explained(small, judge=replay, **options).save(tmp_path / "c.json")
+    assert first.read_bytes() == again.read_bytes() == third.read_bytes()
+    with pytest.raises(SaekitError, match="feature"):
+        explained(small, judge=replay, **{**options, "seed": 1})
+
+
+def test_transient_faults_change_no_score(small: World, tmp_path: Path) -> None:
+    windows, given = (
+        windows_of(small, tmp_path / "f"),
+        true_explanations(small, ("hal", "ish", "oil", "colour")),
+    )
+    out = []
+    for flags in ((), ("--faults", "0.3", "--slow", "1.5")):
+        with serve("perfect", *flags) as served:
+            own = judge(served, tmp_path / f"calls{len(flags)}", concurrency=32, timeout=1.0, retries=8)
+            out.append(score(given, windows, reader(small), ("detection", "fuzzing"), own, n=24))
+    assert out[0] == out[1]
+
+
+def test_lasting_faults_are_counted_and_scored_both_ways(small: World, tmp_path: Path) -> None:
+    windows, given = (
+        windows_of(small, tmp_path / "f"),
+        true_explanations(small, ("hal", "ish", "oil", "colour")),
+    )
+    with serve("perfect", "--faults", "0.3", "--kinds", "refusal,prose", "--persistent") as served:
+        own = judge(served, tmp_path / "calls")
+        out = score(given, windows, reader(small), ("detection",), own, controls=False)
+    scores = [one.score("detection") for one in out]
+    assert sum(sum(s.failures.values()) for s in scores) > 1
+    for s in scores:
+        lost = sum(s.failures.values())
+        assert s.value == 1 and s.n == 80 - 8 * lost and (s.wrong < 1) == bool(lost)
+        assert set(s.failures) <= {"refused", "invalid_reply"}
+
+
+def test_a_budget_is_kept_and_what_was_not_run_is_said(small: World, tmp_path: Path) -> None:
+    windows, given = (
+        windows_of(small, tmp_path / "f"),
+        true_explanations(small, ("hal", "ish", "oil", "colour")),
+    )
+    with serve("perfect") as served:
+        own = judge(served, tmp_path / "calls", budget=Budget(requests=12), concurrency=64)
+        out = score(given, windows, reader(small), ("detection",), own, controls=False)
+        asked = (
+            sum(served.counts()["keys"][key]["served"] for key in served.counts()["keys"])
+            if "keys" in served.counts()
+            else None
+        )
+    failures = [one.score("detection").failures.get("not_run", 0) for one in out]
+    assert sum(failures) == 40 - 12 and (asked is None or asked <= 12)
+    assert any(one.score("detection").value is None for one in out)
+
+
+def test_what_is_asked_for_wrongly_is_refused(small: World, run: Path) -> None:
+    for options, words in (
+        ({"method": "guess"}, "method 'guess' is unknown"),
+        ({"method": "llm"}, "method 'llm' asks a language model; give judge="),
+        ({"scorers": ("detect",)}, "scorer 'detect' is unknown; did you mean 'detection'"),
+        ({"features": [3, 3]}, "listed twice"),
+        ({"features": [10**6]}, "feature 1000000 is none of the dictionary's 30"),
+        ({"features": 0}, "features = 0 must be"),
+        ({"features": [small.feature("dodo")]}, f"none of the features fires in {FEWEST} windows"),
+        ({"n": 0}, "n = 0 must be at least 1"),
+        ({"width": 1}, "width = 1 must be from 2"),
+    ):
+        with pytest.raises(SaekitError, match=words):
+            explained(small, **options)
+    bare = saekit.create("topk", d_in=256, n_features=64, k=4)
+    with pytest.raises(SaekitError, match="names no hook point"):
+        explain(bare, "code-lm", ["text " * 100, "more " * 100])
+
+
+def test_the_command_explains_a_run(run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    argv = ["explain", str(run), "--features", "12", "--tokens", "80000", "--n", "10", "--json"]
+    monkeypatch.setattr(sys, "argv", ["saekit", *argv])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    out, _ = capfd.readouterr()
+    assert exit_.value.code in (0, None)
+    said = json.loads(out)
+    assert said["n"] == 12 and {one["scorer"] for one in said["summaries"]} == {
+        "rule",
+        "detection",
+        "fuzzing",
+    }
+    made, _about = load(run)
+    assert len(made) == 12 and (run / FILE).is_file()
+    assert "no language" not in refusal(
+        ["explain", str(run), "--endpoint", "http://127.0.0.1:9/v1"], monkeypatch, capfd
+    )
+    assert "asks a language model" in refusal(["explain", str(run), "--method", "llm"], monkeypatch, capfd)
+
+
+WITHOUT = """
+import sys, time
+class Gone:
+    def find_spec(self, name, *rest):
+        if name.split(".")[0] in ("openai", "pydantic", "json_repair", "tenacity", "vllm"):
+            raise ImportError(name)
+sys.meta_path.insert(0, Gone())
+start = time.perf_counter()
+import saekit.autointerp
+took = time.perf_counter() - start
+import saekit
+text = ["import os\\nimport sys\\nprint(os.path)\\n" * 40, "def main(self):\\n    return self\\n" * 60] * 8
+m = saekit.load_model("code-lm")
+d = saekit.create("topk", d_in=256, n_features=64, k=8, seed=0)
+d.reads = d.writes = ("blocks.1.hook_resid_post",)
+found = saekit.explain(d, m, text, features=4, tokens=8000, n=8, scorers=("rule", "detection", "fuzzing", "intruder", "embedding"))
+print(took, len(found), all(one.score("detection") for one in found))
+"""
+
+
+def test_without_a_client_all_but_language_models_works() -> None:
+    done = subprocess.run([sys.executable, "-P", "-c", WITHOUT], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    took, n, scored = done.stdout.split()
+    assert float(took) < 1 and int(n) == 4 and scored == "True"
+
+
+def test_descriptions_make_texts_expected_and_interventions_make_them_written(
+    code_lm: Model, tmp_path: Path
+) -> None:
+    """A feature that writes what makes 'self' likely, and one that fires on it."""
+    token = code_lm.tokenizer(" self")["input_ids"][0]
+    d = saekit.create("topk", d_in=256, n_features=32, k=4, seed=0, normalise="none")
+    d.reads = d.writes = ("blocks.3.hook_resid_post",)
+    with torch.no_grad():
+        d.W_dec[7] = code_lm.module.lm_head.weight[token] / code_lm.module.lm_head.weight[token].norm()
+    text = ["def f(self, x):\n    return self.x + x\n" * 12, "import os\nimport sys\nprint(1)\n" * 16] * 8
+    from saekit.autointerp.firings import record
+    from saekit.autointerp.windows import Windows
+
+    r = reader_of(code_lm)
+    windows = Windows(record(code_lm, d, text, tokens=12_000, split="all"), texts=r.texts)
+    rule = Tokens((token,), (" self",), (1.0,))
+    given = Explanation(7, "The word self.", "human", rule)
+    scorer = Intervention(code_lm, d)
+    trials = scorer.trials(windows, 7, "score", 24, 0)
+    assert trials is not None and (np.abs(trials.divergence - KL) <= NEAR).all()
+    assert len({trials.texts[arm].tobytes() for arm in range(3)}) == 3
+    (one,) = score([given], windows, r, (scorer,), n=24)
+    assert one.score("intervention").value == 1 and trials.truth.tolist() != [0] * len(trials.truth)
+    surprisal = Surprisal(code_lm)
+    (told,) = score([dataclasses.replace(given, text="self, self.x, (self)")], windows, r, (surprisal,), n=24)
+    found = told.score("surprisal")
+    assert found.metric == "AUC" and found.controls["empty"] == 0.5
+    lines, wanted = ["self.x = self.y", "import os, sys"], "self.x = self.y"
+    loss = surprisal._losses("x", lines), surprisal._losses(wanted, lines)
+    assert loss[0][0] - loss[1][0] > loss[0][1] - loss[1][1]
+
+
+def test_explanations_are_shuffled_to_another_feature_with_other_words() -> None:
+    given = [Explanation(i, text, "human") for i, text in enumerate(["a", "a", "b", "c"])]
+    for seed in range(20):
+        for one, other in zip(given, shuffled(given, seed), strict=True):
+            assert other is not None and other.feature != one.feature and other.text != one.text
+    assert shuffled(given[:2], 0) == [None, None]
+
+
+def test_windows_are_shown_on_one_line_with_marks_around_words() -> None:
+    words = [" the", " un", "happi", "ness", " of\n", " «it»", "\tit"]
+    own = Reader(lambda ids: "".join(words[i] for i in ids), len(words))
+    tokens = np.arange(len(words))
+    marked = np.isin(tokens, [1, 2, 3, 4])
+    assert own.line(tokens, marked) == "the «unhappiness» «of↵» ‹it›⇥it"
+    assert own.line(tokens, tokens == 2) == "the un«happi»ness of↵ ‹it›⇥it"
+    assert own.line(tokens) == "the unhappiness of↵ ‹it›⇥it"
