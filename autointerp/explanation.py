@@ -79,10 +79,10 @@ class Explanation:
 
     @property
     def label(self) -> str:
-        """The feature in a few words: the sentence, or of statistics without a simple rule the tokens it covers the most."""
+        """The feature in a few words: the sentence, or of statistics without a simple rule tokens of which it fires on most."""
         rule, tokens = self.about.get("rule"), self.about.get("tokens")
         if self.method == "statistics" and tokens and not (rule and rule.get("simple")):
-            frequent = sorted(tokens, key=lambda row: -row[4])[:NAMED]
+            frequent = sorted(tokens, key=lambda row: -row[4] * row[1])[:NAMED]
             return ", ".join(repr(row[0]) for row in frequent) + ", ..."
         return self.text if len(self.text) <= LONGEST else self.text[: LONGEST - 3] + "..."
 

@@ -61,8 +61,9 @@ def test_contexts_are_the_highest_peaks(code_lm: Model, stands, graph: saekit.Gr
                 best = max((one["values"][one["at"]] for one in contexts), default=0.0)
                 assert best == pytest.approx(float(highest[feature]), rel=1e-5)
                 assert all(len(one["tokens"]) == len(one["values"]) for one in contexts)
-    with pytest.raises(SaekitError, match="dictionaries are 1 and the graph has 3"):
-        graph_contexts(graph, code_lm, stands[:1], TEXT)
+    for wrong in (stands[:1], stands[::-1]):
+        with pytest.raises(SaekitError, match="give those that it was traced with, in their order"):
+            graph_contexts(graph, code_lm, wrong, TEXT)
 
 
 @pytest.mark.browser

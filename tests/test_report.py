@@ -1,47 +1,26 @@
 """The run report: contexts equal brute force, the page stands alone, and hostile text stays text."""
 
 import dataclasses
-import fcntl
 import gc
 import itertools
 import json
-import os
 import re
 import shutil
 import socket
-import subprocess
-import sys
 import tracemalloc
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import torch
+from browser import HOSTILE, Browser, Page
 
+from saekit.autointerp.explanation import Score
 from saekit.report.contexts import ContextCollector, _mix
-from saekit.report.page import Metric, RunReport, feature_card, render, write
+from saekit.report.page import Explained, Metric, RunReport, feature_card, render, write
 from saekit.types import Codes, SaekitError
 
 N_FEATURES, ROWS, SEQ = 40, 24, 17
 FEATURES = [31, 0, 7, 39, 12, 5]  # 5 never fires
-HOSTILE = [
-    "</script><script>document.title='pwned'</script>",
-    "<!--<script>",
-    "]]>",
-    '"><img src=x onerror="document.title=\'pwned\'">',
-    "'`${document.title='pwned'}`&lt;&amp;&#60;",
-    "{{ 7 * 7 }}{% raw %}",
-    "nul\0esc\x1bdel\x7f",
-    "\u202eevil\u2066",
-    "\ud800 lone \udfff",
-    "\u2028\u2029\ufeff",
-    "</style></title></textarea>",
-    "javascript:document.title='pwned'",
-    "\n\t    def f(x):\r\n",
-    " ",
-    "",
-    "🦊é漢",
-]
 
 
 def world(seed=0, rows=ROWS, seq=SEQ):
@@ -257,45 +236,25 @@ def run_report(words, curves=True):
         Metric("l0", 32),
         Metric("kl", float("nan"), low=0.1, high=0.2),
     )
+    scores = (
+        Score(text[0], text[3], 0.9, 0.8, 0.95, 80, 0.85, {text[2]: 0.5, "b": None}, {text[4]: 0.7}, {text[5]: 3}, notes=(text[6],)),
+        Score("none", "r", None, None, None, 0),
+    )  # fmt: skip
+    more = {
+        "nearest": ((FEATURES[0], 0.5), (99, -0.1)),
+        "together": ((FEATURES[1], 0.25),),
+        "explanations": (Explained(text[3], "statistics", scores), Explained(text[9], "llm")),
+    }
     return RunReport(
         title=text[0],
         facts=((text[6], text[7]), (text[8], text[1])),
         curves={**lines, text[1]: (steps, [3.0] * 5000)} if curves else {},
         density=[0.0, 0.1, 1.0, 2e-5] if curves else (),
         metrics=metrics,
-        features=tuple(feature_card(one, text.__getitem__, logits, logits[:2], str) for one in found),
+        features=tuple(feature_card(one, text.__getitem__, logits, logits[:2], str, **more) for one in found),
         notes=tuple(text),
         versions={text[3]: text[8]},
     )
-
-
-class Page(HTMLParser):
-    """Tags in order, attributes, and the text of scripts and styles; fails where tags do not nest."""
-
-    VOID = frozenset(["meta", "link", "input", "img", "path", "circle"])
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.attributes, self.raw, self.open = [], [], {"script": [], "style": []}, []
-        self.feed(text)
-        self.close()
-        assert not self.open, f"never closed: {self.open}"
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-        if tag in self.raw:
-            self.raw[tag].append("")
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        if tag not in self.VOID:
-            assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] in self.raw:
-            self.raw[self.open[-1]][-1] += data
 
 
 def test_the_page_is_one_valid_file_that_loads_nothing():
@@ -309,7 +268,7 @@ def test_the_page_is_one_valid_file_that_loads_nothing():
             assert value.startswith("#") or value == "data:,", (name, value)
         assert not name.startswith("on") and name != "style"
     assert not re.search(r"url\(|@import", "".join(page.raw["style"]))
-    data, script, plotly = page.raw["script"]
+    data, _, script, plotly = page.raw["script"]
     assert not re.search(
         r"\bimport\b|fetch\(|XMLHttpRequest|innerHTML|eval\(|http(?!://www.w3.org/2000/svg)", script
     )
@@ -331,10 +290,16 @@ def test_hostile_text_never_becomes_markup():
     )
     data = json.loads(page.raw["script"][0])
     assert set(data["vocabulary"]) == set(HOSTILE)
-    context = collect(world(), n_top=4, radius=6)[0].top[0]
-    shown = data["features"][0]["top"][0]
-    assert [data["vocabulary"][token] for token in shown["tokens"]] == [HOSTILE[t] for t in context.tokens]
-    assert tuple(shown["activations"]) == context.activations
+    card = json.loads(page.raw["script"][1].split("\n")[0])
+    assert card["explanations"][0]["text"] == data["features"][0]["said"][0] == HOSTILE[3]
+    assert set(data["features"][0]["scores"]) == {HOSTILE[0], "none"}
+    for context, shown in zip(collect(world(), n_top=4, radius=6)[0].top, card["top"], strict=True):
+        texts = [HOSTILE[token] for token in context.tokens]
+        assert [data["vocabulary"][token] for token in shown["tokens"]] == texts
+        active = dict(zip(shown["active"][::2], shown["active"][1::2], strict=True))
+        masked = dict.fromkeys(shown.get("masked", ()))
+        read = [(active | masked).get(at, 0.0) for at in range(len(context.tokens))]
+        assert tuple(read) == context.activations
 
 
 def test_a_report_is_json_and_curves_keep_their_extremes():
@@ -366,106 +331,6 @@ def test_writing_is_whole_or_not_at_all(tmp_path):
     with pytest.raises(TypeError):
         write(dataclasses.replace(run_report(HOSTILE), metrics=(Metric("m", 1, low=1, high=object()),)), path)
     assert path.read_bytes() == before and [one.name for one in path.parent.iterdir()] == ["run.html"]
-
-
-class Browser:
-    """Headless chromium, driven over its debugging pipe (descriptors 3 and 4)."""
-
-    START = (
-        "import os, sys; r, w = map(int, sys.argv[1:3]); os.dup2(r, 3); os.dup2(w, 4); "
-        "os.execvp(sys.argv[3], sys.argv[3:])"
-    )
-    FLAGS = (
-        *(
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--disable-quic",
-            "--no-first-run",
-            "--disable-sync",
-        ),
-        *("--disable-background-networking", "--disable-component-update", "--remote-debugging-pipe"),
-    )
-
-    def __init__(self, profile):
-        theirs, self.to = os.pipe()
-        self.come, ours = os.pipe()
-        pass_on = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (theirs, ours)]
-        self.process = subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                self.START,
-                *map(str, pass_on),
-                "chromium",
-                *self.FLAGS,
-                f"--user-data-dir={profile}",
-            ],
-            pass_fds=pass_on,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        for end in (theirs, ours, *pass_on):
-            os.close(end)
-        self.buffer, self.session, self.number, self.events = b"", {}, 0, []
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self.session = {
-            "sessionId": self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        }
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            self.call(f"{domain}.enable")
-        self.call("Page.setLifecycleEventsEnabled", enabled=True)
-
-    def close(self):
-        self.process.kill()
-        self.process.wait()
-        os.close(self.to)
-        os.close(self.come)
-
-    def read(self):
-        while b"\0" not in self.buffer:
-            part = os.read(self.come, 1 << 20)
-            assert part, "the browser has gone"
-            self.buffer += part
-        message, self.buffer = self.buffer.split(b"\0", 1)
-        self.events.append(json.loads(message))
-        return self.events[-1]
-
-    def call(self, method, **params):
-        self.number += 1
-        message = {"id": self.number, "method": method, "params": params, **self.session}
-        os.write(self.to, json.dumps(message).encode() + b"\0")
-        while (answer := self.read()).get("id") != self.number:
-            pass
-        assert "error" not in answer, answer
-        return answer["result"]
-
-    def open(self, url):
-        for address in ("about:blank", url):  # from a page to another of its anchors nothing would be loaded
-            self.events.clear()
-            loader = self.call("Page.navigate", url=address)["loaderId"]
-            loaded = {"name": "load", "loaderId": loader}
-            while not any(loaded.items() <= event.get("params", {}).items() for event in self.events):
-                self.read()
-
-    def run(self, expression):
-        result = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
-        assert "exceptionDetails" not in result, result
-        return result["result"].get("value")
-
-    def press(self, *keys):
-        for key in keys:
-            text = (
-                {"text": key}
-                if len(key) == 1
-                else {"windowsVirtualKeyCode": {"ArrowDown": 40, "Enter": 13}[key]}
-            )
-            self.call("Input.dispatchKeyEvent", type="keyDown", key=key, **text)
-            self.call("Input.dispatchKeyEvent", type="keyUp", key=key)
-
-    def complaints(self):
-        kinds = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
-        return [event for event in self.events if event.get("method") in kinds]
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ A context is a window of tokens around a peak, with the feature's activation at 
 depends on the number of features shown, never on the number of tokens read.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,7 +142,7 @@ class ContextCollector:
         self._histograms = _Histograms(chosen)
         width = 2 * radius + 1
         kinds: dict[str, tuple[type, int]] = {
-            "tokens": (np.int64, width), "documents": (np.int64, width), "activations": (np.float32, width),
+            "tokens": (np.int32, width), "documents": (np.int32, width), "activations": (np.float32, width),
             **({"looked": (np.float32, width), "strongest": (np.float64, 3)} if looks_back else {}),
         }  # fmt: skip
         self._top = _Lowest(chosen, n_top, kinds, np.array(np.inf, dtype=np.float32))
@@ -162,7 +162,8 @@ class ContextCollector:
         self._check(tokens, documents, mask, codes)
         if documents is None:
             documents = torch.full_like(tokens, -1)
-        flat = {"tokens": _flat(tokens), "documents": _flat(documents), "mask": _flat(mask)}
+        # ids take half the memory of what they come in, and windows of ids are most of what is kept
+        flat = {"tokens": _flat(tokens.int()), "documents": _flat(documents.int()), "mask": _flat(mask)}
         column, place, value = self._entries(mask, codes)
         key = column * mask.numel() + place
         start = self._n_rows * self.seq_len
@@ -188,7 +189,11 @@ class ContextCollector:
 
     def result(self) -> list[FeatureContexts]:
         """What was found so far, one entry per feature, in the order of ``features``."""
-        return [self._feature(column) for column in range(len(self.features))]
+        return list(self.each())
+
+    def each(self) -> Iterator[FeatureContexts]:
+        """The same one by one: all at once take more memory than what they are made from."""
+        return map(self._feature, range(len(self.features)))
 
     def _check(self, tokens, documents, mask, codes) -> None:
         shape = tuple(tokens.shape)
@@ -272,7 +277,7 @@ class ContextCollector:
     def _bands(self, column: int) -> tuple[QuantileBand, ...]:
         """The sample cut into bands, highest first; inside a band the lowest keys, highest value first."""
         drawn = self._sample.of(column)
-        size = np.abs(self._sample.windows["activations"][drawn, self.radius])
+        size = np.abs(self._sample.windows["activations"][self._sample.slot[drawn], self.radius])
         order = np.lexsort((self._sample.place[drawn], size))
         cuts = [band * len(drawn) // self.n_quantile for band in range(self.n_quantile + 1)]
         bands = []
@@ -295,17 +300,18 @@ class ContextCollector:
 
     def _context(self, kept: "_Lowest", entry: int) -> Context:
         row, position = divmod(int(kept.place[entry]), self.seq_len)
+        slot = kept.slot[entry]
         begin = max(0, self.radius - position)
         window = slice(begin, self.radius + self.seq_len - position)
-        documents = kept.windows["documents"][entry, window].tolist()
-        activations = kept.windows["activations"][entry, window].tolist()
+        documents = kept.windows["documents"][slot, window].tolist()
+        activations = kept.windows["activations"][slot, window].tolist()
         back: dict[str, Any] = {}
         if self.looks_back:
-            far, token, most = kept.windows["strongest"][entry].tolist()
-            looked = kept.windows["looked"][entry, window].tolist()
+            far, token, most = kept.windows["strongest"][slot].tolist()
+            looked = kept.windows["looked"][slot, window].tolist()
             back = {"looked": tuple(looked), "strongest": (int(far), int(token), most)}
         return Context(
-            tokens=tuple(kept.windows["tokens"][entry, window].tolist()),
+            tokens=tuple(kept.windows["tokens"][slot, window].tolist()),
             activations=tuple(None if np.isnan(one) else one for one in activations),
             documents=None if set(documents) == {-1} else tuple(documents),
             peak=self.radius - begin,
@@ -318,7 +324,8 @@ class ContextCollector:
 class _Lowest:
     """The ``capacity`` entries of lowest rank of each column, with their windows; the earlier of equals.
 
-    Entries lie sorted by column, then rank.
+    Entries lie sorted by column, then rank. Their windows stay where they were put, in ``slot``: moving them with
+    every batch would cost more than all else.
     """
 
     def __init__(self, columns: int, capacity: int, kinds: dict[str, tuple[type, int]], highest: ndarray):
@@ -326,6 +333,8 @@ class _Lowest:
         self.column = np.empty(0, dtype=np.int64)
         self.rank = np.empty(0, dtype=highest.dtype)
         self.place = np.empty(0, dtype=np.int64)
+        self.slot = np.empty(0, dtype=np.int64)
+        self.free = np.empty(0, dtype=np.int64)
         self.bar = np.full(columns, highest)  # rank of a full column's last entry
         self.windows: Windows = {
             name: np.empty((0, width), dtype=kind) for name, (kind, width) in kinds.items()
@@ -355,15 +364,28 @@ class _Lowest:
         ahead = np.arange(len(order)) - np.searchsorted(column[order], column[order])
         taken = order[ahead < self.capacity]
         fresh = taken >= old
-        new = windows(near[taken[fresh] - old])
-        source = taken.copy()
-        source[fresh] = old + np.arange(fresh.sum())
-        self.windows = {
-            name: np.concatenate([kept, new[name]])[source] for name, kept in self.windows.items()
-        }
+        left = np.ones(old, dtype=bool)
+        left[taken[~fresh]] = False
+        self.free = np.concatenate([self.slot[left], self.free])
+        self._put(windows(near[taken[fresh] - old]), taken, fresh)
         self.column, self.rank, self.place = column[taken], rank[taken], place[taken]
         full = order[ahead == self.capacity - 1]
         self.bar[column[full]] = rank[full]
+
+    def _put(self, new: Windows, taken: Int64[ndarray, " taken"], fresh: Bool[ndarray, " taken"]) -> None:
+        """Windows of the fresh among the entries taken go where there is room."""
+        n, size = int(fresh.sum()), len(self.windows["tokens"])
+        if n > len(self.free):
+            room = min(size + max(n, size), len(self.bar) * self.capacity)
+            for name, kept in self.windows.items():
+                self.windows[name] = np.empty((room, kept.shape[1]), kept.dtype)
+                self.windows[name][:size] = kept
+            self.free = np.concatenate([self.free, np.arange(size, room)])
+        slot = np.empty(len(taken), dtype=np.int64)
+        slot[~fresh], slot[fresh] = self.slot[taken[~fresh]], self.free[:n]
+        self.slot, self.free = slot, self.free[n:]
+        for name, kept in self.windows.items():
+            kept[slot[fresh]] = new[name]
 
 
 class _Histograms:

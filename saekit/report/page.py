@@ -2,33 +2,25 @@
 
 The file opens offline and asks for nothing: scripts, styles and data lie inside, and a content security
 policy admits those scripts only. Text of tokens is data from arbitrary corpora. It reaches the page as
-JSON and is put there as text nodes, never as markup.
+JSON and is put there as text nodes, never as markup. Each feature is a line of JSON that is read when it
+is opened or searched, so that thousands of them cost little.
 """
 
-import html
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from saekit.autointerp.explanation import Score
 from saekit.pages import printable, script_json, sha256
+from saekit.report.charts import Number, charts, number
 from saekit.report.contexts import Context, FeatureContexts
 
-Number = float | int
-MAX_POINTS = 2000  # points drawn of one curve; more cannot be seen
-CURVE_TITLES = {
-    "loss": "Loss terms",
-    "l0": "L0: active features per token",
-    "dead_share": "Share of features that are dead",
-    "fvu": "FVU: fraction of variance unexplained",
-    "lr": "Learning rate",
-    "learning_rate": "Learning rate",
-}
+SCRIPTS = ("text.js", "search.js", "list.js", "detail.js", "run.js")
 
 
 @dataclass(frozen=True)
@@ -81,11 +73,22 @@ class Band:
 
 
 @dataclass(frozen=True)
+class Explained:
+    """What is said of a feature, by which method ("statistics", "llm", "human", "imported"), and how it scored."""
+
+    text: str
+    method: str
+    scores: tuple[Score, ...] = ()
+
+
+@dataclass(frozen=True)
 class FeatureCard:
     """One feature: how often and how strongly it fires, on what, and which next tokens it favours.
 
     ``density`` is the share of ``n_tokens`` it fires on; ``promoted`` and ``suppressed`` are (token,
     logit) pairs, strongest first. ``histogram_counts`` [bins], ``histogram_edges`` [bins + 1].
+    ``nearest`` are the features that write what is most alike, as (feature, cosine of the decoder's rows), and
+    ``together`` those that fire on the same tokens, as (feature, Jaccard index of the tokens), closest first.
     """
 
     index: int
@@ -98,6 +101,9 @@ class FeatureCard:
     bands: tuple[Band, ...] = ()
     promoted: tuple[tuple[str, Number], ...] = ()
     suppressed: tuple[tuple[str, Number], ...] = ()
+    nearest: tuple[tuple[int, Number], ...] = ()
+    together: tuple[tuple[int, Number], ...] = ()
+    explanations: tuple[Explained, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -107,6 +113,7 @@ class RunReport:
     ``facts`` are (label, value) pairs: what was trained, on what. ``curves`` maps a name to (steps,
     values), None where nothing was measured; names that agree up to a "/" share a chart:
     "loss/reconstruction", "loss/auxk". ``density`` holds the share of tokens that each feature of the dictionary fires on.
+    ``elsewhere`` says in words what features are that have no card and are named as neighbours.
     """
 
     title: str
@@ -115,6 +122,7 @@ class RunReport:
     density: Sequence[Number] = ()
     metrics: tuple[Metric, ...] = ()
     features: tuple[FeatureCard, ...] = ()
+    elsewhere: Mapping[int, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
 
@@ -125,8 +133,12 @@ def feature_card(
     promoted: Sequence[tuple[str, Number]] = (),
     suppressed: Sequence[tuple[str, Number]] = (),
     document_name: Callable[[int], str] | None = None,
+    **more: Any,
 ) -> FeatureCard:
-    """The card of what a ``ContextCollector`` found; ``token_text`` gives the text of a token id."""
+    """The card of what a ``ContextCollector`` found; ``token_text`` gives the text of a token id.
+
+    ``more`` are other fields of the card: ``nearest``, ``together``, ``explanations``.
+    """
 
     def window(context: Context) -> Window:
         source = f"row {context.row}, token {context.position}"
@@ -160,6 +172,7 @@ def feature_card(
         bands=tuple(bands),
         promoted=tuple(promoted),
         suppressed=tuple(suppressed),
+        **more,
     )
 
 
@@ -191,160 +204,109 @@ def render(report: RunReport) -> str:
         lstrip_blocks=True,
         finalize=lambda value: printable(value) if type(value) is str else value,
     )
-    environment.filters["number"] = _number
-    charts = _charts(report)
-    figures = {chart["id"]: chart.pop("figure") for chart in charts}
+    environment.filters["number"] = number
+    drawn = charts(report.curves, report.density)
+    figures = {chart["id"]: chart.pop("figure") for chart in drawn}
+    summaries, cards, vocabulary = _packed(report.features)
     # a parser reads \r\n as \n, and the policy's hash is taken over what the parser read
-    scripts = [(here / "run.js").read_text("utf-8"), get_plotlyjs().replace("\r\n", "\n") if charts else ""]
+    own = "\n".join((here / name).read_text("utf-8") for name in SCRIPTS)
+    scripts = [
+        f'"use strict";\n(() => {{\n{own}}})();\n',
+        get_plotlyjs().replace("\r\n", "\n") if drawn else "",
+    ]
     return environment.get_template("run.html").render(
         report=report,
         metrics=[(metric, _strip(metric), _verdict(metric)) for metric in report.metrics],
-        charts=charts,
+        charts=drawn,
         policy=" ".join(f"'sha256-{sha256(script)}'" for script in scripts),
         style=Markup((here / "run.css").read_text("utf-8")),
-        data=Markup(script_json({**_feature_data(report.features), "figures": figures})),
+        data=Markup(
+            script_json(
+                {
+                    "features": summaries,
+                    "elsewhere": dict(report.elsewhere),
+                    "vocabulary": vocabulary,
+                    "figures": figures,
+                }
+            )
+        ),
+        cards=Markup("\n".join(map(script_json, cards))),
         script=Markup(scripts[0]),
         plotly=Markup(scripts[1]),
     )
 
 
-def _feature_data(features: Sequence[FeatureCard]) -> dict[str, Any]:
-    """Features for the page's script; every distinct token text is written once."""
+def _packed(
+    features: Sequence[FeatureCard],
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[str]]:
+    """Features for the page's script: what the list shows of each, its card, and every distinct token text."""
     vocabulary: dict[str, int] = {}
 
     def token(text: str) -> int:
         return vocabulary.setdefault(text, len(vocabulary))
 
-    def window(one: Window) -> dict[str, Any]:
-        return {
-            "tokens": [token(text) for text in one.tokens],
-            "activations": [_float32(value) for value in one.activations],
-            "peak": one.peak,
-            "source": one.source,
-            "foreign": [int(flag) for flag in one.foreign],
-            **looked(one),
-        }
+    def pairs(listed: Sequence[tuple[str, Number]]) -> list[list[Number | None]]:
+        return [[token(text), _float32(value)] for text, value in listed]
 
-    def looked(one: Window) -> dict[str, Any]:
-        if one.strongest is None:
-            return {}
-        back, text, adds = one.strongest
-        return {
-            "looked": [_float32(value) for value in one.looked],
-            "strongest": [back, token(text), _float32(adds)],
-        }
-
-    def card(one: FeatureCard) -> dict[str, Any]:
-        return {
-            "index": one.index,
-            "density": one.density,
-            "max": _float32(one.max_activation),
-            "n": one.n_tokens,
-            "edges": one.histogram_edges,
-            "counts": one.histogram_counts,
-            "top": [window(context) for context in one.top],
-            "bands": [
-                {
-                    "lower": band.lower,
-                    "upper": band.upper,
-                    "low": _float32(band.low),
-                    "high": _float32(band.high),
-                    "windows": [window(context) for context in band.windows],
-                }
-                for band in one.bands
-            ],
-            "promoted": [[token(text), _float32(logit)] for text, logit in one.promoted],
-            "suppressed": [[token(text), _float32(logit)] for text, logit in one.suppressed],
-        }
-
-    cards = [card(one) for one in features]
-    return {"features": cards, "vocabulary": list(vocabulary)}
-
-
-def _charts(report: RunReport) -> list[dict[str, Any]]:
-    """Charts of the training curves and of the densities: id, title, caption and plotly figure of each."""
-    panels: dict[str, dict[str, Any]] = {}
-    for name, curve in report.curves.items():
-        panel, _, term = name.partition("/")
-        panels.setdefault(panel, {})[term or panel] = curve
-    charts = [
-        {"title": CURVE_TITLES.get(panel.replace(" ", "_"), panel), **_curve_chart(curves)}
-        for panel, curves in panels.items()
-        if any(len(steps) for steps, _ in curves.values())
-    ]
-    if len(report.density):
-        charts.append({"title": "How often features fire", **_density_chart(np.asarray(report.density))})
-    return [{"id": f"chart-{number}", **chart} for number, chart in enumerate(charts)]
-
-
-def _curve_chart(curves: Mapping[str, tuple[Sequence[Number], Sequence[Number | None]]]) -> dict[str, Any]:
-    import plotly.graph_objects as go
-
-    figure = go.Figure(layout={"template": "none", "xaxis": {"title": {"text": "step"}}})
-    last, positive = [], []
-    for name, (steps, values) in curves.items():
-        x, y = _thinned(np.asarray(steps, dtype=np.float64), np.asarray(values, dtype=np.float64))
-        # plotly reads a subset of HTML in names, but not &quot;
-        figure.add_scatter(
-            x=x.tolist(), y=y.tolist(), name=html.escape(printable(name), quote=False), mode="lines"
+    summaries, cards = [], []
+    for one in features:
+        said = [explained for explained in one.explanations if explained.text]
+        summaries.append(
+            {
+                "index": one.index,
+                "density": one.density,
+                "max": _float32(one.max_activation),
+                "peaks": list(dict.fromkeys(token(window.tokens[window.peak]) for window in one.top))[:8],
+                "said": [explained.text for explained in said],
+                "scores": {
+                    score.scorer: score.value
+                    for explained in reversed(one.explanations)  # where two have one, the first counts
+                    for score in explained.scores
+                },
+            }
         )
-        last.append(f"{name} {_number(y[-1])}" if len(curves) > 1 else _number(y[-1]))
-        positive.extend(y[np.isfinite(y)])
-    figure.update_layout(showlegend=len(curves) > 1)
-    if positive and min(positive) > 0 and max(positive) > 30 * min(positive):
-        figure.update_yaxes(type="log", dtick=1)
-    return {
-        "caption": f"At step {_number(x[-1])}: {', '.join(last)}",
-        "figure": figure.to_plotly_json(),
+        cards.append(
+            {
+                "n": one.n_tokens,
+                "edges": one.histogram_edges,
+                "counts": one.histogram_counts,
+                "top": [_window(window, token) for window in one.top],
+                "bands": [
+                    {
+                        **{key: _float32(getattr(band, key)) for key in ("lower", "upper", "low", "high")},
+                        "windows": [_window(window, token) for window in band.windows],
+                    }
+                    for band in one.bands
+                ],
+                "promoted": pairs(one.promoted),
+                "suppressed": pairs(one.suppressed),
+                "nearest": one.nearest,
+                "together": one.together,
+                "explanations": [asdict(explained) for explained in one.explanations],
+            }
+        )
+    return summaries, cards, list(vocabulary)
+
+
+def _window(one: Window, token: Callable[[str], int]) -> dict[str, Any]:
+    """A window without its zeros: ``active`` holds places and activations in turn; ``masked``, ``foreign`` places."""
+    active = [(at, _float32(value)) for at, value in enumerate(one.activations) if value]
+    places = {
+        "masked": [at for at, value in enumerate(one.activations) if value is None],
+        "foreign": [at for at, flag in enumerate(one.foreign) if flag],
     }
-
-
-def _density_chart(density: np.ndarray) -> dict[str, Any]:
-    """Histogram of log10 of the firing shares; features that never fired are told in the caption."""
-    import plotly.graph_objects as go
-
-    firing = np.log10(density[density > 0])
-    lowest = math.floor(firing.min()) if len(firing) else -1
-    counts, edges = np.histogram(firing, bins=-lowest * 10 or 10, range=(lowest, 0 if lowest else 1))
-    ticks = list(range(lowest, 1))
-    figure = go.Figure(
-        data=go.Bar(
-            x=((edges[1:] + edges[:-1]) / 2).tolist(),
-            y=counts.tolist(),
-            width=np.diff(edges).tolist(),
-            customdata=[f"{_percent(10**low)} to {_percent(10**high)}" for low, high in pairwise(edges)],
-            hovertemplate="%{customdata} of tokens: %{y} features<extra></extra>",
-        ),
-        layout={
-            "template": "none",
-            "showlegend": False,
-            "xaxis": {
-                "title": {"text": "% of tokens (log scale)"},
-                "tickvals": ticks,
-                "ticktext": [f"{10.0 ** (tick + 2):g}" for tick in ticks],
-                "tickangle": 0,
-            },
-            "yaxis": {"title": {"text": "features"}},
-        },
-    )
-    never = int((density == 0).sum())
-    caption = f"{never:,} of {len(density):,} features ({_percent(never / len(density))}) never fired"
-    if len(firing):
-        caption += f"; the median of the others fires on {_percent(10 ** float(np.median(firing)))} of tokens"
-    return {"caption": caption, "figure": figure.to_plotly_json()}
-
-
-def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most ``MAX_POINTS`` points of a curve: the lowest and highest of every stretch, and the last."""
-    if len(x) <= MAX_POINTS:
-        return x, y
-    cuts = np.linspace(0, len(x), MAX_POINTS // 2, dtype=np.int64)
-    keep = {len(x) - 1}
-    for low, high in pairwise(cuts):
-        stretch = np.nan_to_num(y[low:high])
-        keep |= {low + int(stretch.argmin()), low + int(stretch.argmax())}
-    kept = np.array(sorted(keep))
-    return x[kept], y[kept]
+    out: dict[str, Any] = {
+        "tokens": [token(text) for text in one.tokens],
+        "active": [number for pair in active for number in pair],
+        "peak": one.peak,
+        "source": one.source,
+        **{name: found for name, found in places.items() if found},
+    }
+    if one.strongest is not None:
+        back, text, adds = one.strongest
+        out["looked"] = [_float32(value) for value in one.looked]
+        out["strongest"] = [back, token(text), _float32(adds)]
+    return out
 
 
 def _strip(metric: Metric) -> dict[str, Any] | None:
@@ -383,15 +345,3 @@ def _verdict(metric: Metric) -> str:
 def _float32(value: Number | None) -> Number | None:
     """The shortest decimal that is the same float32: nothing is lost, and the page is half as long."""
     return float(str(np.float32(value))) if value else value
-
-
-def _number(value: Number | None) -> str:
-    if value is None:
-        return ""
-    if math.isfinite(value) and value == int(value) and abs(value) < 1e15:
-        return f"{int(value):,}"
-    return f"{value:.4g}"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.3g} %"

@@ -1,28 +1,27 @@
-"""The report of a run: gathers what lies in its folder, and the contexts of its features."""
+"""The report of a run: gathers what lies in its folder, and the cards of its features."""
 
-from collections.abc import Callable, Iterator
-from itertools import islice
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from saekit.activations import Store
 from saekit.dictionaries import Dictionary
 from saekit.dictionaries.sequences import Sequences
 from saekit.evaluate import read_report
-from saekit.harvest import check_writable, harvest
+from saekit.harvest import check_writable
 from saekit.hub import native
-from saekit.models import Model, load_model
-from saekit.report.contexts import ContextCollector, Looks
-from saekit.report.page import FeatureCard, Metric, RunReport, feature_card, write
-from saekit.tokens import documents
+from saekit.report.cards import Reading, cards, explained, reading, spread
+from saekit.report.cards import codes_of as codes_of  # the graph's contexts take it from here
+from saekit.report.page import Explained, FeatureCard, Metric, RunReport, write
 from saekit.trainers import read_config
 from saekit.trainers.log import read as read_log
-from saekit.types import ActivationBatch, SaekitError
+from saekit.types import SaekitError
 
+DENSITY_TOKENS = 65_536  # that tell which features fire, where no evaluation does
 EXPLAIN: dict[str, tuple[Literal["higher", "lower"] | None, str]] = {
     "l0": (None, "active features per token"),
     "fvu": ("lower", "squared error over the variance about the mean, both summed over all tokens; 1 predicts the mean"),
@@ -44,7 +43,8 @@ def dashboard(
     *,
     model: Any = None,
     text: Any = None,
-    n_features: int = 100,
+    n_features: int = 1000,
+    features: Sequence[int] | None = None,
     tokens: int = 200_000,
     device: "str | torch.device | None" = None,
     seed: int = 0,
@@ -52,108 +52,38 @@ def dashboard(
 ) -> Path:
     """Write the report of a finished run (or of any saved dictionary) as one HTML file; returns its path.
 
-    ``n_features`` features, spread evenly over the firing densities, are shown with contexts from
-    ``tokens`` tokens: those of the store it was trained on, where that is still there, else
-    harvested anew. The metric table is there once ``saekit eval`` has written eval.json.
+    Shown are ``features``, or else all that fire, of which ``n_features`` are taken at even steps of density where
+    there are more; with contexts from ``tokens`` tokens: those of the store it was trained on, where that is still
+    there, else harvested anew. The metric table is there once ``saekit eval`` has written eval.json, explanations
+    once explanations.json lies beside the dictionary.
     """
     folder = Path(run)
     dictionary = native.load(folder, device=device)
     card = native.read_card(folder)
-    data = card.get("data", {})
-    own_model, own_text = native.origin(card)
-    view = load_model(model or own_model, device=device)
-    # the store it was trained on shows the same data, unless another text or model is asked for
-    own = text is None and view.identity() == data.get("model")
-    split = data.get("text", {}).get("split", "train") if text is None else "train"
     target = Path(out) if out is not None else folder / "report.html"
-    text = text if text is not None else own_text
-    if not dictionary.reads:
-        raise SaekitError(
-            f"dictionary {str(folder)!r} names no hook point, so there is no model to show it on"
-        )
     evaluation = read_report(folder / "eval.json") if (folder / "eval.json").is_file() else {}
     config = read_config(folder / "config.json") if (folder / "config.json").is_file() else {}
+    said = explained(None, folder, dictionary.n_features)
+    source = reading(dictionary, model, text, tokens, config, device)
     if out is not None and Path(out).is_dir():
         raise SaekitError(f"out {str(out)!r} is a folder; name the HTML file to write")
+    if n_features < 1:
+        raise SaekitError(f"n_features = {n_features} must be at least 1")
+    outside = [f for f in features or () if not 0 <= f < dictionary.n_features]
+    if outside:
+        raise SaekitError(f"feature {outside[0]} is not in a dictionary of {dictionary.n_features} features")
     check_writable(target.parent)
-    acts = config.get("source", {}).get("acts") if own else None
-    density, source = _density_and_source(dictionary, acts, view, text, split, tokens, evaluation)
-    chosen = _spread(density, n_features)
-    collector: ContextCollector | None = None
-    done = 0
-    for batch in source():
-        collector = collector or ContextCollector(
-            dictionary.n_features, chosen, seq_len=batch.mask.shape[1], seed=seed,
-            looks_back=isinstance(dictionary, Sequences),
-        )  # fmt: skip
-        if batch.tokens is None or view.tokenizer is None:
-            raise SaekitError(
-                f"model {view.name!r} reads no tokens, and the report shows features on their tokens; evaluate it instead"
-            )
-        collector.add(
-            batch.tokens, batch.documents, batch.mask, codes_of(dictionary, batch), _looks(dictionary, batch)
-        )
-        done += batch.mask.numel()
-        if on_batch is not None:
-            on_batch(done, tokens)
-    if collector is None:
-        raise SaekitError("the text gives no tokens to show; give more text")
-    cards = _cards(collector, dictionary, view, text, split)
-    write(_page(config, read_log(folder), dictionary, card, evaluation, density, cards), target)
+    density = _density(dictionary, source, evaluation)
+    chosen = sorted(set(features)) if features else spread(density, n_features)
+    found, counted = cards(source, chosen, seed, said, on_batch)
+    page = _page(config, read_log(folder), dictionary, card, evaluation, density, found)
+    notes = (*page.notes, *_explained_notes(found), _neighbours_note(counted, dictionary.n_features))
+    write(replace(page, notes=notes, elsewhere=_elsewhere(found, said)), target)
     return target
 
 
-@torch.no_grad()
-def codes_of(dictionary: Dictionary, batch: ActivationBatch) -> Any:
-    """Codes of all positions of a batch, masked ones too; raises where activations aren't finite."""
-    x = torch.cat([batch.activations[point] for point in dictionary.reads], -1)
-    if not torch.isfinite(x[batch.mask]).all():
-        raise SaekitError(
-            f"activations at {dictionary.reads[0]!r} hold NaN or Inf; find what makes the model overflow"
-        )
-    return dictionary.encode(x.to(dictionary.device))
-
-
-def _looks(dictionary: Dictionary, batch: ActivationBatch) -> Looks | None:
-    """What positions add to a feature's activation, of a dictionary whose features look back."""
-    if not isinstance(dictionary, Sequences):
-        return None
-    lookup = dictionary.looking(torch.cat([batch.activations[point] for point in dictionary.reads], -1))
-
-    def looks(features: np.ndarray, rows: np.ndarray, queries: np.ndarray) -> np.ndarray:
-        return lookup(*map(torch.from_numpy, (features, rows, queries))).float().cpu().numpy()
-
-    return looks
-
-
-def _density_and_source(
-    dictionary: Dictionary,
-    acts: str | None,
-    view: Model,
-    text: Any,
-    split: str,
-    tokens: int,
-    evaluation: dict[str, Any],
-) -> tuple[Tensor, Callable[[], Iterator[ActivationBatch]]]:
-    """How often each feature fires, and where to read contexts from."""
-
-    def source() -> Iterator[ActivationBatch]:
-        if acts is None or not (Path(acts) / "manifest.json").is_file():
-            if text is None:
-                raise SaekitError(
-                    "this dictionary was trained on text given in Python, and its store is gone; name a text with text= (--text)"
-                )
-            yield from harvest(
-                view, text, dictionary.reads, tokens=tokens, split=split, context=dictionary.context
-            )
-            return
-        seen = 0
-        for batch in Store(acts, verify_seconds=0).sequences():
-            if seen >= tokens:
-                return
-            seen += batch.mask.numel()
-            yield batch
-
+def _density(dictionary: Dictionary, source: Reading, evaluation: dict[str, Any]) -> Tensor:
+    """How often each feature fires: as evaluated, else over the first batches."""
     measured = evaluation.get("measures", {}).get("density")
     if measured is not None:
         value = measured["value"]
@@ -165,89 +95,42 @@ def _density_and_source(
             raise SaekitError(
                 "the density in eval.json is not one number for each feature; run `saekit eval` again"
             )
-        return torch.tensor(measured["value"], dtype=torch.float64), source
+        return torch.tensor(measured["value"], dtype=torch.float64)
     counts, n = torch.zeros(dictionary.n_features, dtype=torch.float64), 0
-    for batch in islice(source(), 16):
+    for batch in source:
         codes = dictionary.codes_of(batch)
         n += codes.rows
         counts += codes.firing_counts().cpu()
-    return counts / max(n, 1), source
+        if n >= DENSITY_TOKENS:
+            break
+    return counts / max(n, 1)
 
 
-def _spread(density: Tensor, n: int) -> list[int]:
-    """Features at evenly spaced ranks of density, so that rare and common ones are all seen."""
-    order = density.argsort(descending=True, stable=True)
-    alive = order[: int((density > 0).sum())]
-    pool = alive if len(alive) >= n else order
-    at = torch.linspace(0, len(pool) - 1, min(n, len(pool))).round().long()
-    return sorted(pool[at].tolist())
-
-
-def _cards(
-    collector: ContextCollector, dictionary: Dictionary, view: Model, text: Any, split: str
-) -> list[FeatureCard]:
-    found = collector.result()
-    promoted = _promoted(dictionary, view, [f.index for f in found])
-    names = _document_names(found, text, split)
-
-    def token_text(token: int) -> str:
-        return view.tokenizer.decode([token])
-
-    def document_name(document: int) -> str:
-        return names.get(document, f"document {document}")
-
-    cards = []
-    for i, feature in enumerate(found):
-        up, down = [], []
-        if promoted is not None:
-            values, order = promoted[i].sort(descending=True)
-            up = [(token_text(int(t)), float(v)) for t, v in zip(order[:10], values[:10], strict=True)]
-            down = [
-                (token_text(int(t)), float(v))
-                for t, v in zip(order[-10:].flip(0), values[-10:].flip(0), strict=True)
-            ]
-        cards.append(feature_card(feature, token_text, up, down, document_name))
-    return cards
-
-
-def _document_names(found: Any, text: Any, split: str) -> dict[int, str]:
-    """Names of the documents that the contexts come from, where the text has names."""
-    wanted = {
-        c.documents[c.peak]
-        for f in found
-        for c in (*f.top, *(c for b in f.bands for c in b.contexts))
-        if c.documents
-    }
-    if not isinstance(text, str) or not wanted:
-        return {}
-    return {
-        i: d.name
-        for i, d in enumerate(islice(documents(text, split), max(wanted) + 1))
-        if i in wanted and hasattr(d, "name")
-    }
-
-
-@torch.no_grad()
-def _promoted(dictionary: Dictionary, view: Model, features: list[int]) -> Tensor | None:
-    """Direct effect of each feature's direction on the logits, [features, vocabulary], about their mean.
-
-    The final norm's gain is applied and its division left out: a direction has no norm to divide by.
-    """
-    head = getattr(view.module, "get_output_embeddings", lambda: None)()
-    maps = dictionary.wiring.kind == "transforms"  # which write no one direction
-    if head is None or head.weight.shape[1] != dictionary.d_out or maps:
-        return None
-    norms = [
-        m
-        for name, m in view.module.named_modules()
-        if name.rsplit(".", 1)[-1] in ("ln_f", "norm", "final_layer_norm")
+def _explained_notes(found: Sequence[FeatureCard]) -> list[str]:
+    """How many features have an explanation, by which methods, and what their scores are."""
+    methods = Counter(one.method for card in found for one in card.explanations)
+    if not methods:
+        return []
+    listed = ", ".join(f"{n:,} by {method}" for method, n in sorted(methods.items()))
+    share = sum(bool(card.explanations) for card in found)
+    return [
+        f'Explanations: {share:,} of the {len(found):,} features shown have one ({listed}). "statistics" is made by counting, '
+        "without a language model. Scores are of text that the explanation was not made from, with 95 % intervals; "
+        "controls are the same measure for judges that don't know the explanation."
     ]
-    gain = norms[-1].weight if norms and norms[-1].weight.shape == (dictionary.d_out,) else 1.0
-    written = dictionary.norm_out.directions(dictionary.W_dec[features])
-    if norms and isinstance(norms[-1], torch.nn.LayerNorm):  # an RMS norm does not centre
-        written = written - written.mean(-1, keepdim=True)
-    logits = (written.to(head.weight.dtype) * gain) @ head.weight.T
-    return (logits - logits.mean(-1, keepdim=True)).float().cpu()
+
+
+def _elsewhere(found: Sequence[FeatureCard], said: Mapping[int, Sequence[Explained]]) -> dict[int, str]:
+    """What is said of neighbours that have no card themselves."""
+    near = {other for card in found for other, _ in (*card.nearest, *card.together)}
+    return {other: said[other][0].text for other in sorted(near - {c.index for c in found}) if other in said}
+
+
+def _neighbours_note(counted: int, n_features: int) -> str:
+    return (
+        f'Alike features are sought among all {n_features:,}. "Writes alike" is the cosine of two decoder rows; '
+        f'"fires together" is the Jaccard index, the tokens that both fire on over those that either does, of {counted:,} tokens.'
+    )
 
 
 def _page(

@@ -12,7 +12,12 @@ def dashboard(
     out: Annotated[str | None, typer.Option(help="HTML file; default: report.html in the run.")] = None,
     model: Annotated[str | None, typer.Option(help="Model; default: the one it was harvested from.")] = None,
     text: Annotated[str | None, typer.Option(help="Text; default: the one it was harvested from.")] = None,
-    features: Annotated[int, typer.Option(help="Features to show, spread over their densities.")] = 100,
+    features: Annotated[
+        int, typer.Option(help="Features to show at most, spread over their densities.")
+    ] = 1000,
+    feature: Annotated[
+        list[int] | None, typer.Option(help="Show this feature; may be given more than once.")
+    ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens to search for contexts.")] = 200_000,
     device: Device = None,
     seed: Seed = 0,
@@ -26,7 +31,7 @@ def dashboard(
 
     with progress("dashboard", "tokens") as draw:
         target = run(
-            path, out, model=model, text=text, n_features=features, tokens=tokens, device=device, seed=seed,
+            path, out, model=model, text=text, n_features=features, features=feature, tokens=tokens, device=device, seed=seed,
             on_batch=lambda done, total: draw(done, total, ""),
         )  # fmt: skip
     result({"report": str(target.resolve()), "bytes": target.stat().st_size}, as_json, str(target.resolve()))
