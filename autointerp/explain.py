@@ -25,6 +25,7 @@ from saekit.types import SaekitError
 FEWEST = (
     10  # windows in which a feature fires, on each side: below that there is nothing to explain and to score
 )
+WON = 0.55  # balanced accuracy of a control, from which a score can be won without reading the explanation
 SHOWN = 10  # tokens that a feature promotes, and suppresses
 DEFAULT = ("rule", "detection", "fuzzing")
 # a function of (windows, features, reader, judge, seed, promoted, draw) -> (explanations, failures by kind)
@@ -75,6 +76,11 @@ class Explanations(Sequence[Explanation]):
     def __repr__(self) -> str:
         lines = [f"{len(self)} explanations by {self.about.get('method', 'several methods')}"]
         lines += [f"  {said(one)}" for one in self.summaries()]
+        if judge := self.about.get("judge"):
+            n = judge["prompt_tokens"] + judge["completion_tokens"]
+            lines.append(
+                f"  {judge['name']}: {judge['questions']:,} questions, {n:,} tokens, {n / max(1, len(self)):,.0f} a feature"
+            )
         return "\n".join(lines)
 
 
@@ -88,6 +94,12 @@ def said(summary: Summary) -> str:
     controls = ", ".join(f"{name} {value:.3f}" for name, value in summary.controls.items())
     parts = [f"{summary.scorer}: {summary.metric} {summary.value:.3f}{interval} over {summary.n} features"]
     parts += [f"blind: {controls}"] if controls else []
+    won = [
+        name
+        for name, value in summary.controls.items()
+        if summary.metric == "balanced accuracy" and value > WON
+    ]
+    parts += [f"can be won without the explanation, by {' and '.join(won)}"] if won else []
     if summary.failures:
         parts.append(
             f"failed: {_counts(summary.failures)}"
@@ -111,6 +123,7 @@ def explain(
     features: "Sequence[int] | int | None" = None,
     *,
     method: str = "statistics",
+    given: "Sequence[Explanation] | None" = None,
     judge: "Judge | None" = None,
     scorers: "Sequence[Any]" = DEFAULT,
     tokens: int | None = 200_000,
@@ -124,17 +137,24 @@ def explain(
     """Explain features of a dictionary from ``tokens`` tokens of a text, and score what was said on documents left out.
 
     ``features``: numbers, or how many (spread over the densities; None: all that fire often enough). ``method``:
-    "statistics" counts, without a language model; "llm" and "contrastive" ask the ``judge``. ``scorers``: names or
+    "statistics" counts, without a language model; "llm" and "contrastive" ask the ``judge``. ``given``: explanations that
+    there are (a person's, another tool's), to be scored and not made. ``scorers``: names or
     scorers; without a judge, those that would ask one execute the explanations' rules. ``n``: firing windows of ``width``
     tokens that each scorer shows of a feature, and as many silent ones. ``firings``: a folder to keep (or find) the
     recorded firings in. ``draw`` is told (what, done, of how many).
     """
-    if method not in EXPLAINERS:
-        raise SaekitError(f"method {method!r} is unknown{nearest(method, list(EXPLAINERS))}")
     for scorer in scorers:
         if isinstance(scorer, str) and scorer not in SCORERS:
             raise SaekitError(f"scorer {scorer!r} is unknown{nearest(scorer, list(SCORERS))}")
-    if method != "statistics" and judge is None:
+    if given is not None:
+        if features is not None or not given:
+            raise SaekitError(
+                "given are explanations of their own features; give some, and leave features out"
+            )
+        method, features = "given", list(dict.fromkeys(one.feature for one in given))
+    elif method not in EXPLAINERS:
+        raise SaekitError(f"method {method!r} is unknown{nearest(method, list(EXPLAINERS))}")
+    elif method != "statistics" and judge is None:
         raise SaekitError(
             f"method {method!r} asks a language model; give judge= (--endpoint), or choose 'statistics'"
         )
@@ -149,13 +169,17 @@ def explain(
     found = firings if isinstance(firings, Firings) else record(view, d, own_text if text is None else text, firings, tokens, on_batch=lambda a, b: tell("record", a, b))  # fmt: skip
     windows = Windows(found, width, seed, reader.texts)
     chosen, rare = _chosen(windows, features)
-    by = EXPLAINERS[method]
-    made, failures = by(windows, chosen, reader, judge, seed, lambda f: promoted(d, view, reader, f), tell)
+    if given is not None:
+        made, failures = [one for one in given if one.feature in set(chosen)], {}
+    else:
+        made, failures = EXPLAINERS[method](
+            windows, chosen, reader, judge, seed, lambda f: promoted(d, view, reader, f), tell
+        )
     scored = score(made, windows, reader, [_made(s, view, d) for s in scorers], judge, n, controls, seed, on_feature=lambda a, b: tell("score", a, b))  # fmt: skip
     about = {
         "method": method, "tokens": found.n_tokens, "windows": len(windows), "width": width, "n": n, "seed": seed, "too_rare": rare,
         "failures": failures, "firings": {k: v for k, v in found.about.items() if k != "model"}, "model": view.name,
-        **({"judge": judge.endpoint.name} if judge is not None else {}),
+        **({"judge": {"name": judge.endpoint.name, **judge.used}} if judge is not None else {}),
     }  # fmt: skip
     return Explanations(tuple(scored), about)
 

@@ -6,6 +6,7 @@ of an example is what the text says of it.
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,15 +44,21 @@ class Judge:
     retries: int = 5
     progress: Any = True
     tell: "Callable[[str], None] | None" = None  # is told the estimate before any call
+    used: Counter[str] = field(default_factory=Counter)  # questions and tokens so far, recorded ones too
 
     def ask(self, requests: Sequence[Request]) -> list[Answer]:
         """Answers in the order of the requests."""
         if self.tell is not None:
             self.tell(f"{self.endpoint.name}: {estimate(requests, self.endpoint, self.ledger)}")
-        return ask(
+        answers = ask(
             requests, self.endpoint, self.ledger, self.budget, self.concurrency, self.rate, self.timeout, self.retries,
             self.progress,
         )  # fmt: skip
+        for answer in answers:
+            self.used.update(
+                questions=1, prompt_tokens=answer.prompt_tokens, completion_tokens=answer.completion_tokens
+            )
+        return answers
 
 
 @dataclass

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from refusals import refusal
 import saekit
 from saekit.autointerp.budget import Budget
 from saekit.autointerp.explain import FEWEST, Explanations, explain
-from saekit.autointerp.explanation import FILE, Explanation, load
+from saekit.autointerp.explanation import FILE, Explanation, Score, load
 from saekit.autointerp.ledger import Ledger
 from saekit.autointerp.prompts import Reader, reader_of
 from saekit.autointerp.rules import Tokens
@@ -142,6 +143,55 @@ def test_a_budget_is_kept_and_what_was_not_run_is_said(small: World, tmp_path: P
     failures = [one.score("detection").failures.get("not_run", 0) for one in out]
     assert sum(failures) == 40 - 12 and (asked is None or asked <= 12)
     assert any(one.score("detection").value is None for one in out)
+
+
+def test_explanations_that_there_are_can_be_scored(small: World, tmp_path: Path) -> None:
+    given = true_explanations(small, ("hal", "ish", "oil"))
+    found = explained(small, features=None, given=given, scorers=("detection",))
+    assert found.about["method"] == "given" and [one.text for one in found] == [one.text for one in given]
+    assert all(one.score("detection").value == 1 for one in found)
+    with serve("perfect") as served:
+        found = explained(
+            small, features=None, given=given, scorers=("detection",), judge=judge(served, tmp_path / "c")
+        )
+    used = found.about["judge"]
+    assert used["questions"] == 3 * 3 * 4 and used["prompt_tokens"] > 1000
+    said = f"{used['questions']} questions, {used['prompt_tokens'] + used['completion_tokens']:,} tokens"
+    assert said in repr(found)
+    with pytest.raises(SaekitError, match="given are explanations of their own features"):
+        explained(small, given=given)
+
+
+def test_a_score_that_blind_judges_win_is_flagged() -> None:
+    scores = [
+        Score(
+            "fuzzing", "balanced accuracy", 0.9, 0.8, 1.0, 80, controls={"empty": 0.5, "number of marks": 0.9}
+        )
+    ]
+    found = Explanations((Explanation(0, "a", "human", scores=tuple(scores)),))
+    assert "can be won without the explanation, by number of marks" in repr(found)
+
+
+@pytest.mark.slow
+def test_500_features_are_explained_in_two_minutes(code_lm: Model, tmp_path: Path) -> None:
+    """Of a dictionary of 2048, trained for 300 steps; the whole command, on two cores."""
+    d = saekit.create("topk", d_in=256, n_features=2048, k=16, seed=0)
+    stream = saekit.harvest(code_lm, "stdlib", ["blocks.1.hook_resid_post"], tokens=200_000)
+    saekit.train(d, stream, steps=300, batch_size=2048, out=tmp_path)
+    start = time.perf_counter()
+    command = [sys.executable, "-P", "-m", "saekit.cli", "explain", str(tmp_path), "--features", "500"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    took = time.perf_counter() - start
+    print(f"{took:.0f} s\n{done.stdout}")
+    assert done.returncode == 0 and took < 120
+    made, about = load(tmp_path)
+    assert len(made) == 500 and about["method"] == "statistics"
+    rules = [one.score("rule") for one in made]
+    mean, random = (
+        np.mean([v for v in values if v is not None])
+        for values in ([s.value for s in rules], [s.controls.get("shuffled") for s in rules])
+    )
+    assert mean > 10 * random
 
 
 def test_what_is_asked_for_wrongly_is_refused(small: World, run: Path) -> None:

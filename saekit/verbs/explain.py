@@ -23,6 +23,19 @@ def explain(
     method: Annotated[
         str, typer.Option(help="statistics (no language model), llm or contrastive.")
     ] = "statistics",
+    given: Annotated[
+        str | None,
+        typer.Option(
+            help="Score these explanations and make none: explanations.json, or another tool's folder."
+        ),
+    ] = None,
+    given_format: Annotated[
+        str | None, typer.Option(help="Of --given, where it isn't ours: delphi or neuronpedia.")
+    ] = None,
+    given_name: Annotated[
+        str | None,
+        typer.Option(help="Of the dictionary there: a hook point (delphi), MODEL/SOURCE (neuronpedia)."),
+    ] = None,
     scorer: Annotated[
         list[str] | None,
         typer.Option(
@@ -88,7 +101,7 @@ def explain(
     elif endpoint is not None:
         raise SaekitError("endpoint is given without the name of a model; name it with --judge")
     found = run(
-        path, model, text, list(feature) if feature else features, method=method, judge=asked, scorers=scorer or DEFAULT,
+        path, model, text, list(feature) if feature else features, method=method, given=_given(given, given_format, given_name), judge=asked, scorers=scorer or DEFAULT,
         tokens=tokens, n=n, controls=controls, seed=seed, draw=_Bars(),
     )  # fmt: skip
     file = found.save(target)
@@ -120,6 +133,24 @@ class _Bars:
         if self.bar is not None:
             self.bar.__exit__(None, None, None)
         self.bar, self.what = None, ""
+
+
+def _given(path: str | None, kind: str | None, name: str | None) -> Any:
+    """Explanations that there are, of our file or of another tool's."""
+    from saekit.autointerp.explanation import load
+    from saekit.autointerp.formats import READERS
+
+    if path is None:
+        if kind or name:
+            raise SaekitError("given_format and given_name are of explanations; name them with --given")
+        return None
+    if kind is None:
+        return load(path)[0]
+    if kind not in READERS:
+        raise SaekitError(f"given_format {kind!r} is none of {', '.join(READERS)}")
+    if name is None:
+        raise SaekitError(f"given_name is missing; say which dictionary of {path!r} is meant")
+    return READERS[kind](path, name)
 
 
 def _judge(
