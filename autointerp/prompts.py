@@ -31,6 +31,11 @@ class Reader:
         return [self.decode([token]) for token in range(self.n_tokens)]
 
     @cached_property
+    def sizes(self) -> Int64[ndarray, " token"]:
+        """Characters of each token's own text."""
+        return np.array([len(text) for text in self.texts])
+
+    @cached_property
     def _opens(self) -> Bool[ndarray, " token"]:
         """Tokens that begin a word: with white space in front, or nothing but it."""
         return np.array([text[:1].isspace() for text in self.texts])

@@ -21,6 +21,9 @@ SPARE = 10  # times as many silent windows as are shown are chosen from
 REACH = 8  # places by which marks are moved
 
 
+Sizes = Int64[ndarray, " token"]  # characters of each token
+
+
 @dataclass(frozen=True)
 class Binary:
     """Examples in the order in which they are shown; ``marks`` [n, width] are all False where nothing is marked."""
@@ -50,11 +53,13 @@ def drawn(windows: Windows, feature: int, side: str, n: int, seed: int, marked: 
     if min(len(on), len(off)) < FEWEST:
         return None
     rng = np.random.default_rng([windows.seed, seed, feature, 5])
-    strong = (on.values > 0) & (on.values >= STRONG * on.values.max(1, keepdims=True))
-    marks = np.concatenate([strong, moved(windows.opens, on.tokens, strong, off.tokens, rng)])
+    marks = np.zeros((len(on) + len(off), windows.width), bool)
+    if marked:
+        strong = (on.values > 0) & (on.values >= STRONG * on.values.max(1, keepdims=True))
+        marks = np.concatenate([strong, moved(windows.opens, on.tokens, strong, off.tokens, rng)])
     both = Examples.beside([on, off])
     order = rng.permutation(len(both))
-    return Binary(both.only(order), marks[order] if marked else np.zeros_like(marks))
+    return Binary(both.only(order), marks[order])
 
 
 def alike(windows: Windows, on: Examples, off: Examples) -> Examples:
@@ -85,29 +90,25 @@ def moved(
     Alike are as many marked pieces, as many of them at a word's beginning, and at a word's end.
     """
     out = np.zeros(silent_tokens.shape, bool)
-    steps = sorted(range(-REACH, REACH + 1), key=abs)
+    steps = np.array(sorted(range(-REACH, REACH + 1), key=abs))
     for line, own, i in zip(out, silent_tokens, rng.permutation(len(marks))[: len(out)], strict=True):
-        aim, sign, best = _look(opens, tokens[i], marks[i]), int(rng.choice((-1, 1))), None
-        for step in steps:
-            place = np.flatnonzero(marks[i]) + sign * step
-            if place[0] < 0 or place[-1] >= len(own):
-                continue
-            here = np.zeros(len(own), bool)
-            here[place] = True
-            off = np.abs(_look(opens, own, here) - aim).sum()
-            if best is None or off < best:
-                best, line[:] = off, here
-            if off == 0:
-                break
+        place = np.flatnonzero(marks[i])[None] + int(rng.choice((-1, 1))) * steps[:, None]
+        place = place[(place[:, 0] >= 0) & (place[:, -1] < len(own))]
+        here = np.zeros((len(place), len(own)), bool)
+        np.put_along_axis(here, place, True, 1)
+        off = np.abs(_looks(opens[own], here) - _looks(opens[tokens[i]], marks[i][None])).sum(1)
+        line[:] = here[off.argmin()]  # of several the one that is moved the least
     return out
 
 
-def _look(opens: Bool[ndarray, " token"], tokens: Int64[ndarray, " width"], marks: Bool[ndarray, " width"]) -> Int64[ndarray, " 3"]:  # fmt: skip
+def _looks(begins: Bool[ndarray, " width"], marks: Bool[ndarray, "way width"]) -> Int64[ndarray, "way 3"]:
     """Marked pieces, those that begin a word, and those that end one."""
-    begins = opens[tokens]
-    first = marks & (begins | ~np.append(False, marks[:-1]))
-    last = marks & (np.append(begins[1:], True) | ~np.append(marks[1:], False))
-    return np.array([first.sum(), (first & begins).sum(), (last & np.append(begins[1:], True)).sum()])
+    ends = np.ones_like(begins)
+    ends[:-1] = begins[1:]
+    first, last = marks.copy(), marks.copy()
+    first[:, 1:] &= begins[1:] | ~marks[:, :-1]
+    last[:, :-1] &= ends[:-1] | ~marks[:, 1:]
+    return np.stack([first.sum(1), (first & begins).sum(1), (last & ends).sum(1)], 1)
 
 
 @cache
@@ -202,10 +203,10 @@ def missed(trials: Binary, guesses: Float[ndarray, " n"]) -> tuple[str, ...]:
     return (f"two things: all firings at {int((share == 1).sum())} of its tokens are found, and none at {int((share == 0).sum())} others",)  # fmt: skip
 
 
-HEURISTICS: dict[str, Callable[[Binary, Any], Float[ndarray, " n"]]] = {
-    "position of marks": lambda t, lines: _first(t.marks),
-    "number of marks": lambda t, lines: t.marks.sum(1).astype(float),
-    "length of text": lambda t, lines: np.array([float(len(line)) for line in lines]),
+HEURISTICS: dict[str, Callable[[Binary, Sizes], Float[ndarray, " n"]]] = {
+    "position of marks": lambda t, sizes: _first(t.marks),
+    "number of marks": lambda t, sizes: t.marks.sum(1).astype(float),
+    "length of text": lambda t, sizes: sizes[t.examples.tokens].sum(1).astype(float),
 }
 
 
@@ -214,9 +215,12 @@ def _first(marks: Bool[ndarray, "n width"]) -> Float[ndarray, " n"]:
 
 
 def blind(
-    learnt: "Binary | None", trials: Binary, lines: Callable[[Binary], list[str]], auc: bool = False
+    learnt: "Binary | None", trials: Binary, sizes: Int64[ndarray, " token"], auc: bool = False
 ) -> dict[str, float | None]:
-    """Judges that look at marks' places or number or at lengths: a threshold learnt on the other side, tried on this one."""
+    """Judges that look at marks' places or number or at lengths: a threshold learnt on the other side, tried on this one.
+
+    ``sizes`` are the characters of each token.
+    """
     out: dict[str, float | None] = {}
     for name, look in HEURISTICS.items():
         if "marks" in name and not trials.marks.any():
@@ -224,7 +228,7 @@ def blind(
         if learnt is None:
             out[name] = None
             continue
-        seen, here = look(learnt, lines(learnt)), look(trials, lines(trials))
+        seen, here = look(learnt, sizes), look(trials, sizes)
         sign = 1.0 if (stats.auc(learnt.truth, seen) or 0.5) >= 0.5 else -1.0
         if auc:
             out[name] = stats.auc(trials.truth, sign * here)

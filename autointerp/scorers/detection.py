@@ -62,4 +62,4 @@ class Detection:
 
     def blind(self, learnt: "Binary | None", trials: Binary, reader: Reader) -> dict[str, float | None]:
         """What marks and lengths give away."""
-        return binary.blind(learnt, trials, lambda one: self.lines(one, reader))
+        return binary.blind(learnt, trials, reader.sizes)

@@ -163,7 +163,7 @@ def _blind(
             (OURS, (learnt, trials)),
             (DELPHI, (delphis_marks(learnt), delphis_marks(trials))),
         ):
-            judged = binary.blind(*pair, lambda one: scorer.lines(one, reader))
+            judged = binary.blind(*pair, reader.sizes)
             at = [one.marks[:, one.marks.shape[1] - one.marks.shape[1] // 4] for one in pair]
             judged["mark at three quarters"] = stats.balanced_accuracy(pair[1].truth, ~at[1])
             for look, value in judged.items():
@@ -175,8 +175,7 @@ def _blind(
     }
 
 
-def judge(found: Found) -> Reproduction:
-    """Own explanations, others', halves; and what blind judges reach."""
+def _claims(found: Found) -> list[Claim]:
     paper = "balanced accuracies of 0.6 to 0.8 for LLM explanations of SAE latents, whose truth nobody knows"
     chance = {"detection": 0.5, "fuzzing": 0.5, "intruder": 0.2}
     own, other, half, blind = found[TRUE], found[SHUFFLED], found[HALF], found[BLIND]
@@ -226,11 +225,16 @@ def judge(found: Found) -> Reproduction:
                 DELPHI,
             )
         )
+    return claims
+
+
+def judge(found: Found) -> Reproduction:
+    """Own explanations, others', halves; and what blind judges reach."""
     return Reproduction(
         title="Scores of explanations can be believed",
         source="Paulo, Mallen, Juang & Belrose 2024, arXiv 2410.13928",
         setting=f"a world of {len(NAMES)} planted concepts in {DOCUMENTS} documents (a world a seed), features that are the concepts, explained by statistics from one half of the documents and scored on the other by executing the rules found: 40 firing and 40 silent windows a feature",
-        claims=claims,
+        claims=_claims(found),
         figure=bars("Scores of explanations, executed", "score", {name: {s: found[name][s] for s in SCORERS} for name in (TRUE, HALF, HARD, RANDOM, SHUFFLED)}),
         notes=[
             "No language model is asked: statistics explain, and their rules judge. What judges of other skill score is a matter of tests (tests/test_scoring.py), against a server that sees prompts only.",

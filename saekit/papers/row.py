@@ -27,7 +27,13 @@ from saekit.papers.claims import Reproduction, Tell
 from saekit.registry import load
 
 Found = dict[str, Any]
-CODE = ("saekit", "saekit.autointerp", "saekit.circuits", "saekit.kernels", "saekit.trainers")  # what a measurement depends on
+CODE = (
+    "saekit",
+    "saekit.autointerp",
+    "saekit.circuits",
+    "saekit.kernels",
+    "saekit.trainers",
+)  # what a measurement depends on
 _told: list[Any] = []  # of a worker: the queue to the process that draws
 
 

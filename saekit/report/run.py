@@ -53,7 +53,7 @@ def dashboard(
     """Write the report of a finished run (or of any saved dictionary) as one HTML file; returns its path.
 
     Shown are ``features``, or else all that fire, of which ``n_features`` are taken at even steps of density where
-    there are more; with contexts from ``tokens`` tokens: those of the store it was trained on, where that is still
+    there are more, those with an explanation first; with contexts from ``tokens`` tokens: those of the store it was trained on, where that is still
     there, else harvested anew. The metric table is there once ``saekit eval`` has written eval.json, explanations
     once explanations.json lies beside the dictionary.
     """
@@ -74,7 +74,7 @@ def dashboard(
         raise SaekitError(f"feature {outside[0]} is not in a dictionary of {dictionary.n_features} features")
     check_writable(target.parent)
     density = _density(dictionary, source, evaluation)
-    chosen = sorted(set(features)) if features else spread(density, n_features)
+    chosen = sorted(set(features)) if features else spread(density, n_features, said)
     found, counted = cards(source, chosen, seed, said, on_batch)
     page = _page(config, read_log(folder), dictionary, card, evaluation, density, found)
     notes = (*page.notes, *_explained_notes(found), _neighbours_note(counted, dictionary.n_features))

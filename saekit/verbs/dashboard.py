@@ -13,7 +13,7 @@ def dashboard(
     model: Annotated[str | None, typer.Option(help="Model; default: the one it was harvested from.")] = None,
     text: Annotated[str | None, typer.Option(help="Text; default: the one it was harvested from.")] = None,
     features: Annotated[
-        int, typer.Option(help="Features to show at most, spread over their densities.")
+        int, typer.Option(help="Features to show at most, explained ones first, spread over their densities.")
     ] = 1000,
     feature: Annotated[
         list[int] | None, typer.Option(help="Show this feature; may be given more than once.")
