@@ -200,7 +200,7 @@ def explained(
             raise SaekitError(
                 f"explanations name feature {one.feature}, which is not in a dictionary of {n_features} features; give this dictionary's"
             )
-        out.setdefault(one.feature, []).append(Explained(one.text, one.method, one.scores))
+        out.setdefault(one.feature, []).append(Explained(one.text, one.method, one.scores, one.label))
     return out
 
 

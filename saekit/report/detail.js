@@ -136,7 +136,7 @@ function neighbours(title, note, pairs) {
     const other = features.get(number);
     const link = make(other ? "a" : "span", { className: "number" }, String(number));
     if (other) link.href = `#f=${number}`;
-    const said = other ? other.said[0] : data.elsewhere[number];
+    const said = other ? other.label : data.elsewhere[number];
     const words = said ? glyphs(said) : other ? peaksOf(other) : [make("em", {}, "not on this page")];
     return make(
       "li",

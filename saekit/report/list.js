@@ -24,7 +24,7 @@ function rowOf(feature, at) {
     make("span", { className: "peaks" }, ...(feature.density ? peaksOf(feature) : [make("em", {}, "dead")])),
     make("span", { className: "often" }, feature.density ? percent(feature.density) : ""),
     explained ? make("span", { className: "graded", title: scorer ?? "" }, score == null ? "" : score.toFixed(2)) : null,
-    explained ? make("span", { className: "meaning" }, ...(feature.said.length ? glyphs(feature.said[0]) : ["—"])) : null,
+    explained ? make("span", { className: "meaning" }, ...(feature.label ? glyphs(feature.label) : ["—"])) : null,
   );
   link.dataset.index = feature.index;
   if (feature.index === state.f) link.setAttribute("aria-current", "true");

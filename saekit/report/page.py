@@ -74,11 +74,15 @@ class Band:
 
 @dataclass(frozen=True)
 class Explained:
-    """What is said of a feature, by which method ("statistics", "llm", "human", "imported"), and how it scored."""
+    """What is said of a feature, by which method ("statistics", "llm", "human", "imported"), and how it scored.
+
+    ``label`` is a few words of it, for lists; the text itself where there is none.
+    """
 
     text: str
     method: str
     scores: tuple[Score, ...] = ()
+    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -258,6 +262,7 @@ def _packed(
                 "max": _float32(one.max_activation),
                 "peaks": list(dict.fromkeys(token(window.tokens[window.peak]) for window in one.top))[:8],
                 "said": [explained.text for explained in said],
+                "label": (said[0].label or said[0].text) if said else "",
                 "scores": {
                     score.scorer: score.value
                     for explained in reversed(one.explanations)  # where two have one, the first counts

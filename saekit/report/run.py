@@ -123,7 +123,11 @@ def _explained_notes(found: Sequence[FeatureCard]) -> list[str]:
 def _elsewhere(found: Sequence[FeatureCard], said: Mapping[int, Sequence[Explained]]) -> dict[int, str]:
     """What is said of neighbours that have no card themselves."""
     near = {other for card in found for other, _ in (*card.nearest, *card.together)}
-    return {other: said[other][0].text for other in sorted(near - {c.index for c in found}) if other in said}
+    return {
+        other: said[other][0].label or said[other][0].text
+        for other in sorted(near - {c.index for c in found})
+        if other in said
+    }
 
 
 def _neighbours_note(counted: int, n_features: int) -> str:

@@ -197,7 +197,7 @@ def fires(
         raise SaekitError("the dictionary names no hook point; set its reads and writes")
     view = load_model(model, device=device)
     ids = _ids(prompt, view)
-    meanings = {feature: listed[0].text for feature, listed in said.items()}
+    meanings = {feature: listed[0].label or listed[0].text for feature, listed in said.items()}
     if ids is not None:
         if labels is not None:
             raise SaekitError(
