@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 import time
+from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +257,11 @@ print(took, len(found), all(one.score("detection") for one in found))
 
 
 def test_without_a_client_all_but_language_models_works() -> None:
+    """The clients are of the extra ``llm``, and nothing is asked for that needs them."""
+    needed = [
+        one for one in requires("saekit") or [] if re.match(r"(openai|json.repair|vllm|litellm)\b", one)
+    ]
+    assert needed and all('extra == "llm"' in one for one in needed)
     done = subprocess.run([sys.executable, "-P", "-c", WITHOUT], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     took, n, scored = done.stdout.split()
