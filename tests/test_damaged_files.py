@@ -153,7 +153,7 @@ DICTIONARIES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "a card with an odd model": (card(lambda c: c["data"].update(model=[1])), ["data.model = [1]", "card.json", "dict"]),
     "a config without a field": (card(lambda c: c["config"].pop("n_features")), ["lacks", "'n_features'"]),
     "a config with a field too many": (card(lambda c: c["config"].update(n_featurse=3)), ["'n_featurse'", "unknown"]),
-    "a config with an unknown choice": (card(lambda c: c["config"]["selection"].update(name="topkk")), ["selection", "'topkk'", "'topk'"]),
+    "a config with an unknown choice": (card(lambda c: c["config"]["selection"].update(name="topkk")), ["selection", "'topkk'", "'topk'", "import its module"]),
     "a config with an unknown option": (card(lambda c: c["config"]["selection"].update(kk=3)), ["selection", "'kk'", "'k'"]),
     "a config with k above n_features": (card(lambda c: c["config"]["selection"].update(k=65)), ["k = 65", "n_features = 64"]),
     "a config with words for numbers": (card(lambda c: c["config"].update(n_features="many")), ["card.json"]),

@@ -156,6 +156,10 @@ class Config:
             options = {key: value for key, value in entry.items() if key != "name"}
             unused = set(options)
             name = entry["name"]
+            if name not in CHOICES[kind]:
+                raise SaekitError(
+                    f"{kind} {name!r} is unknown{nearest(name, CHOICES[kind].table)}; if it is one of your own, import its module before the dictionary is loaded"
+                )
             config = configure(CHOICES[kind], name, options, unused)
             if unused:
                 field = sorted(unused)[0]
