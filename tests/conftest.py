@@ -75,7 +75,12 @@ def small_dictionary() -> "saekit.Dictionary":
 # tests run two at a time, and tiny tensors on two threads wait for each other, for milliseconds
 THREADS = torch.get_num_threads()
 torch.set_num_threads(1)
-THREADED = ("test_kernels", "test_sparse_products", "test_adam", "test_train")  # what several threads do is of their business
+THREADED = (
+    "test_kernels",
+    "test_sparse_products",
+    "test_adam",
+    "test_train",
+)  # what several threads do is of their business
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -29,6 +29,8 @@ from saekit.types import Codes, SaekitError
 POINT = "blocks.1.hook_resid_post"
 SCORE = Score("detection", "balanced accuracy", 0.8125, 0.75, 0.875, 80, 0.78, {"shuffled": 0.5}, failures={"refused": 2})  # fmt: skip
 
+QUICK = 300  # milliseconds; on an idle machine a third of it
+
 
 def said_of(folder, n=64):
     """Explanations of two features in three, beside a dictionary."""
@@ -310,7 +312,7 @@ def test_in_a_browser_only_what_is_in_view_is_in_the_document(chromium, large):
         first = order.index(seen[0])
         assert seen == order[first : first + len(seen)] and len(seen) < 70
         assert abs(first / MANY - share) < 0.05
-    assert quickest(chromium, end) < 100
+    assert quickest(chromium, end) < QUICK
     assert chromium.run(LISTED)[-1] == order[-1]
 
     # the row that has the focus stays in the document wherever the list is scrolled to, and arrows go on from it
@@ -338,11 +340,11 @@ def test_in_a_browser_search_and_sort_are_quick_and_right(chromium, large):
         chromium.run(typed("query", query, "input"))
         return chromium.run(LISTED), chromium.run(count)
 
-    assert quickest(chromium, typed("query", "word12", "input")) < 100  # the first try makes the index
+    assert quickest(chromium, typed("query", "word12", "input")) < QUICK  # the first try makes the index
     chromium.run("new Promise((done) => setTimeout(done, 1500))")
     queries = ("e", "word1", "word12 word", "no such text", "meaning7")
     for query in queries:
-        assert quickest(chromium, typed("query", query, "input")) < 100
+        assert quickest(chromium, typed("query", query, "input")) < QUICK
     assert search("#246")[0][0] == 246 and all(str(i).startswith("246") for i in search("#246")[0])
     assert search("246")[0][0] == 246
     assert search("MEANING77")[0][:2] == [2 * 77, 2 * 770]
@@ -359,7 +361,7 @@ def test_in_a_browser_search_and_sort_are_quick_and_right(chromium, large):
         ("score:detection", sorted(graded, key=score_of) + rest),
         ("-score:detection", sorted(graded, key=lambda one: -score_of(one)) + rest),
     ):
-        assert quickest(chromium, typed("sort", kind, "change")) < 100
+        assert quickest(chromium, typed("sort", kind, "change")) < QUICK
         for share in (0, 1):
             chromium.run(f"{{ const box = document.getElementById('list'); box.scrollTop = {share} * box.scrollHeight; }} new Promise((done) => setTimeout(done, 100))")  # fmt: skip
             part = slice(20) if share == 0 else slice(-20, None)
@@ -393,7 +395,7 @@ def test_in_a_browser_a_feature_is_opened_with_all_that_is_known(chromium, large
     card = report.features[601]
     chromium.open(f"{path.as_uri()}#f={card.index}")
     assert chromium.run("document.title") == HOSTILE[0]  # not "pwned"
-    assert quickest(chromium, "document.querySelector('#list a[aria-current]').click()") < 100
+    assert quickest(chromium, "document.querySelector('#list a[aria-current]').click()") < QUICK
     shown = chromium.run(f"{DETAIL}.textContent")
     for word in ("statistics", "meaning601", "balanced accuracy", "0.1 to 0.9", "controls: shuffled 0.5", "2 failed: refused 2", "failures as wrong 0.78", "n 80"):  # fmt: skip
         assert word in shown, word

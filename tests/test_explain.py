@@ -216,20 +216,20 @@ def test_what_is_asked_for_wrongly_is_refused(small: World, run: Path) -> None:
 
 
 def test_the_command_explains_a_run(run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:  # fmt: skip
-    argv = ["explain", str(run), "--features", "12", "--tokens", "80000", "--n", "10", "--json"]
+    argv = ["explain", str(run), "--features", "6", "--tokens", "80000", "--n", "8", "--json"]
     monkeypatch.setattr(sys, "argv", ["saekit", *argv])
     with pytest.raises(SystemExit) as exit_:
         main()
     out, _ = capfd.readouterr()
     assert exit_.value.code in (0, None)
     said = json.loads(out)
-    assert said["n"] == 12 and {one["scorer"] for one in said["summaries"]} == {
+    assert said["n"] == 6 and {one["scorer"] for one in said["summaries"]} == {
         "rule",
         "detection",
         "fuzzing",
     }
     made, _about = load(run)
-    assert len(made) == 12 and (run / FILE).is_file()
+    assert len(made) == 6 and (run / FILE).is_file()
     assert "no language" not in refusal(
         ["explain", str(run), "--endpoint", "http://127.0.0.1:9/v1"], monkeypatch, capfd
     )

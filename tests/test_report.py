@@ -183,12 +183,15 @@ def test_memory_does_not_grow_with_the_number_of_tokens():
 
     def peak(batches):
         collector = ContextCollector(N_FEATURES, range(20), SEQ, reservoir=16)
+        gc.collect()
+        gc.freeze()  # what other tests left is not looked through each time
         tracemalloc.start()
         for _ in range(batches):
             collector.add(tokens, documents, mask, codes)
             gc.collect()  # what is unreachable is not held
         highest = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
+        gc.unfreeze()
         return highest
 
     peak(1)
