@@ -34,7 +34,7 @@ def cost(tokens: tuple[int, int], price: tuple[float, float] | None) -> Cost:
 
 @dataclass
 class Budget:
-    """Limits that are never passed; None is no limit.
+    """Limits that are never passed with a server that keeps to ``max_tokens``; None is no limit.
 
     ``requests`` counts every request sent, retries too; ``tokens`` prompt and completion tokens together; ``money`` is in
     the unit of the endpoint's price; ``seconds`` is time spent in ``ask``. Before a request is sent, its worst case (a

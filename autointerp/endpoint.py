@@ -77,6 +77,8 @@ class OpenAIEndpoint:
             raise SaekitError(
                 f"price = {price} must be two numbers from 0 up, per million prompt and completion tokens"
             )
+        if base_url is not None and not re.fullmatch(r"https?://\S+", base_url):
+            raise SaekitError(f"base_url {base_url!r} is no address; give one as http://127.0.0.1:8000/v1")
         self.name, self.base_url, self.api_key_env, self.price = model, base_url, api_key_env, price
         self._structured, self._limit = True, "max_tokens"
         self._clients: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
@@ -91,7 +93,11 @@ class OpenAIEndpoint:
                 import openai
             except ImportError:
                 raise SaekitError("the package openai is not installed; pip install 'saekit[llm]'") from None
-            key = os.environ.get(self.api_key_env, "")
+            key = os.environ.get(self.api_key_env, "").strip()
+            if not (key.isascii() and key.isprintable()):
+                raise SaekitError(
+                    f"api_key_env = {self.api_key_env!r} holds characters that no key has; set it again"
+                )
             if not key and self.base_url is None:
                 raise SaekitError(
                     f"api_key_env = {self.api_key_env!r} is not set in the environment; export the key under that name"

@@ -1,5 +1,6 @@
 """Features in words, and how well the words foretell them: from a dictionary, its model and a text to scored explanations."""
 
+import numbers
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,10 +10,11 @@ import numpy as np
 
 from saekit.autointerp import llm
 from saekit.autointerp.explanation import Explanation, save
-from saekit.autointerp.firings import Firings, record
+from saekit.autointerp.firings import Firings, digest, record
 from saekit.autointerp.neurons import logits_of
 from saekit.autointerp.prompts import Reader, reader_of
 from saekit.autointerp.scorers import SCORERS
+from saekit.autointerp.scorers.binary import FEWEST as FEWEST_SHOWN
 from saekit.autointerp.scoring import Judge, N, Summary, score, summaries
 from saekit.autointerp.statistics import Statistics
 from saekit.autointerp.windows import SIDES, WIDTH, Windows
@@ -25,7 +27,18 @@ from saekit.types import SaekitError
 FEWEST = (
     10  # windows in which a feature fires, on each side: below that there is nothing to explain and to score
 )
-WON = 0.55  # balanced accuracy of a control, from which a score can be won without reading the explanation
+WON = (
+    0.05  # by which a blind judge beats chance, from which a score can be won without reading the explanation
+)
+CHANCE = {
+    "detection": 0.5,
+    "fuzzing": 0.5,
+    "embedding": 0.5,
+    "surprisal": 0.5,
+    "intruder": 1 / 5,
+    "intervention": 1 / 3,
+    "simulation": 0.0,
+}
 SHOWN = 10  # tokens that a feature promotes, and suppresses
 DEFAULT = ("rule", "detection", "fuzzing")
 # a function of (windows, features, reader, judge, seed, promoted, draw) -> (explanations, failures by kind)
@@ -75,6 +88,8 @@ class Explanations(Sequence[Explanation]):
 
     def __repr__(self) -> str:
         lines = [f"{len(self)} explanations by {self.about.get('method', 'several methods')}"]
+        if failures := self.about.get("failures"):
+            lines.append(f"  not explained: {_counts(failures)}")
         lines += [f"  {said(one)}" for one in self.summaries()]
         if judge := self.about.get("judge"):
             n = judge["prompt_tokens"] + judge["completion_tokens"]
@@ -93,12 +108,11 @@ def said(summary: Summary) -> str:
     )
     controls = ", ".join(f"{name} {value:.3f}" for name, value in summary.controls.items())
     parts = [f"{summary.scorer}: {summary.metric} {summary.value:.3f}{interval} over {summary.n} features"]
+    parts += (
+        [f"{summary.corrected:.3f} without the judge's own errors"] if summary.corrected is not None else []
+    )
     parts += [f"blind: {controls}"] if controls else []
-    won = [
-        name
-        for name, value in summary.controls.items()
-        if summary.metric == "balanced accuracy" and value > WON
-    ]
+    won = [name for name, value in summary.controls.items() if value > CHANCE.get(summary.scorer, 1.0) + WON]
     parts += [f"can be won without the explanation, by {' and '.join(won)}"] if won else []
     if summary.failures:
         parts.append(
@@ -146,8 +160,13 @@ def explain(
     for scorer in scorers:
         if isinstance(scorer, str) and scorer not in SCORERS:
             raise SaekitError(f"scorer {scorer!r} is unknown{nearest(scorer, list(SCORERS))}")
+        if not isinstance(scorer, str) and not hasattr(scorer, "trials"):
+            raise SaekitError(f"scorer {scorer!r} is none; give a name of {', '.join(SCORERS)}, or a scorer")
+    for name, value, least in (("n", n, FEWEST_SHOWN), ("width", width, 2), ("seed", seed, 0)):
+        if not isinstance(value, numbers.Integral) or value < least:
+            raise SaekitError(f"{name} = {value!r} must be a whole number from {least}")
     if given is not None:
-        if features is not None or not given:
+        if features is not None or not given or not all(isinstance(one, Explanation) for one in given):
             raise SaekitError(
                 "given are explanations of their own features; give some, and leave features out"
             )
@@ -166,6 +185,10 @@ def explain(
     reader = reader_of(view)
     tell = draw or (lambda *_: None)
     _check_features(features, d.n_features)
+    if isinstance(firings, Firings) and (
+        firings.n_features != d.n_features or firings.about.get("dictionary", digest(d)) != digest(d)
+    ):
+        raise SaekitError("firings are of another dictionary; record this one's, or leave firings out")
     found = firings if isinstance(firings, Firings) else record(view, d, own_text if text is None else text, firings, tokens, on_batch=lambda a, b: tell("record", a, b))  # fmt: skip
     windows = Windows(found, width, seed, reader.texts)
     chosen, rare = _chosen(windows, features)
@@ -200,6 +223,8 @@ def _check_features(features: "Sequence[int] | int | None", n_features: int) -> 
         return
     listed = list(features)
     for feature in listed:
+        if not isinstance(feature, numbers.Integral):
+            raise SaekitError(f"feature {feature!r} is no number; give a list of numbers, or how many")
         if not 0 <= feature < n_features:
             raise SaekitError(f"feature {feature} is none of the dictionary's {n_features}")
     if not listed or len(set(listed)) < len(listed):

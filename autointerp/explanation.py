@@ -11,6 +11,7 @@ from numpy import ndarray
 
 from saekit import records
 from saekit.activations import write_atomic
+from saekit.autointerp import stats
 from saekit.types import SaekitError
 
 SCHEMA = 1
@@ -41,7 +42,7 @@ class Score:
     to ``high`` over ``n`` examples. ``wrong`` is the value where every failed answer counts as wrong (in ``value`` it
     is left out), ``failures`` counts them by kind. ``controls`` hold the same measure for judges that don't know the
     explanation, ``strata`` the share of examples judged rightly by kind. ``auc`` goes by the judge's chances;
-    ``corrected`` is the value without the judge's own errors, where these are known.
+    ``skill`` is the judge's sensitivity + specificity - 1, by what rules say of the same examples.
     """
 
     scorer: str
@@ -55,8 +56,13 @@ class Score:
     strata: Mapping[str, float] = field(default_factory=dict)
     failures: Mapping[str, int] = field(default_factory=dict)
     auc: float | None = None
-    corrected: float | None = None
+    skill: float | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def corrected(self) -> float | None:
+        """The balanced accuracy without the judge's own errors, 0 to 1, where its skill is known."""
+        return None if self.value is None or self.skill is None else stats.corrected(self.value, self.skill)
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,7 @@ SHAPE = {
             "feature": int, "text": str, "method": str, "rule?": dict, "about": dict,
             "scores": [{
                 "scorer": str, "metric": str, "value": float | None, "low": float | None, "high": float | None, "n": int,
-                "wrong?": float | None, "controls?": {"*": float | None}, "strata?": {"*": float}, "failures?": {"*": int}, "auc?": float | None, "corrected?": float | None, "notes?": [str],
+                "wrong?": float | None, "controls?": {"*": float | None}, "strata?": {"*": float}, "failures?": {"*": int}, "auc?": float | None, "skill?": float | None, "notes?": [str],
             }],
         }
     ],
@@ -116,6 +122,8 @@ def save(explanations: Iterable[Explanation], path: "str | Path", about: Mapping
         }
         for one in explanations
     ]  # fmt: skip
+    if file.is_file():
+        load(file)  # what is something else isn't written over
     try:
         write_atomic(
             file,

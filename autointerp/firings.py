@@ -176,7 +176,7 @@ def record(
         raise SaekitError("the dictionary names no hook point; set reads, or train it on a store")
     stream = harvest(model, text, list(dictionary.reads), tokens=tokens, split=split, context=context or dictionary.context)  # fmt: skip
     about = {
-        "model": model.identity(), "text": stream.text_identity(), "dictionary": _digest(dictionary), "reads": list(dictionary.reads),
+        "model": model.identity(), "text": stream.text_identity(), "dictionary": digest(dictionary), "reads": list(dictionary.reads),
         "tokens": tokens, "split": split, "context": context,
     }  # fmt: skip
     if out is not None and (Path(out) / ABOUT).is_file():
@@ -216,10 +216,10 @@ def _written(
     return writer.close(about)
 
 
-def _digest(dictionary: Dictionary) -> str:
+def digest(dictionary: Dictionary) -> str:
     """What tells one dictionary from another."""
-    digest = hashlib.sha256(json.dumps(dictionary.config.to_json(), sort_keys=True).encode())
+    found = hashlib.sha256(json.dumps(dictionary.config.to_json(), sort_keys=True).encode())
     for name, tensor in dictionary.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()[:16]

@@ -13,6 +13,7 @@ from saekit.autointerp.prompts import Reader
 from saekit.autointerp.requests import Answer, Request
 from saekit.autointerp.scorers.binary import STRONG
 from saekit.autointerp.windows import Examples, Windows
+from saekit.types import SaekitError
 
 SHOWN, QUIET = 20, 10  # windows in which it fires, and silent ones
 LEVELS = 10
@@ -74,6 +75,10 @@ def explain(
         off = silent(windows, feature, "explain", QUIET, seed=seed) if contrastive else None
         requests.append(request(on, off, reader, f"feature {feature}"))
     answers: list[Answer] = judge.ask(requests)
+    if answers and all(answer.status == "error" for answer in answers):
+        raise SaekitError(
+            f"model {judge.endpoint.name!r} gave no reply to any of {len(answers)} questions: {answers[0].reason}; check that it is there"
+        )
     out: list[Explanation] = []
     failures: dict[str, int] = {}
     for feature, answer in zip(features, answers, strict=True):

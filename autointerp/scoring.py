@@ -6,6 +6,7 @@ of an example is what the text says of it.
 """
 
 import dataclasses
+import numbers
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from saekit.autointerp.ledger import Ledger
 from saekit.autointerp.prompts import Reader
 from saekit.autointerp.requests import Answer, Request
 from saekit.autointerp.scorers import SCORERS
-from saekit.autointerp.scorers.binary import Binary
+from saekit.autointerp.scorers.binary import FEWEST, Binary
 from saekit.autointerp.windows import Windows
 from saekit.types import SaekitError
 
@@ -92,8 +93,12 @@ def score(
     Without a ``judge``, scorers that would ask one execute the explanations' rules, and leave out what has none. ``n``:
     firing windows of each feature, and as many silent ones. ``side``: the documents they are of.
     """
-    if n < 1:
-        raise SaekitError(f"n = {n} must be at least 1")
+    if not isinstance(n, numbers.Integral) or n < FEWEST:
+        raise SaekitError(f"n = {n!r} must be a whole number from {FEWEST}")
+    if judge is not None and not isinstance(judge, Judge):
+        raise SaekitError(
+            f"judge is a {type(judge).__name__}; give saekit.autointerp.scoring.Judge(endpoint, ledger)"
+        )
     out = list(explanations)
     for given in scorers:
         scorer = SCORERS[given]() if isinstance(given, str) else given
@@ -157,16 +162,20 @@ def _asked(scorer: Any, jobs: list[_Job], judge: Judge, reader: Reader) -> None:
             spans.append((job, variant, slice(len(requests), len(requests) + len(own))))
             requests += own
     answers = judge.ask(requests)
+    if answers and all(answer.status == "error" for answer in answers):
+        raise SaekitError(
+            f"model {judge.endpoint.name!r} gave no reply to any of {len(answers)} questions: {answers[0].reason}; check that it is there"
+        )
     for job, variant, span in spans:
         own_answers = answers[span]
         job.guesses[variant] = scorer.read(
             job.trials, [a.value if a.status == "ok" else None for a in own_answers]
         )
-        if variant == OWN:
-            bad = [a.status for a in own_answers if a.status != "ok"]
-            job.failures = {status: bad.count(status) for status in dict.fromkeys(bad)}
-            if job.explanation.rule is not None:
-                job.executed = scorer.execute(job.trials, job.explanation.rule)
+        for status in (a.status for a in own_answers if a.status != "ok"):
+            kind = f"{variant} {status}".strip()
+            job.failures[kind] = job.failures.get(kind, 0) + 1
+        if variant == OWN and job.explanation.rule is not None:
+            job.executed = scorer.execute(job.trials, job.explanation.rule)
 
 
 def _executed(scorer: Any, job: _Job, reader: Reader) -> None:
@@ -197,11 +206,22 @@ def _audit(jobs: list[_Job]) -> "tuple[float, float] | None":
 
 def _score(scorer: Any, job: _Job, reader: Reader, seed: int, audit: "tuple[float, float] | None") -> Score:
     if job.trials is None:
-        why = "fires too rarely on this side to be scored"
-        return Score(scorer.name, scorer.metric, None, None, None, 0, failures={"not_run": 1}, notes=(why,))
+        why = getattr(scorer, "untried", "fires too rarely on this side to be scored")
+        return Score(
+            scorer.name, scorer.metric, None, None, None, 0, failures={"feature untried": 1}, notes=(why,)
+        )
     if OWN not in job.guesses:
         why = "has no rule to execute, and no judge was given"
-        return Score(scorer.name, scorer.metric, None, None, None, 0, failures={"not_run": 1}, notes=(why,))
+        return Score(
+            scorer.name,
+            scorer.metric,
+            None,
+            None,
+            None,
+            0,
+            failures={"feature without a rule": 1},
+            notes=(why,),
+        )
     found = scorer.measure(job.trials, job.guesses[OWN], seed)
     controls: dict[str, float | None] = {
         variant: scorer.measure(job.trials, guesses, seed).value
@@ -210,13 +230,16 @@ def _score(scorer: Any, job: _Job, reader: Reader, seed: int, audit: "tuple[floa
     }
     if EMPTY in job.texts or SHUFFLED in job.texts:
         controls |= scorer.blind(job.learnt, job.trials, reader)
-    corrected = stats.corrected(found.value, *audit) if audit and found.value is not None else None
-    return dataclasses.replace(found, controls=controls, failures=job.failures, corrected=corrected)
+    skill = None if audit is None else sum(audit) - 1
+    return dataclasses.replace(found, controls=controls, failures=job.failures, skill=skill)
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A scorer over many explanations: mean, Student's interval over features, how many were scored, means of controls."""
+    """A scorer over many explanations: mean, Student's interval over features, how many were scored, means of controls.
+
+    ``corrected`` is the mean without the judge's own errors, where these are known.
+    """
 
     scorer: str
     metric: str
@@ -225,6 +248,7 @@ class Summary:
     high: float | None
     n: int
     wrong: float | None
+    corrected: float | None
     controls: Mapping[str, float]
     failures: Mapping[str, int]
 
@@ -236,8 +260,12 @@ def summaries(explanations: Sequence[Explanation]) -> list[Summary]:
     for name in names:
         own = [s for one in explanations for s in one.scores if s.scorer == name]
         values = np.array([s.value for s in own if s.value is not None])
+        skill = next((s.skill for s in own if s.skill is not None), None)
         wrongs = [s.wrong for s in own if s.wrong is not None]
-        low, high = stats.mean_interval(values) if len(values) else (None, None)
+        low, high = stats.mean_interval(values) if len(values) > 2 else (None, None)  # of two it says nothing
+        if low is not None and high is not None:
+            least = -1.0 if own[0].metric == "correlation" else 0.0
+            low, high = max(least, low), min(1.0, high)
         controls: dict[str, list[float]] = {}
         for key, value in ((k, v) for s in own for k, v in s.controls.items()):
             controls.setdefault(key, []).extend([] if value is None else [value])
@@ -249,6 +277,7 @@ def summaries(explanations: Sequence[Explanation]) -> list[Summary]:
             Summary(
                 name, own[0].metric, float(values.mean()) if len(values) else None, low, high, len(values),
                 float(np.mean(wrongs)) if wrongs else None,
+                stats.corrected(float(values.mean()), skill) if len(values) and skill is not None else None,
                 {key: float(np.mean(found)) for key, found in controls.items() if found}, failures,
             )
         )  # fmt: skip

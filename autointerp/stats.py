@@ -9,6 +9,7 @@ from numpy import ndarray
 Interval = tuple[float, float]
 Z = 1.959964  # of a 95 % interval
 DRAWS = 400  # of a bootstrap
+SKILL = 0.1  # of a judge, sensitivity + specificity - 1, below which its errors can't be taken off
 
 
 def wilson(hits: float, n: float) -> Interval:
@@ -114,11 +115,10 @@ def mean_interval(values: Float[ndarray, " n"]) -> Interval:
     return float(values.mean() - half), float(values.mean() + half)
 
 
-def corrected(value: float, sensitivity: float, specificity: float) -> float | None:
-    """A balanced accuracy without its judge's own errors (Rogan and Gladen 1978), at most 1.
+def corrected(value: float, skill: float) -> float | None:
+    """A balanced accuracy without its judge's own errors (Rogan and Gladen 1978), 0 to 1.
 
-    ``sensitivity`` and ``specificity`` are what the judge reaches where the explanation is known to be right. None for
-    a judge that knows nothing.
+    ``skill`` is the judge's sensitivity + specificity - 1 where it is known what explanations say. None for a judge that
+    knows next to nothing.
     """
-    skill = sensitivity + specificity - 1
-    return float(min(1.0, 0.5 + (value - 0.5) / skill)) if skill > 0 else None
+    return float(np.clip(0.5 + (value - 0.5) / skill, 0, 1)) if skill > SKILL else None

@@ -107,7 +107,9 @@ def test_explanations_are_shown_with_score_interval_and_controls(run, page):
         assert (one["said"], shown["text"], shown["method"]) == ([mine.text], mine.text, mine.method)
         assert one["scores"] == {s.scorer: s.value for s in mine.scores}
         for score, given in zip(shown["scores"], mine.scores, strict=True):
-            assert score == json.loads(json.dumps(dataclasses.asdict(given)))
+            assert score == json.loads(
+                json.dumps({**dataclasses.asdict(given), "corrected": given.corrected})
+            )
     near = {f for one in page["features"] for f, _ in (*one["nearest"], *one["together"])}
     hidden = near - {one["index"] for one in page["features"]}
     assert page["elsewhere"] == {str(f): said[f].text for f in hidden if f in said}

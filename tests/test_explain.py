@@ -18,6 +18,7 @@ from refusals import refusal
 
 import saekit
 from saekit.autointerp.budget import Budget
+from saekit.autointerp.endpoint import OpenAIEndpoint
 from saekit.autointerp.explain import FEWEST, Explanations, explain
 from saekit.autointerp.explanation import FILE, Explanation, Score, load
 from saekit.autointerp.ledger import Ledger
@@ -25,7 +26,7 @@ from saekit.autointerp.prompts import Reader, reader_of
 from saekit.autointerp.rules import Tokens
 from saekit.autointerp.scorers.intervention import KL, NEAR, Intervention
 from saekit.autointerp.scorers.surprisal import Surprisal
-from saekit.autointerp.scoring import score, shuffled
+from saekit.autointerp.scoring import Judge, score, shuffled
 from saekit.cli import main
 from saekit.models import Model
 from saekit.papers.auto_interp import windows_of
@@ -205,8 +206,9 @@ def test_what_is_asked_for_wrongly_is_refused(small: World, run: Path) -> None:
         ({"features": [10**6]}, "feature 1000000 is none of the dictionary's 30"),
         ({"features": 0}, "features = 0 must be"),
         ({"features": [small.feature("dodo")]}, f"none of the features fires in {FEWEST} windows"),
-        ({"n": 0}, "n = 0 must be at least 1"),
-        ({"width": 1}, "width = 1 must be from 2"),
+        ({"n": 4}, "n = 4 must be a whole number from 5"),
+        ({"width": 1}, "width = 1 must be a whole number from 2"),
+        ({"seed": -1}, "seed = -1 must be a whole number from 0"),
     ):
         with pytest.raises(SaekitError, match=words):
             explained(small, **options)
@@ -316,3 +318,43 @@ def test_windows_are_shown_on_one_line_with_marks_around_words() -> None:
     assert own.line(tokens, marked) == "the «unhappiness» «of↵» ‹it›⇥it"
     assert own.line(tokens, tokens == 2) == "the un«happi»ness of↵ ‹it›⇥it"
     assert own.line(tokens) == "the unhappiness of↵ ‹it›⇥it"
+
+
+def test_a_server_that_is_gone_is_named_and_costs_no_explanation(run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    """And what isn't ours isn't written over."""
+    explained_ = Explanations((Explanation(3, "by hand", "human"),), {"method": "given"}).save(run)
+    before = explained_.read_bytes()
+    command = [
+        "explain",
+        str(run),
+        "--features",
+        "2",
+        "--tokens",
+        "80000",
+        "--n",
+        "5",
+        "--method",
+        "llm",
+        "--judge",
+        "judge",
+        "--ledger",
+        str(run / "calls"),
+    ]
+    for more, words in (
+        (["--endpoint", "not an address"], "base_url 'not an address' is no address"),
+        (
+            ["--endpoint", "http://127.0.0.1:9/v1", "--max-money", "2"],
+            "max_money can't be kept to without a price",
+        ),
+    ):
+        assert words in refusal([*command, *more], monkeypatch, capfd)
+    windows_args = {"tokens": 80_000, "n": 5, "features": 2, "scorers": ()}
+    gone = Judge(
+        OpenAIEndpoint("judge", "http://127.0.0.1:9/v1"), Ledger(run / "calls"), retries=0, progress=False
+    )
+    with pytest.raises(SaekitError, match="gave no reply to any of 2 questions"):
+        explain(run, method="llm", judge=gone, **windows_args)
+    assert explained_.read_bytes() == before
+    with pytest.raises(SaekitError, match="config"):
+        Explanations((Explanation(3, "by hand", "human"),)).save(run / "config.json")
+    assert json.loads((run / "config.json").read_text())

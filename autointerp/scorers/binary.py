@@ -56,14 +56,21 @@ def drawn(windows: Windows, feature: int, side: str, n: int, seed: int, marked: 
     marks = np.zeros((len(on) + len(off), windows.width), bool)
     if marked:
         strong = (on.values > 0) & (on.values >= STRONG * on.values.max(1, keepdims=True))
-        marks = np.concatenate([strong, moved(windows.opens, on.tokens, strong, off.tokens, rng)])
+        marks = np.concatenate(
+            [
+                strong,
+                moved(
+                    windows.opens, on.tokens, strong, off.tokens, rng.permutation(len(on))[: len(off)], rng
+                ),
+            ]
+        )
     both = Examples.beside([on, off])
     order = rng.permutation(len(both))
     return Binary(both.only(order), marks[order])
 
 
 def alike(windows: Windows, on: Examples, off: Examples) -> Examples:
-    """Of silent windows one for each firing one, as near in length as can be, with as many of each kind as there are."""
+    """Of silent windows one for each firing one, in their order: as near in length as can be, as many of each kind as there are."""
     from scipy.optimize import linear_sum_assignment
 
     kinds = np.array(off.kinds)
@@ -71,27 +78,27 @@ def alike(windows: Windows, on: Examples, off: Examples) -> Examples:
     names = sorted(
         set(off.kinds), key=lambda kind: (kind == "random", kind)
     )  # random ones make up for the rest
-    left, chosen = np.random.default_rng([windows.seed, 9]).permutation(len(on)), []
+    left, chosen = np.random.default_rng([windows.seed, 9]).permutation(len(on)), np.full(len(on), -1)
     for i, kind in enumerate(names):
         own = np.flatnonzero(kinds == kind)
         some = left[: len(left) if kind == "random" else -(-len(left) // (len(names) - i))]
         rows, columns = linear_sum_assignment(np.abs(aims[some, None] - sizes[own]))
-        chosen += own[columns].tolist()
+        chosen[some[rows]] = own[columns]
         left = left[~np.isin(left, some[rows])]
-    return off.only(np.array(chosen, np.int64))
+    return off.only(chosen[chosen >= 0])
 
 
 def moved(
     opens: Bool[ndarray, " token"], tokens: Int64[ndarray, "on width"], marks: Bool[ndarray, "on width"],
-    silent_tokens: Int64[ndarray, "off width"], rng: np.random.Generator,
+    silent_tokens: Int64[ndarray, "off width"], of: Int64[ndarray, " off"], rng: np.random.Generator,
 ) -> Bool[ndarray, "off width"]:  # fmt: skip
-    """Marks of firing windows for silent ones: moved, if need be, by the fewest places that make them look alike.
+    """Marks of firing windows (``of`` says whose) for silent ones: moved, if need be, by the fewest places that make them look alike.
 
     Alike are as many marked pieces, as many of them at a word's beginning, and at a word's end.
     """
     out = np.zeros(silent_tokens.shape, bool)
     steps = np.array(sorted(range(-REACH, REACH + 1), key=abs))
-    for line, own, i in zip(out, silent_tokens, rng.permutation(len(marks))[: len(out)], strict=True):
+    for line, own, i in zip(out, silent_tokens, of, strict=True):
         place = np.flatnonzero(marks[i])[None] + int(rng.choice((-1, 1))) * steps[:, None]
         place = place[(place[:, 0] >= 0) & (place[:, -1] < len(own))]
         here = np.zeros((len(place), len(own)), bool)
@@ -206,8 +213,19 @@ def missed(trials: Binary, guesses: Float[ndarray, " n"]) -> tuple[str, ...]:
 HEURISTICS: dict[str, Callable[[Binary, Sizes], Float[ndarray, " n"]]] = {
     "position of marks": lambda t, sizes: _first(t.marks),
     "number of marks": lambda t, sizes: t.marks.sum(1).astype(float),
+    "recurrence of marked tokens": lambda t, sizes: _recurring(t),
     "length of text": lambda t, sizes: sizes[t.examples.tokens].sum(1).astype(float),
 }
+
+
+def _recurring(trials: Binary) -> Float[ndarray, " n"]:
+    """In how many other examples of its prompt a token is marked that is marked in each: firing ones are of few words."""
+    out = np.zeros(len(trials.examples))
+    for batch in trials.batches():
+        marked = [set(trials.examples.tokens[i][trials.marks[i]].tolist()) for i in batch]
+        for i, own in zip(batch, marked, strict=True):
+            out[i] = sum(bool(own & other) for other in marked) - 1
+    return out
 
 
 def _first(marks: Bool[ndarray, "n width"]) -> Float[ndarray, " n"]:

@@ -68,6 +68,7 @@ class Intervention:
     """Share of questions in which the set that the feature wrote is found; one in three is chance."""
 
     name, metric, by = "intervention", "accuracy", "judge"
+    untried = "is alone in the dictionary, or moves the model by no strength as far as is asked for"
 
     def __init__(self, model: Model, dictionary: Dictionary):
         if not model.predicts_tokens:

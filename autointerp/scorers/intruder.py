@@ -17,7 +17,7 @@ from saekit.autointerp.explanation import Rule, Score
 from saekit.autointerp.negatives import silent
 from saekit.autointerp.prompts import Reader
 from saekit.autointerp.requests import Request
-from saekit.autointerp.scorers.binary import FEWEST, STRONG
+from saekit.autointerp.scorers.binary import SPARE, STRONG, alike, moved
 from saekit.autointerp.windows import Examples, Windows
 
 GROUP = 5  # texts of a question; chance is one in five
@@ -54,22 +54,32 @@ class Intruder:
     name, metric, by = "intruder", "accuracy", "judge"
 
     def trials(self, windows: Windows, feature: int, side: str, n: int, seed: int) -> "Intruders | None":
-        """Half of ``n`` questions; the four firing windows of each are near in strength, the silent one has the marks of a fifth."""
+        """Up to half of ``n`` questions, no window in two of them.
+
+        The four firing windows of each are near in strength; the silent one is as long as a fifth, and has its marks.
+        """
         on = windows.firing(feature, side, GROUP * n, "quantiles", seed)
-        off = silent(windows, feature, side, n // 2, seed=seed)
-        if len(on) < GROUP or len(off) < FEWEST:
+        count = min(n // 2, len(on) // GROUP)
+        if not count:
             return None
         rng = np.random.default_rng([windows.seed, seed, feature, 6])
+        # firing windows stand by strength, so those of one question are neighbours
+        chosen = np.sort(rng.permutation(len(on) // GROUP)[:count])
+        parts = np.stack([rng.permutation(np.arange(GROUP) + GROUP * c) for c in chosen])
+        fifths = on.only(parts[:, 0])
+        off = alike(windows, fifths, silent(windows, feature, side, SPARE * count, seed=seed))
+        if len(off) < count:
+            return None
         strong = (on.values > 0) & (on.values >= STRONG * on.values.max(1, keepdims=True))
-        groups, truth, marks = [], [], [*strong]
-        for i in range(len(off)):
-            first = int(rng.integers(0, max(1, len(on) - 2 * GROUP + 1)))  # firing windows stand by strength
-            some = rng.permutation(np.arange(first, min(len(on), first + 2 * GROUP)))[:GROUP]
-            place = int(rng.integers(GROUP))
-            groups.append(np.insert(some[1:], place, len(on) + i))
-            truth.append(place)
-            marks.append(strong[some[0]])
-        return Intruders(Examples.beside([on, off]), np.array(marks), np.array(groups), np.array(truth))
+        marks = moved(windows.opens, fifths.tokens, strong[parts[:, 0]], off.tokens, np.arange(count), rng)
+        truth = rng.integers(0, GROUP, count)
+        groups = np.stack(
+            [
+                np.insert(part[1:], place, len(on) + q)
+                for q, (part, place) in enumerate(zip(parts, truth, strict=True))
+            ]
+        )
+        return Intruders(Examples.beside([on, off]), np.concatenate([strong, marks]), groups, truth)
 
     def requests(self, trials: Intruders, text: str, unit: str, reader: Reader) -> list[Request]:
         """One prompt for each question."""

@@ -116,7 +116,10 @@ class Simulation:
         found = value(rows) if len(rows) >= 2 * FEWEST else None
         ends = None if found is None else stats.bootstrap(len(rows), lambda draw: value(rows[draw]), seed)
         low, high = ends or (None, None)
-        wrong = stats.pearson(truth.reshape(-1), np.where(known[:, None], guesses, 0.0).reshape(-1)) or 0.0
+        wrong = (
+            stats.pearson(truth.reshape(-1), np.where(known[:, None], guesses, LEVELS - truth).reshape(-1))
+            or 0.0
+        )
         still = known.any() and np.ptp(guesses[known]) == 0
         notes = ("constant judge: every token was judged alike",) if still else ()
         return Score(self.name, self.metric, found, low, high, len(rows), wrong, notes=notes)

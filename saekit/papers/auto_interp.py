@@ -220,7 +220,7 @@ def _claims(found: Found) -> list[Claim]:
                 "not measured",
                 control,
                 "<=",
-                0.58,
+                0.53,
                 blind[DELPHI].get(look, ()),
                 DELPHI,
             )

@@ -287,7 +287,13 @@ def _packed(
                 "suppressed": pairs(one.suppressed),
                 "nearest": one.nearest,
                 "together": one.together,
-                "explanations": [asdict(explained) for explained in one.explanations],
+                "explanations": [
+                    {
+                        **asdict(explained),
+                        "scores": [{**asdict(s), "corrected": s.corrected} for s in explained.scores],
+                    }
+                    for explained in one.explanations
+                ],
             }
         )
     return summaries, cards, list(vocabulary)

@@ -63,9 +63,14 @@ def explain(
     max_money: Annotated[float | None, typer.Option(help="Never more money than this.", min=0)] = None,
     max_seconds: Annotated[float | None, typer.Option(help="Never longer than this.", min=0)] = None,
     concurrency: Annotated[int, typer.Option(help="Requests in flight.", min=1)] = 16,
-    rate: Annotated[float | None, typer.Option(help="Requests begun in a second; default: no limit.")] = None,
+    rate: Annotated[
+        float | None, typer.Option(help="Requests begun in a second; default: no limit.", min=0.001)
+    ] = None,
     ledger: Annotated[
-        str | None, typer.Option(help="File that keeps every reply; default: calls.sqlite in the run.")
+        str | None,
+        typer.Option(
+            help="File that keeps every reply, by the model's name and not by its address; default: calls.sqlite in the run."
+        ),
     ] = None,
     mode: Annotated[
         str, typer.Option(help="cache (asks what isn't kept), live (asks all) or replay (asks nothing).")
@@ -104,7 +109,7 @@ def explain(
         path, model, text, list(feature) if feature else features, method=method, given=_given(given, given_format, given_name), judge=asked, scorers=scorer or DEFAULT,
         tokens=tokens, n=n, controls=controls, seed=seed, draw=_Bars(),
     )  # fmt: skip
-    file = found.save(target)
+    file = _kept(found, target).save(target)
     result(_data(found, file), as_json, f"{found!r}\n{_examples(found)}\n{file.resolve()}")
 
 
@@ -165,6 +170,8 @@ def _judge(
 
     if name is None:
         return None
+    if limits["money"] is not None and price is None:
+        raise SaekitError("max_money can't be kept to without a price; give --price, or limit --max-tokens")
     local = name.startswith("local:") or (endpoint is None and Path(name).is_dir())
     server: Any = (
         LocalEndpoint(name.removeprefix("local:"))
@@ -172,6 +179,19 @@ def _judge(
         else OpenAIEndpoint(name, endpoint, key_env, price)
     )
     return Judge(server, Ledger(ledger, mode), Budget(**limits), tell=say)
+
+
+def _kept(found: Any, target: Path) -> Any:
+    """What was found, and explanations of other features, or by other methods, that the file holds already."""
+    from saekit.autointerp.explain import Explanations
+    from saekit.autointerp.explanation import FILE, load
+
+    file = target / FILE if target.is_dir() else target
+    if not file.is_file():
+        return found
+    new = {(one.feature, one.method) for one in found}
+    old = [one for one in load(file)[0] if (one.feature, one.method) not in new]
+    return Explanations((*found, *old), {**found.about, "kept": len(old)})
 
 
 def _data(found: Any, file: Path) -> dict[str, Any]:
@@ -182,5 +202,6 @@ def _data(found: Any, file: Path) -> dict[str, Any]:
 
 def _examples(found: Any, n: int = 5) -> str:
     """A few explanations, spread over the list."""
-    some = [found[i * len(found) // n] for i in range(min(n, len(found)))]
+    n = min(n, len(found))
+    some = [found[i * len(found) // n] for i in range(n)]
     return "\n".join(f"  feature {one.feature}: {one.text}" for one in some)
