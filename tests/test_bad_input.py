@@ -85,6 +85,7 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "a dashboard of nothing": (["dashboard", "{here}/nosuch"], ["nosuch"]),
     "a question to the doctor about text": (["doctor", "{good}/text.py"], ["text.py", "not an intact safetensors file"]),
     "a question to the doctor about nothing": (["doctor", "{here}/nosuch"], ["path", "nosuch", "no store, dictionary, run"]),
+    "a dashboard in place of another file": (["dashboard", "{here}/run", "--model", "{good}/model", "--out", "{here}/run/config.json"], ["out", "config.json", ".html"]),
     "a dashboard in place of a folder": (["dashboard", "{here}/run", "--model", "{good}/model", "--out", "{here}/store"], ["out", "store", "is a folder"]),
     "a dashboard that cannot be written": (["dashboard", "{here}/run", "--model", "{good}/model", "--out", "/proc/x.html"], ["out", "/proc", "can't be written"]),
     "a hook point that is several": ([*EVAL, "--hook-point", "blocks.*.hook_resid_post"], ["hook_point", "name one"]),

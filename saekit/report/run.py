@@ -67,6 +67,8 @@ def dashboard(
     source = reading(dictionary, model, text, tokens, config, device)
     if out is not None and Path(out).is_dir():
         raise SaekitError(f"out {str(out)!r} is a folder; name the HTML file to write")
+    if out is not None and Path(out).suffix.lower() not in (".html", ".htm"):
+        raise SaekitError(f"out {str(out)!r} is no name of an HTML file; end it in .html")
     if n_features < 1:
         raise SaekitError(f"n_features = {n_features} must be at least 1")
     outside = [f for f in features or () if not 0 <= f < dictionary.n_features]
