@@ -22,7 +22,7 @@ from saekit.autointerp.positions import NATS, ROWS, Positional, position_informa
 from saekit.dictionaries import Dictionary
 from saekit.harvest import HarvestConfig, Stream
 from saekit.models import Model, load_model
-from saekit.types import ActivationBatch, Codes, SaekitError
+from saekit.types import ActivationBatch, Codes, SaekitError, check_beside
 
 MISSED = 20  # of a detector's firings one in so many may be without one of its grams
 # the fewest firings of which none off its grams is evidence, at 95 %, that below one in 20 are: 0.95 ** 59 < 0.05
@@ -230,15 +230,7 @@ class FamilyCollector:
             begin = end
 
     def _check(self, tokens, documents, mask, codes) -> None:
-        shape = tuple(tokens.shape)
-        others = {"mask": mask.shape, "codes": codes.shape}
-        if documents is not None:
-            others["documents"] = documents.shape
-        for name, other in others.items():
-            if tuple(other) != shape:
-                raise SaekitError(f"{name}: shape {tuple(other)}, but tokens has shape {shape}")
-        if codes.n_features != self.n_features:
-            raise SaekitError(f"codes: {codes.n_features} features, expected {self.n_features}")
+        check_beside(tokens, documents, mask, codes, self.n_features)
         if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < 1 << BITS:
             raise SaekitError(f"tokens: ids must be at least 0 and below {1 << BITS}")
 

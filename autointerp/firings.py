@@ -26,7 +26,7 @@ from saekit.activations import file_sha256, write_atomic
 from saekit.dictionaries import Dictionary
 from saekit.harvest import check_writable, harvest
 from saekit.models import Model
-from saekit.types import Codes, SaekitError
+from saekit.types import Codes, SaekitError, check_beside
 
 SCHEMA = 1
 ABOUT = "firings.json"
@@ -111,8 +111,7 @@ class Writer:
         codes: Codes,
     ) -> None:
         """Read one batch of rows; ``codes`` has shape (rows, seq). Without documents each row is one."""
-        if tuple(codes.shape) != tuple(tokens.shape) or (self.rows and tokens.shape[1] != self.seq):
-            raise SaekitError(f"codes of shape {tuple(codes.shape)} don't fit tokens of {tuple(tokens.shape)}, rows of {self.seq or 'any'} tokens")  # fmt: skip
+        check_beside(tokens, documents, mask, codes, self.n_features, self.seq or None)
         self.seq = tokens.shape[1]
         start = self.rows * self.seq
         self.rows += len(tokens)

@@ -152,6 +152,28 @@ def check_codes(decoder: Tensor, truth: Tensor, codes: Codes, true_codes: Codes)
         raise SaekitError(f"codes have {codes.rows} rows: encode the {true_codes.rows} rows of true_codes")
 
 
+def check_beside(
+    tokens: Tensor,
+    documents: Tensor | None,
+    mask: Tensor,
+    codes: Codes,
+    n_features: int,
+    seq: int | None = None,
+) -> None:
+    """Raise unless what belongs to rows of tokens (of ``seq``, where it is fixed) has their shape, and codes their features."""
+    shape = tuple(tokens.shape)
+    if len(shape) != 2 or shape[1] != (seq or shape[1]):
+        raise SaekitError(f"tokens: shape {shape}, expected [rows, {seq or 'seq'}]")
+    others = {"mask": mask.shape, "codes": codes.shape}
+    if documents is not None:
+        others["documents"] = documents.shape
+    for name, other in others.items():
+        if tuple(other) != shape:
+            raise SaekitError(f"{name}: shape {tuple(other)}, but tokens has shape {shape}")
+    if codes.n_features != n_features:
+        raise SaekitError(f"codes: {codes.n_features} features, expected {n_features}")
+
+
 @dataclass(frozen=True)
 class ActivationBatch:
     """Activations of whole sequences at several hook points, with what identifies their tokens.

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float32, Int, Int64, UInt64
 from numpy import ndarray
 from torch import Tensor
 
-from saekit.types import Codes, SaekitError
+from saekit.types import Codes, SaekitError, check_beside
 
 Windows = dict[
     str, ndarray
@@ -159,7 +159,7 @@ class ContextCollector:
         """Read one batch of packed rows; ``codes`` has shape (rows, seq), ``mask`` is true where a token counts."""
         if self.looks_back != (looks is not None):
             raise SaekitError("looks: give it with looks_back=True, and only then")
-        self._check(tokens, documents, mask, codes)
+        check_beside(tokens, documents, mask, codes, self.n_features, self.seq_len)
         if documents is None:
             documents = torch.full_like(tokens, -1)
         # ids take half the memory of what they come in, and windows of ids are most of what is kept
@@ -194,19 +194,6 @@ class ContextCollector:
     def each(self) -> Iterator[FeatureContexts]:
         """The same one by one: all at once take more memory than what they are made from."""
         return map(self._feature, range(len(self.features)))
-
-    def _check(self, tokens, documents, mask, codes) -> None:
-        shape = tuple(tokens.shape)
-        if len(shape) != 2 or shape[1] != self.seq_len:
-            raise SaekitError(f"tokens: shape {shape}, expected [rows, {self.seq_len}]")
-        others = {"mask": mask.shape, "codes": codes.shape}
-        if documents is not None:
-            others["documents"] = documents.shape
-        for name, other in others.items():
-            if tuple(other) != shape:
-                raise SaekitError(f"{name}: shape {tuple(other)}, but tokens has shape {shape}")
-        if codes.n_features != self.n_features:
-            raise SaekitError(f"codes: {codes.n_features} features, expected {self.n_features}")
 
     def _entries(
         self, mask: Bool[Tensor, "rows seq"], codes: Codes
