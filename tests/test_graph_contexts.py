@@ -1,14 +1,17 @@
 """Top contexts of a graph's features: the highest peaks of the text, shown on the graph's page."""
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from refusals import refusal
 from test_graph_page import Seat, chromium, seat  # noqa: F401 (fixtures)
 
 import saekit
 from saekit.circuits.places import Neurons
 from saekit.circuits.trace import trace
+from saekit.cli import main
 from saekit.dictionaries import Dictionary
 from saekit.graph.export import ids
 from saekit.models import Model
@@ -82,3 +85,23 @@ def test_in_a_browser_a_traced_features_contexts_are_shown(
     assert best["tokens"][best["at"]].strip() in shown
     assert seat.run("document.title") == graph.title
     seat.quiet()
+
+
+def test_the_command_traces_neurons_where_no_dictionary_stands(
+    stands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    """Named as in Python, so that graphs of both subtract; by default all of them, beside a transcoder the others."""
+    saekit.save(stands[2], tmp_path / "clt")
+    shared = ["--prompt", "import os", "--model", "code-lm", "--budget", "50", "--contexts", "0", "--json"]
+    for given, names in (
+        ([], [f"blocks.{i}.mlp" for i in range(4)]),
+        ([str(tmp_path / "clt"), "--neurons"], [", ".join(stands[2].writes), "blocks.0.mlp", "blocks.1.mlp"]),
+    ):
+        out = tmp_path / f"graph{len(given)}"
+        monkeypatch.setattr(sys, "argv", ["saekit", "trace", *given, *shared, "--out", str(out)])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        assert exit_.value.code in (0, None), capfd.readouterr()
+        assert list(saekit.load_graph(out).stands) == names
+    said = refusal(["trace", *shared, "--scores", "slop", "--out", str(tmp_path / "x")], monkeypatch, capfd)
+    assert said.startswith("scores = 'slop' must be one of whole, slope")

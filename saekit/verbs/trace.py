@@ -57,7 +57,7 @@ def _stands(paths: list[str], model: Any, neurons: bool, heads: bool) -> list[An
             free = (layer, f"{half}_out") not in taken  # a dictionary stands in for the others
             if asked and place and free and (block.mlp or kind is Heads):
                 short = f"blocks.{layer}.{half}"
-                out.append(kind(short if short in model.hook_points else place))
+                out.append(kind(short if short in model.hook_points() else place))
     return out
 
 
@@ -117,6 +117,7 @@ def trace(
 
     Example: `saekit trace --model code-lm --prompt "def main(self" --out graph`
     """
+    from saekit.circuits.trace import WAYS
     from saekit.circuits.trace import trace as run
     from saekit.graph.export import drawn
     from saekit.harvest import check_writable
@@ -124,6 +125,8 @@ def trace(
     from saekit.models import load_model
 
     given, named, folder = _tokens(prompt, tokens), _targets(target or []), Path(out)
+    if scores not in WAYS:
+        raise SaekitError(f"scores = {scores!r} must be one of {', '.join(WAYS)}")
     check_writable(folder)
     paths = paths or []
     source = model or (origin(read_card(Path(paths[0])))[0] if paths else "code-lm")
