@@ -93,9 +93,8 @@ def test_the_servers_wish_to_wait_is_read_in_each_form(
 
 
 def test_a_reply_that_holds_half_a_surrogate_pair_is_kept(tmp_path: Path) -> None:
-    message = SimpleNamespace(content="a \ud83d b", refusal=None)
-    served = SimpleNamespace(choices=[SimpleNamespace(message=message, finish_reason=None)], usage=None)
-    found = _completion(served, words(1))
+    choice = {"message": {"content": "a \ud83d b", "refusal": None}, "finish_reason": None}
+    found = _completion({"choices": [choice], "usage": None}, words(1))
     assert (found.text, found.finish, found.refusal) == ("a ? b", "stop", False)
     assert (found.prompt_tokens, found.completion_tokens) == most_tokens(words(1))  # where nothing is counted
     with Ledger(tmp_path / "l.sqlite") as ledger:

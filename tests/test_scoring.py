@@ -186,6 +186,32 @@ def test_intervals_cover_the_truth(accuracy: float, measure: str) -> None:
     assert 0.92 <= inside / repeats <= 0.98
 
 
+@pytest.mark.parametrize("kind", ["noise", "many", "lapses", "unlike"])
+def test_the_interval_of_a_simulation_covers_the_truth(kind: str) -> None:
+    """Over ten firing and ten silent windows, as Simulation draws them."""
+    rng = np.random.default_rng(11)
+
+    def drawn(n: int) -> tuple[Any, Any]:
+        truth = np.zeros((2 * n, 32))
+        for line in truth[:n]:
+            count = rng.integers(1, 16 if kind == "many" else 4)
+            line[rng.choice(32, count, replace=False)] = rng.integers(1, 11, count)
+        if kind == "lapses":
+            return truth, np.where(rng.random(truth.shape) < 0.05, 10 - truth, truth)
+        noise = rng.standard_normal(truth.shape) * (
+            rng.choice([0.5, 2], (2 * n, 1)) if kind == "unlike" else 1
+        )
+        return truth, np.clip(truth + noise, 0, None)
+
+    value = stats.pearson(*(part.reshape(-1) for part in drawn(20000)))
+    inside, firing = 0, np.repeat([True, False], 10)
+    for _ in range(400):
+        low, high = stats.correlation_interval(*drawn(10), firing)
+        inside += low <= value <= high
+    assert 0.92 <= inside / 400 <= 0.98
+    assert stats.correlation_interval(*drawn(10), np.arange(20) < 19) is None
+
+
 def test_measures_are_what_they_say() -> None:
     rng = np.random.default_rng(0)
     truth, at = rng.random(200) < 0.3, rng.random(200).round(1)

@@ -106,15 +106,13 @@ class Simulation:
         return LEVELS * np.asarray(rule.strength(trials.examples.tokens), np.float64)
 
     def measure(self, trials: Simulated, guesses: Float[ndarray, "n width"], seed: int) -> Score:
-        """The correlation over all tokens, with a bootstrap interval over windows; a guess without variation scores 0."""
+        """The correlation over all tokens; a guess without variation scores 0."""
         truth, known = trials.truth, np.isfinite(guesses).all(1)
-        rows = np.flatnonzero(known)
-
-        def value(some: ndarray) -> float:
-            return stats.pearson(truth[some].reshape(-1), guesses[some].reshape(-1)) or 0.0
-
-        found = value(rows) if len(rows) >= 2 * FEWEST else None
-        ends = None if found is None else stats.bootstrap(len(rows), lambda draw: value(rows[draw]), seed)
+        found, ends = None, None
+        if known.sum() >= 2 * FEWEST:
+            own, said = truth[known], guesses[known]
+            found = stats.pearson(own.reshape(-1), said.reshape(-1)) or 0.0
+            ends = stats.correlation_interval(own, said, own.any(1))
         low, high = ends or (None, None)
         wrong = (
             stats.pearson(truth.reshape(-1), np.where(known[:, None], guesses, LEVELS - truth).reshape(-1))
@@ -122,7 +120,7 @@ class Simulation:
         )
         still = known.any() and np.ptp(guesses[known]) == 0
         notes = ("constant judge: every token was judged alike",) if still else ()
-        return Score(self.name, self.metric, found, low, high, len(rows), wrong, notes=notes)
+        return Score(self.name, self.metric, found, low, high, int(known.sum()), wrong, notes=notes)
 
     def blind(self, learnt: "Simulated | None", trials: Simulated, reader: Reader) -> dict[str, float | None]:
         """The mean strength by position in the window, and by the token's length, learnt on the other side."""
