@@ -1,5 +1,6 @@
 """The tasks' answers are right by definition, and small models learn them."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -293,6 +294,18 @@ def test_a_model_is_learnt_once_and_kept(tmp_path: Path) -> None:
     assert (kept.accuracy, kept.whole, kept.mass) == (learnt.accuracy, learnt.whole, learnt.mass)
     unlearnt = Transformer(learnt.task.config)
     assert scores(unlearnt, depth.prompts(100, generator(9)))[0] < 0.5
+
+
+def test_what_stays_below_the_demand_is_learnt_again_and_said() -> None:
+    short = dataclasses.replace(greater.TASK, steps=3, demand=0.99)
+    with pytest.warns(UserWarning, match="'greater' was learnt to 0.* where 0.99 is asked"):
+        best = trained(short)
+    held_out = greater.prompts(1000, generator(2**31))
+    each = [scores([m for m, _ in fit(short, seed)][-1].eval(), held_out)[0] for seed in (0, 1000, 2000)]
+    assert best.accuracy == max(each) and len(set(each)) > 1
+    enough = dataclasses.replace(short, demand=sorted(each)[1])
+    first = next(i for i, accuracy in enumerate(each) if accuracy >= enough.demand)
+    assert trained(enough).accuracy == each[first]
 
 
 def logits(learnt: Trained, prompts: Prompts) -> Tensor:

@@ -160,7 +160,8 @@ def test_indirect_objects_have_a_small_faithful_circuit(seed: int, folder: Path)
     circuit = top(found.mean(), n)
     assert yardstick.faithfulness(circuit) >= 0.9
     assert yardstick.completeness(circuit) <= 0.2
-    assert yardstick.faithfulness(random_nodes(found, n, seed)) <= 0.2
+    random = [yardstick.faithfulness(random_nodes(found, n, draw)) for draw in range(8)]
+    assert sum(random) / len(random) <= 0.2
 
 
 @pytest.mark.slow
@@ -437,7 +438,7 @@ def flagged(table: dict[str, dict[str, float]]) -> set[str]:
     floor = table[FLOOR]
     others = {name: row for name, row in table.items() if name not in (FLOOR, MOVED)}
     return {
-        name for name, row in others.items() if row["sizes"] <= floor["sizes"] or row["CPR"] <= floor["CPR"]
+        name for name, row in others.items() if row["sizes"] <= floor["sizes"] or row["CMD"] >= floor["CMD"]
     }
 
 
