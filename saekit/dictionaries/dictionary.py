@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from saekit.dictionaries.config import Config
-from saekit.dictionaries.normalisation import Moments, Normalisation
+from saekit.dictionaries.normalisation import ROWS, Moments, Normalisation
 from saekit.dictionaries.wiring import WIRINGS
 from saekit.types import ActivationBatch, Codes, SaekitError
 
@@ -57,7 +57,10 @@ class Dictionary(nn.Module):
         self.config, self.seed = config, seed
         self.wiring = WIRINGS[config.wiring[0]](config.wiring[1])
         self.norm_in = Normalisation(self.wiring.parts_in, self.wiring.normalise)
-        self.norm_out = Normalisation(self.wiring.parts_out, self.wiring.normalise)
+        kind = self.wiring.normalise
+        # statistics of a row that is read say nothing of the units of another space
+        elsewhere = kind in ROWS and not self.wiring.same_space
+        self.norm_out = Normalisation(self.wiring.parts_out, "none" if elsewhere else kind)
         self.register_buffer("prepared", torch.tensor(False))
         self.reads: tuple[str, ...] = ()
         self.writes: tuple[str, ...] = ()

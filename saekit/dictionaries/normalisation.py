@@ -11,13 +11,15 @@ from saekit.registry import nearest
 from saekit.types import SaekitError
 
 KINDS = ("none", "centre", "scale", "whiten")
+ROWS = ("row_std", "row_norm")  # by each row's own statistics, which no weights can fold
+EPS = 1e-5  # beside a row's standard deviation
 FLOOR = 1e-4  # of the mean variance: directions with less are not blown up further
 
 
-def check_kind(kind: str) -> None:
-    """Raise unless it is a kind of normalisation."""
-    if kind not in KINDS:
-        raise SaekitError(f"normalise {kind!r} is unknown{nearest(kind, list(KINDS))}")
+def check_kind(kind: str, more: Sequence[str] = ()) -> None:
+    """Raise unless it is a kind of normalisation, of those that fold or of those named."""
+    if kind not in (*KINDS, *more):
+        raise SaekitError(f"normalise {kind!r} is unknown{nearest(kind, [*KINDS, *more])}")
 
 
 class Normalisation(nn.Module):
@@ -27,6 +29,10 @@ class Normalisation(nn.Module):
     ``parts`` are the widths of what stands side by side in a row, each with a scale of its own. ``none``
     leaves rows as they are and ``centre`` only takes the mean off. Whitening (as SAELens'
     covariance whitening, 2511.13981) is symmetric (ZCA), so that directions stay recognisable.
+
+    ``row_std`` first standardises each row by its own mean and unbiased standard deviation (+ 1e-5, as SAELens'
+    "layer_norm" and OpenAI's), ``row_norm`` scales each to the norm sqrt(d) (SAELens' "constant_norm_rescale"). Neither
+    is fitted, nor folds; outputs are brought back by the statistics of the row that was read.
     """
 
     mean: Tensor
@@ -41,7 +47,7 @@ class Normalisation(nn.Module):
         d = sum(self.parts)
         self.register_buffer("mean", torch.zeros(d))
         self.register_buffer("scale", torch.ones(() if len(self.parts) == 1 else d))
-        self.register_buffer("fitted", torch.tensor(kind == "none"))
+        self.register_buffer("fitted", torch.tensor(kind == "none" or kind in ROWS))
         if kind == "whiten":
             self.register_buffer("whitening", torch.eye(d))
             self.register_buffer("unwhitening", torch.eye(d))
@@ -50,8 +56,23 @@ class Normalisation(nn.Module):
         """Rows in normalised space."""
         if self.kind == "none":
             return x
+        if self.by_rows:
+            mean, size = self.statistics(x)
+            x = (x - mean) / (size + EPS if self.kind == "row_std" else size)
         centred = x - self.mean
         return centred @ self.whitening.to(x.dtype) if self.kind == "whiten" else centred.mul_(self.scale)
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether rows are normalised by statistics of their own."""
+        return self.kind in ROWS
+
+    def statistics(self, x: Float[Tensor, "rows d"]) -> tuple[Tensor, Tensor]:
+        """Mean and size [rows, 1] of raw rows, by which their outputs are brought back."""
+        if self.kind == "row_std":
+            return x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=1e-30)
+        return torch.zeros_like(norm), norm / x.shape[-1] ** 0.5
 
     def some(self, first: int, stop: int) -> "Normalisation":
         """The normalisation of some of the parts."""
@@ -63,25 +84,45 @@ class Normalisation(nn.Module):
         out.fitted.copy_(self.fitted)
         return out
 
-    def invert(self, y: Float[Tensor, "rows d"]) -> Float[Tensor, "rows d"]:
-        """Rows back in the units of the data."""
-        if self.kind == "none":
-            return y
-        return self.directions(y) + self.mean
+    def invert(
+        self, y: Float[Tensor, "rows d"], x: Float[Tensor, "rows d"] | None = None
+    ) -> Float[Tensor, "rows d"]:
+        """Rows back in the units of the data; ``x`` are the raw rows that were read, where each has its own units."""
+        if not self.by_rows:
+            return self.unscaled(y)
+        if x is None:
+            raise SaekitError(
+                f"x is not given, and normalise = {self.kind!r} brings outputs back by the rows that were read; decode(codes, x)"
+            )
+        mean, size = self.statistics(x)
+        return self.unscaled(y) * size + mean
+
+    def unscaled(self, y: Float[Tensor, "rows d"]) -> Float[Tensor, "rows d"]:
+        """Rows without mean and scale; in the units of the data, but for what depends on the row."""
+        return y if self.kind == "none" else self.directions(y) + self.mean
 
     def directions(self, rows: Float[Tensor, "feature d"]) -> Float[Tensor, "feature d"]:
         """Directions that are written in normalised space, in the units of the data."""
         return rows @ self.unwhitening.to(rows.dtype) if self.kind == "whiten" else rows / self.scale
 
     def fold(
-        self, weight: Float[Tensor, "feature d"]
+        self, weight: Float[Tensor, "feature d"], x: Float[Tensor, "feature d"] | None = None
     ) -> tuple[Float[Tensor, "feature d"], Float[Tensor, " feature"]]:
-        """``(weight', bias)`` of float64 with ``weight' x + bias = weight normalised(x)``."""
+        """``(weight', bias)`` of float64 with ``weight' x + bias = weight normalised(x)``.
+
+        Where each row has its own statistics, they are those of ``x``, one raw row for each of the weights, held
+        fixed; without ``x`` what a row is standardised by stays out of the weights.
+        """
         weight = weight.double()
         if self.kind == "none":
             return weight, weight.new_zeros(len(weight))
         weight = weight @ self.whitening.double().T if self.kind == "whiten" else weight * self.scale.double()
-        return weight, -weight @ self.mean.double()
+        bias = -weight @ self.mean.double()
+        if x is None or not self.by_rows:
+            return weight, bias
+        mean, size = self.statistics(x.double())
+        weight = weight / (size + EPS if self.kind == "row_std" else size)
+        return weight, bias - weight.sum(1) * mean[:, 0]
 
     def normalised(self, rows: Float[Tensor, "feature d"]) -> Float[Tensor, "feature d"]:
         """Directions in the units of the data, as they are written in normalised space."""
@@ -102,7 +143,7 @@ class Normalisation(nn.Module):
     def fit(self, moments: "Moments") -> None:
         """Take it from the moments of rows of the data."""
         self.fitted.fill_(True)
-        if self.kind == "none" or moments.n == 0:
+        if self.kind == "none" or self.by_rows or moments.n == 0:
             return
         self.mean.copy_(moments.mean())
         if self.kind == "scale":

@@ -13,7 +13,7 @@ from saekit.dictionaries.cross_layer import CrossLayer
 from saekit.dictionaries.dictionary import Dictionary
 from saekit.dictionaries.normalisation import Normalisation
 from saekit.dictionaries.sequences import Sequences
-from saekit.types import Codes
+from saekit.types import Codes, SaekitError
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,10 @@ def _layer(d: CrossLayer, layer: int, x: Tensor) -> Part:
 @torch.no_grad()
 def constant(d: Dictionary) -> Constant:
     """What a dictionary writes whatever is active."""
+    if d.norm_in.by_rows:
+        raise SaekitError(
+            f"normalise = {d.norm_in.kind!r} gives each row units of its own, so nothing is written whatever is active; choose a dictionary with normalise = 'scale' or 'none'"
+        )
     b, skip = d.b_dec, getattr(d.wiring, "skip", None)
     if skip is not None:
         skip, shift = d.norm_in.fold(skip)

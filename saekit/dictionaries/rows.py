@@ -110,8 +110,12 @@ class Rows(Dictionary):
             scaled = off.abs() > rounding  # a router scales codes
             slope = torch.where(scaled, codes.values / before, 1.0)
             weight, bias = weight * slope[:, None], torch.where(scaled, bias * slope, bias + off)
-        weight, shift = self.norm_in.fold(weight)
+        rows = self._raw(x)[codes.row_ids()] if self.norm_in.by_rows else None
+        weight, shift = self.norm_in.fold(weight, rows)
         return weight.to(self.dtype), (shift + bias).to(self.dtype)
+
+    def _raw(self, x: Float[Tensor, "*shape d_in"]) -> Float[Tensor, "rows d_in"]:
+        return x.reshape(-1, self.d_in).to(self.dtype)
 
     def _inside(self, codes: Codes, x: Tensor) -> Float[Tensor, "entry d_in"]:
         """What each code's encoder row is multiplied with."""
@@ -119,21 +123,29 @@ class Rows(Dictionary):
 
     def written_by(self, codes: Codes, x: Float[Tensor, "*shape d_in"]) -> Float[Tensor, "entry d_out"]:
         """What each code writes, in the units of the model; with b_dec (and what is passed on) the output."""
-        return self.norm_out.directions(self.atoms.rows()[codes.indices.long()] * codes.values[:, None])
+        written = self.norm_out.directions(self.atoms.rows()[codes.indices.long()] * codes.values[:, None])
+        if self.norm_out.by_rows:
+            written = written * self.norm_out.statistics(self._raw(x))[1][codes.row_ids()]
+        return written
 
     def decode(
         self, codes: Codes, x: Float[Tensor, "*shape d_in"] | None = None
     ) -> Float[Tensor, "*shape d_out"]:
-        """What the codes write, in the units of the model; ``x`` is for wirings that pass input through."""
+        """What the codes write, in the units of the model; ``x`` is for wirings that pass input through, and for rows with units of their own."""
         passes = self.wiring.skip is not None or self.wiring.kind == "transforms"
         if passes and x is None:
             raise SaekitError("x is not given, and this dictionary passes its input on; decode(codes, x)")
         read = self.read(x) if passes and x is not None else None
         c = self.expanded(codes, read)
         y = sparse_decode(c.offsets, c.indices, c.values, self.atoms.rows()) + self.b_dec
-        if self.wiring.skip is not None and read is not None:
-            y = y + read @ self.wiring.skip.T
-        return self.norm_out.invert(y).view(*codes.shape, self.d_out)
+        if self.wiring.skip is not None and x is not None and read is not None:
+            y = y + self._passed(x, read)
+        raw = self._raw(x) if self.norm_out.by_rows and x is not None else None
+        return self.norm_out.invert(y, raw).view(*codes.shape, self.d_out)
+
+    def _passed(self, x: Tensor, read: Tensor) -> Tensor:
+        """What the skip writes: of normalised rows, but of raw ones where only the features' are by their own statistics."""
+        return (self._raw(x) if self.norm_in.by_rows else read) @ self.wiring.skip.T
 
     def pairs(self, batch: "Float[Tensor, 'batch columns'] | ActivationBatch") -> tuple[Tensor, Tensor]:
         """What is encoded and what is written, in normalised space."""
@@ -146,7 +158,8 @@ class Rows(Dictionary):
     ) -> Loss:
         """The training loss of a batch of rows (or of the unmasked rows of an ActivationBatch)."""
         (x, y), state = self.pairs(batch), state or TrainState()
-        passed = None if self.wiring.skip is None else x @ self.wiring.skip.T
+        skip = self.wiring.skip
+        passed = None if skip is None else self._passed(self.wiring.split(self.rows_of(batch))[0], x)
         selected = self.select(x, state)
         terms, forward = self.judge(x, y if passed is None else y - passed, selected, state, passed)
         assert forward.squared is not None  # set by the term that fits the data
@@ -217,8 +230,8 @@ class Rows(Dictionary):
     def to_inference(self) -> "Rows":
         """The same function of raw activations, with normalisation and thresholds folded into the weights.
 
-        Codes keep their values; the decoder's rows are no longer of unit norm, so atoms are free, and
-        rules that come down to a threshold per feature become a JumpReLU. A pursuit works in the
+        Codes keep their values; a normalisation by each row's own statistics stays; the decoder's rows are no longer
+        of unit norm, so atoms are free, and rules that come down to a threshold per feature become a JumpReLU. A pursuit works in the
         normalised space itself, so there nothing is folded.
         """
         if not self.selection.affine:
@@ -236,7 +249,8 @@ class Rows(Dictionary):
 
         ``weight`` [n_features, d_in] and ``bias`` are in normalised space; ``state`` is the selection's.
         """
-        wiring = (self.config.wiring[0], dataclasses.replace(self.config.wiring[1], normalise="none"))
+        kind = self.wiring.normalise if self.norm_in.by_rows else "none"
+        wiring = (self.config.wiring[0], dataclasses.replace(self.config.wiring[1], normalise=kind))
         fit = ("reconstruction", OBJECTIVES["reconstruction"].Config())
         free = ("free", ATOMS["free"].Config())
         folded = type(self)(Config(self.n_features, wiring, selection, free, (fit,))).to(self.device)
@@ -248,12 +262,15 @@ class Rows(Dictionary):
         if hasattr(folded.selection, "fold"):
             folded.selection.fold(self.norm_in.fold)
         folded.atoms.weight.copy_(self.norm_out.directions(self.atoms.rows().double()))
-        folded.b_dec.copy_(self.norm_out.invert(self.b_dec.double()[None])[0])
-        if self.wiring.skip is not None:
+        folded.b_dec.copy_(self.norm_out.unscaled(self.b_dec.double()[None])[0])
+        if self.wiring.skip is not None and self.norm_in.by_rows:
+            folded.wiring.skip.copy_(self.wiring.skip)
+        elif self.wiring.skip is not None:
             skip, shift = self.norm_in.fold(self.wiring.skip)
             folded.wiring.skip.copy_(self.norm_out.directions(skip.T).T)
             folded.b_dec.add_(self.norm_out.directions(shift[None])[0])
-        folded.norm_out.mean.copy_(self.norm_out.mean)
+        if folded.norm_out.kind == "none":  # where it is for whoever asks
+            folded.norm_out.mean.copy_(self.norm_out.mean)
         folded.prepared.fill_(True)
         folded.reads, folded.writes, folded.card = self.reads, self.writes, dict(self.card)
         return folded.eval()

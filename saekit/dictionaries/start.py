@@ -95,6 +95,10 @@ def warm_start(dictionary: Dictionary, other: Dictionary) -> None:
             f"atoms {dictionary.config.atoms[0]!r} are no trained rows of their own that could be taken from another dictionary; choose 'free', 'unit_norm' or 'tied'"
         )
     alike = (dictionary.norm_in.kind, dictionary.norm_in.parts) == (other.norm_in.kind, other.norm_in.parts)
+    if not alike and (dictionary.norm_in.by_rows or other.norm_in.by_rows):
+        raise SaekitError(
+            f"normalise = {dictionary.norm_in.kind!r} is not that of the dictionary to begin from ({other.norm_in.kind!r}), and one goes by each row's own statistics; give both the same"
+        )
     if alike and other.normalised:
         dictionary.norm_in.load_state_dict(other.norm_in.state_dict())
         dictionary.norm_out.load_state_dict(other.norm_out.state_dict())
@@ -129,8 +133,11 @@ def warm_start(dictionary: Dictionary, other: Dictionary) -> None:
         dictionary.prepared.fill_(threshold is not None)
     if not dictionary.encoder_unit:
         dictionary.b_enc.copy_(bias)
-    centre = other.norm_out.invert(other.b_dec.double()[None]) + _skip(dictionary, other)
-    dictionary.b_dec.copy_(dictionary.norm_out(centre)[0])
+    centre = other.norm_out.unscaled(other.b_dec.double()[None]) + _skip(dictionary, other)
+    if dictionary.norm_out.by_rows:  # the same rows, in the same units
+        dictionary.b_dec.copy_(dictionary.norm_out.normalised(centre - dictionary.norm_out.mean)[0])
+    else:
+        dictionary.b_dec.copy_(dictionary.norm_out(centre)[0])
 
 
 def _route(dictionary: Dictionary, other: Dictionary) -> None:

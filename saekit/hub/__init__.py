@@ -1,4 +1,67 @@
-"""Dictionaries on disk: one file per format."""
+"""Dictionaries on disk: saekit's own format and those of others, one file per format, in the table of ``formats.py``."""
 
-from saekit.hub.native import load as load
-from saekit.hub.native import save as save
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from saekit.dictionaries import Dictionary
+from saekit.hub import native, remote
+from saekit.hub.files import Files
+from saekit.hub.formats import checked, detected, named
+from saekit.types import SaekitError
+
+
+def load(
+    path: "str | Path",
+    format: str | None = None,
+    *,
+    device: "str | torch.device | None" = None,
+    **options: Any,
+) -> Dictionary:
+    """The dictionary of a folder or file, of saekit's format or another tool's, which is known by what is in it.
+
+    ``hf://owner/repo/name@revision`` is one on the Hub, of which only its files are fetched.
+
+    ``format`` names one of the table ("saelens"; "native" is saekit's own) where the content leaves it open.
+    ``options`` are what some formats' files don't say, such as ``hook_point``. A dictionary of another tool computes what
+    it computes there: codes and outputs agree to 1e-5 in fp32; what was folded, and what the files don't say, is in
+    ``dictionary.card["imported"]``. Raises SaekitError with what is there, and with the formats that there are.
+    """
+    address = str(path)
+    path = remote.fetch(address, format) if address.startswith(remote.SCHEME) else Path(path)
+    if format == "native" or (format is None and _own(path)):
+        checked("native", native.load, options)
+        return native.load(path, device=device)
+    if format is not None:
+        named(format)
+    files = Files(path)
+    name = format or detected(files)
+    row = named(name)
+    dictionary = row.load(files, **checked(name, row.load, options))
+    return dictionary.to(device) if device else dictionary
+
+
+def _own(path: Path) -> bool:
+    """Whether it is saekit's own, whole or damaged, a folder of them, or nothing at all."""
+    names = (native.CARD, native.WEIGHTS)
+    here = any((path / name).is_file() for name in names) or any(path.glob(f"*/{native.CARD}"))
+    return here or not path.exists()
+
+
+def save(dictionary: Dictionary, path: "str | Path", format: str = "native", **options: Any) -> Path:
+    """Write a dictionary to a folder, in saekit's format or another tool's (``format="saelens"``); returns the folder.
+
+    What the other format can't say is refused with the reason, before anything is written. A folder of another tool's is
+    a new one, or empty. ``options`` are the format's, such as ``dtype`` of its weights.
+    """
+    if format == "native":
+        checked("native", native.save, options)
+        return native.save(dictionary, path)
+    row = named(format)
+    if row.save is None:
+        raise SaekitError(f"format {format!r} is read and never written; choose 'native' or another format")
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise SaekitError(f"out {str(path)!r} is there already; choose a new folder, or remove it")
+    return row.save(dictionary, path, **checked(format, row.save, options))

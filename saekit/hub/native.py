@@ -33,7 +33,9 @@ FIELDS = {
     "writes": [str],
     "sha256": str,
     "torch?": str,
-    "data?": ABOUT,
+    "data?": {
+        "rows?" if key == "rows" else key: shape for key, shape in ABOUT.items()
+    },  # others name no rows
     "training?": dict,
 }
 

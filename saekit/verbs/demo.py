@@ -1,13 +1,11 @@
 """``saekit demo``: from the bundled language model to an inspected dictionary, offline, on two cores."""
 
-import json
 import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from saekit.pages import finite
 from saekit.verbs.console import Device, Json, Seed, duration, progress, result, say
 from saekit.verbs.evaluate import table
 
@@ -29,7 +27,6 @@ def demo(
 
     Example: `saekit demo --out demo`
     """
-    from saekit.activations import write_atomic
     from saekit.dictionaries import create
     from saekit.evaluate import evaluate
     from saekit.harvest import harvest
@@ -70,7 +67,7 @@ def demo(
             seed=seed,
             on_batch=lambda done, total: draw(done, total, ""),
         )
-    write_atomic(folder / "run" / "eval.json", json.dumps(finite(report.to_json()), indent=1).encode())
+    report.save(folder / "run")
     say("4/4 collect what its features fire on")
     with progress("dashboard", "tokens") as draw:
         page = dashboard(

@@ -19,7 +19,10 @@ PACKAGES = ("torch", "numpy", "numba", "triton", "transformers", "transformer-le
 
 def doctor(
     path: Annotated[
-        str | None, typer.Argument(help="A store, a dictionary, a run, a graph, or a safetensors file.")
+        str | None,
+        typer.Argument(
+            help="A store, a dictionary of any known format, a run, a graph, or a file of tensors."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -81,10 +84,15 @@ def explain(path: Path) -> dict[str, Any]:
         return _dictionary(path)
     if (path / "graph.json").is_file() or path.suffix == ".json":
         return _graph(path)
+    foreign = _foreign(path) if path.exists() else None
+    if foreign is not None:
+        return foreign
     if (path / "config.json").is_file() and (path / "checkpoints").is_dir():
         return _run(path)
     if path.is_file():
         return _tensors(path)
+    if path.is_dir():
+        _look_inside(path)
     raise SaekitError(
         f"path {str(path)!r} is no store, dictionary, run, graph or safetensors file; give one of these"
     )
@@ -134,6 +142,36 @@ def _dictionary(path: Path) -> dict[str, Any]:
         "hash": "matches the card" if intact else "DIFFERS from the card: the weights were changed after saving",
         "data": card.get("data", "not stated"),
     }  # fmt: skip
+
+
+def _foreign(path: Path) -> dict[str, Any] | None:
+    """A dictionary of another tool's format; None where it is of none."""
+    from saekit.hub import load
+    from saekit.hub.files import Files
+    from saekit.hub.formats import FORMATS
+
+    files = Files(path)
+    found = [name for name in FORMATS if FORMATS[name].detect(files)]
+    if not found:
+        return None
+    if len(found) > 1:
+        return {"dictionary": str(path), "formats that it may be of": found}
+    d = load(path, found[0])
+    config, imported = d.config.to_json(), d.card.get("imported", {})
+    return {
+        "dictionary": str(path), "format": found[0], "dtype": imported.get("dtype", "not stated"), "n_features": d.n_features,
+        **{choice: config[choice] for choice in ("wiring", "selection")},
+        "reads": list(d.reads), "writes": list(d.writes), "folded by saekit": imported.get("folded", []),
+        "not in the files": imported.get("missing", []), "data": d.card.get("data", "not stated"),
+    }  # fmt: skip
+
+
+def _look_inside(path: Path) -> None:
+    """Raise with the dictionaries that are in a folder, or what else is."""
+    from saekit.hub.files import Files
+    from saekit.hub.formats import detected
+
+    detected(Files(path))
 
 
 def _run(path: Path) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """``saekit eval``: the metric table of a dictionary."""
 
-import json
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -100,12 +99,10 @@ def evaluate(
 
     Example: `saekit eval run --tokens 65536`
     """
-    from saekit.activations import write_atomic
     from saekit.evaluate import evaluate as run
     from saekit.harvest import check_writable
     from saekit.hub import load
     from saekit.hub.native import origin
-    from saekit.pages import finite
 
     runs, folder = _runs(paths)
     found = [load(run, device=device) for run in runs]
@@ -122,6 +119,5 @@ def evaluate(
             dictionary, model, text, tokens=tokens, hook_point=hook_point, split=split, controls=beside,
             ablation=ablation, device=device, seed=seed, on_batch=lambda done, total: draw(done, total, ""),
         )  # fmt: skip
-    data = report.to_json()
-    write_atomic(folder / "eval.json", json.dumps(finite(data), indent=1).encode())
-    result(data, as_json, table(report))
+    report.save(folder)
+    result(report.to_json(), as_json, table(report))

@@ -1,7 +1,6 @@
 """Peak anonymous memory of this process, watched from a thread."""
 
 import ctypes
-import resource
 import sys
 import threading
 from pathlib import Path
@@ -26,12 +25,14 @@ def steady_malloc() -> None:
 
 
 def anonymous_bytes() -> int:
-    """Resident anonymous memory now (RssAnon); where the system doesn't tell, the peak resident set."""
+    """Resident anonymous memory now (RssAnon); where the system doesn't tell, the resident set."""
     status = Path("/proc/self/status")
     if status.exists():
         line = next(line for line in status.read_text().splitlines() if line.startswith("RssAnon"))
         return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    import psutil  # a dependency elsewhere than on Linux
+
+    return int(psutil.Process().memory_info().rss)
 
 
 class PeakAnonymous:

@@ -19,12 +19,16 @@ from saekit.types import Codes, SaekitError
 class PursuitConfig:
     """``k`` steps per row, one atom each; ``k_inference`` steps at inference (default: k).
 
-    A row stops early where its residual's norm has fallen to ``tolerance`` of its own.
+    A row stops early where its residual's norm has fallen to ``tolerance`` of its own, or below ``residual`` in the
+    space that is pursued; with ``until_repeat`` after the first step that takes no atom that is new to it (both as
+    SAELens' matching pursuit has them).
     """
 
     k: int
     k_inference: int | None = None
     tolerance: float = 0.0
+    residual: float = 0.0
+    until_repeat: bool = False
 
     def check(self, n_features: int) -> None:
         """Raise unless the choice is possible."""
@@ -33,6 +37,8 @@ class PursuitConfig:
                 raise SaekitError(f"{name} = {value} must be at least 1; it counts the steps of the pursuit")
         if not 0 <= self.tolerance < 1:
             raise SaekitError(f"tolerance = {self.tolerance} must lie in 0..1; it is a share of a row's norm")
+        if not 0 <= self.residual < float("inf"):
+            raise SaekitError(f"residual = {self.residual} must be a norm of at least 0")
 
 
 class Pursuit(nn.Module):
@@ -90,7 +96,23 @@ class Pursuit(nn.Module):
             before = residual.detach().square().sum(1, keepdim=True) + step.flip(1).cumsum(1).flip(1)
             limit = self.config.tolerance**2 * x.square().sum(1, keepdim=True)
             values = values * (before > limit)
+        if self.config.residual or self.config.until_repeat:
+            values = values * self._going(x, W_enc, indices, values)
         return Codes.from_rectangular(indices, _merged(indices, values), len(W_enc))
+
+    @torch.no_grad()
+    def _going(self, x: Tensor, W_enc: Tensor, indices: Tensor, values: Tensor) -> Tensor:
+        """Which steps [rows, k] a row still takes: those before it stops don't depend on the ones after."""
+        going, left = torch.ones_like(values, dtype=torch.bool), x
+        for step in range(values.shape[1] - 1):
+            value, at = values[:, step], indices[:, step]
+            left = left - value[:, None] * W_enc[at.long()]
+            stops = torch.linalg.vector_norm(left, dim=1) < self.config.residual
+            if self.config.until_repeat:
+                taken = (indices[:, :step] == at[:, None]) & (values[:, :step] != 0)
+                stops |= taken.any(1) | (value == 0)
+            going[:, step + 1] = going[:, step] & ~stops
+        return going
 
 
 def _merged(indices: Tensor, values: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from saekit.dictionaries.normalisation import check_kind
+from saekit.dictionaries.normalisation import ROWS, check_kind
 from saekit.types import SaekitError
 
 
@@ -14,7 +14,8 @@ from saekit.types import SaekitError
 class AutoencoderConfig:
     """``d_in`` is the width of the hook point.
 
-    ``normalise``: "scale" (centred, one scale), "whiten", "centre" or "none".
+    ``normalise``: "scale" (centred, one scale), "whiten", "centre" or "none"; "row_std" or "row_norm" go by each row's
+    own statistics.
     """
 
     d_in: int
@@ -23,7 +24,7 @@ class AutoencoderConfig:
     def __post_init__(self):
         if self.d_in < 1:
             raise SaekitError(f"d_in = {self.d_in} must be at least 1")
-        check_kind(self.normalise)
+        check_kind(self.normalise, ROWS)
 
 
 class Autoencoder(nn.Module):

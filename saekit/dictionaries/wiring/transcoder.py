@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from saekit.dictionaries.normalisation import check_kind
+from saekit.dictionaries.normalisation import ROWS, check_kind
 from saekit.dictionaries.wiring.pair import Pair
 from saekit.types import SaekitError
 
@@ -18,8 +18,9 @@ from saekit.types import SaekitError
 class TranscoderConfig:
     """``d_in`` and ``d_out`` are the widths of the hook points read and written; ``d_out`` None: the same.
 
-    ``normalise``: "scale" (centred, one scale), "whiten", "centre" or "none", for both. ``skip``: a linear
-    map from input to output beside the features.
+    ``normalise``: "scale" (centred, one scale), "whiten", "centre" or "none", for both; "row_std" or "row_norm" by each
+    row's own statistics, for what the features read alone. ``skip``: a linear map from input to output beside the
+    features.
     """
 
     d_in: int
@@ -32,7 +33,7 @@ class TranscoderConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SaekitError(f"{name} = {value} must be at least 1")
-        check_kind(self.normalise)
+        check_kind(self.normalise, ROWS)
 
 
 class Transcoder(Pair):
