@@ -38,13 +38,18 @@ if TYPE_CHECKING:
     from saekit.harvest import harvest as harvest
     from saekit.hub import load as load
     from saekit.hub import save as save
+    from saekit.hub.index import released as released
+    from saekit.hub.publish import publish as publish
     from saekit.interventions import Edit as Edit
+    from saekit.interventions import When as When
     from saekit.interventions import intervened as intervened
     from saekit.models import load_model as load_model
     from saekit.report import dashboard as dashboard
     from saekit.report import fires as fires
     from saekit.report import graph_contexts as graph_contexts
     from saekit.report import show as show
+    from saekit.steer import Steering as Steering
+    from saekit.steer import steer as steer
     from saekit.trainers import Trainer as Trainer
     from saekit.trainers import train as train
     from saekit.trainers import train_many as train_many
@@ -73,15 +78,20 @@ _LAZY = {
     "load": "saekit.hub",
     "load_model": "saekit.models",
     "prune": "saekit.dictionaries",
+    "publish": "saekit.hub.publish",
+    "released": "saekit.hub.index",
     "save": "saekit.hub",
     "show": "saekit.report",
+    "steer": "saekit.steer",
     "Edit": "saekit.interventions",
     "Feature": "saekit.circuits.targets",
     "Graph": "saekit.graph",
     "Heads": "saekit.circuits.places",
     "Logit": "saekit.circuits.targets",
     "Neurons": "saekit.circuits.places",
+    "Steering": "saekit.steer",
     "Target": "saekit.circuits.targets",
+    "When": "saekit.interventions",
     "intervened": "saekit.interventions",
     "load_graph": "saekit.graph.files",
     "trace": "saekit.circuits.trace",

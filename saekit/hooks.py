@@ -164,12 +164,14 @@ def whole_sequences(module: nn.Module) -> Iterator[None]:
 class Clock:
     """Where in the text the running pass begins, behind what keys and values are cached for, and its token ids.
 
-    ``end``: how far into a text the passes have come.
+    ``end``: how far into a text the passes have come. ``attention`` [batch, tokens so far]: its attention mask, where it
+    is given one.
     """
 
     start = 0
     end = 0
     tokens: Tensor | None = None
+    attention: Tensor | None = None
 
 
 @contextmanager
@@ -179,6 +181,8 @@ def passes(module: nn.Module) -> Iterator[Clock]:
 
     def begin(_module: nn.Module, args: tuple, kwargs: dict) -> None:
         clock.tokens = kwargs.get("input_ids", args[0] if args else None)
+        mask = kwargs.get("attention_mask")
+        clock.attention = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
         cached = [v.get_seq_length() for v in kwargs.values() if hasattr(v, "get_seq_length")]
         clock.start = int(cached[0]) if cached else 0
         seen = clock.tokens if clock.tokens is not None else kwargs.get("inputs_embeds")

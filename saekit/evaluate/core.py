@@ -6,6 +6,7 @@ that every ratio is a ratio of sums and every interval is over documents.
 
 import copy
 import dataclasses
+import json
 import os
 import warnings
 from collections import defaultdict
@@ -20,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saekit import metrics, records
+from saekit.activations import write_atomic
 from saekit.dictionaries import Dictionary, create
 from saekit.dictionaries.cross_layer import CrossLayer
 from saekit.evaluate.measure import Measure, Resampler
@@ -27,6 +29,7 @@ from saekit.harvest import HarvestConfig, Stream
 from saekit.hooks import Site, intervene, spliced
 from saekit.hub import load
 from saekit.models import load_model
+from saekit.pages import finite
 from saekit.replacement import Replacement
 from saekit.types import ActivationBatch, Codes, SaekitError
 
@@ -57,6 +60,12 @@ class Report(Mapping[str, Measure]):
     def to_json(self) -> dict[str, Any]:
         """Plain data: the measures and what they were measured on."""
         return {"about": self.about, "measures": {key: vars(m) for key, m in self.measures.items()}}
+
+    def save(self, folder: "str | Path") -> Path:
+        """Write ``eval.json`` into a run's folder, where its page and its model card look for it."""
+        file = Path(folder) / "eval.json"
+        write_atomic(file, json.dumps(finite(self.to_json()), indent=1).encode())
+        return file
 
     def __repr__(self) -> str:
         lines = []
