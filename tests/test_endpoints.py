@@ -7,7 +7,6 @@ import time
 from dataclasses import replace
 from email.utils import formatdate
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest

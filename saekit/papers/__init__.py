@@ -40,5 +40,7 @@ PAPERS = Registry(
         "patch-free-othello": "saekit.papers.patch_free_othello:ROW",
         "auto-interp": "saekit.papers.auto_interp:ROW",
         "neurons-dead-ngram-positional": "saekit.papers.neurons_dead_ngram_positional:ROW",
+        "topic-alignment": "saekit.papers.topic_alignment:ROW",
+        "single-direction": "saekit.papers.single_direction:ROW",
     },
 )

@@ -1,0 +1,226 @@
+"""Linear probes: what a direction, or k coordinates, of activations tell of a label.
+
+A probe is L2 logistic regression on standardised coordinates in which both classes weigh the same; the standardisation is
+folded into its weights, so that it reads activations as they are. k-sparse probes are those of Gurnee et al. 2023
+(2305.01610): a ranker of ``RANKERS`` chooses k coordinates, and a probe is fitted on them alone. A ranker takes activations
+or codes, and labels, and gives each coordinate a score; the k highest are taken.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from saekit.registry import Registry
+from saekit.types import Codes, SaekitError
+
+RANKERS = Registry(
+    "ranker",
+    {"mean_difference": "saekit.probes:mean_difference", "l1": "saekit.probes:l1_path"},
+)
+PENALTIES = (1.0, 0.1, 0.01, 1e-3, 1e-4, 1e-5)  # of the squared weights, beside a mean loss
+CANDIDATES = 256  # coordinates that the L1 path begins from, those of the largest mean difference
+SMALLEST, STEPS = 1e-3, 100  # of the path's penalties, over the largest, and how many
+ITERATIONS = 10_000
+FLOOR = 1e-6  # of a coordinate's size: what varies less doesn't vary, but by rounding
+
+Rows: TypeAlias = Float[Tensor, "rows d"] | Codes
+Labelled: TypeAlias = tuple[
+    Float[Tensor, "_ _"] | Codes, Bool[Tensor, "_"]
+]  # as many of each, but not as of other rows
+
+
+@dataclass(frozen=True)
+class Probe:
+    """``probe(x)`` is the log odds of the label where both classes are as frequent, in nats.
+
+    ``weight`` is in nats per unit of x, of the coordinates ``features`` (None: of all), ``penalty`` the one chosen.
+    """
+
+    weight: Float[Tensor, " chosen"]
+    bias: float
+    penalty: float
+    features: Int[Tensor, " chosen"] | None = None
+
+    def __call__(self, x: "Float[Tensor, '*shape d'] | Codes") -> Float[Tensor, "*shape"]:
+        """Log odds of each row; differentiable in x."""
+        read = x if self.features is None and isinstance(x, Tensor) else columns(x, self.features)
+        return read @ self.weight.to(read) + self.bias
+
+    @property
+    def direction(self) -> Float[Tensor, " chosen"]:
+        """The weights at length 1: along it the log odds rise fastest."""
+        return self.weight / self.weight.norm()
+
+
+def columns(x: "Float[Tensor, '*shape d'] | Codes", features: Int[Tensor, " chosen"] | None) -> Float[Tensor, "*shape chosen"]:  # fmt: skip
+    """Some coordinates of activations, or some features of codes; codes have to be asked for some."""
+    if isinstance(x, Codes):
+        if features is None:
+            raise SaekitError("x is Codes, of which a probe of all features would make a dense matrix; fit it by sparse(x, labels, k)")  # fmt: skip
+        return x.select(features)
+    return x if features is None else x[..., features]
+
+
+def auroc(scores: Float[Tensor, " rows"], labels: Bool[Tensor, " rows"]) -> float:
+    """Share of pairs of a true and a false row that the scores put in this order, ties by half; in [0, 1], 0.5 is chance.
+
+    Raises unless both classes are there and all scores are numbers.
+    """
+    from scipy.stats import rankdata
+
+    _check_labels(labels, len(scores), 1)
+    if scores.isnan().any():
+        raise SaekitError(f"scores hold NaN in row {int(scores.isnan().nonzero()[0])}; remove it")
+    ranks = torch.from_numpy(rankdata(scores.detach().cpu().double().numpy()))
+    own, n = labels.cpu(), int(labels.sum())
+    return ((ranks[own].sum() - n * (n + 1) / 2) / (n * (len(scores) - n))).item()
+
+
+def linear(
+    x: Float[Tensor, "rows d"], labels: Bool[Tensor, " rows"], held_out: Labelled | None = None, seed: int = 0
+) -> Probe:
+    """A probe of all coordinates.
+
+    The penalty is the one with the least loss on ``held_out``, rows and labels; by default on a fifth of each class,
+    drawn by ``seed``, after which the probe is fitted on all. Give rows of other texts where rows of one text are alike.
+    """
+    _check_rows(x, labels)
+    return _fitted(x, labels, _held_out(held_out, None), seed, None)
+
+
+def sparse(
+    x: Rows, labels: Bool[Tensor, " rows"], k: int, ranker: str = "mean_difference", held_out: Labelled | None = None, seed: int = 0
+) -> Probe:  # fmt: skip
+    """A probe of the ``k`` coordinates, or features of codes, that a ranker of ``RANKERS`` puts first; see :func:`linear`.
+
+    The ranker sees ``x`` only, never ``held_out``. Of equal scores the lower coordinate is taken.
+    """
+    _check_rows(x, labels)
+    width = x.n_features if isinstance(x, Codes) else x.shape[1]
+    if not 1 <= k <= width:
+        raise SaekitError(f"k = {k} must lie in 1..{width}, the number of coordinates; choose a smaller k")
+    rank: Callable[[Rows, Tensor], Tensor] = RANKERS[ranker]
+    chosen = rank(x, labels).sort(descending=True, stable=True).indices[:k].sort().values
+    return _fitted(columns(x, chosen), labels, _held_out(held_out, chosen), seed, chosen)
+
+
+def mean_difference(x: Rows, labels: Bool[Tensor, " rows"]) -> Float[Tensor, " d"]:
+    """By how many standard deviations the classes' means lie apart, in each coordinate; at least 0."""
+    _check_rows(x, labels)
+    means = [_mean(x, on.double() / on.sum()) for on in (labels, ~labels)]
+    even = torch.full((len(labels),), 1 / len(labels), dtype=torch.float64, device=labels.device)
+    centre = _mean(x, even)
+    spread = (_mean(x, even, square=True) - centre.square()).clamp_min(0).sqrt()
+    return ((means[0] - means[1]).abs() / _floored(spread, centre)).float()
+
+
+def l1_path(x: Rows, labels: Bool[Tensor, " rows"]) -> Float[Tensor, " d"]:
+    """How strong an L1 penalty may be before a coordinate's weight is 0, over the strongest that leaves any; in [0, 1].
+
+    The path is that of least squares on the labels (the lasso), over the ``CANDIDATES`` of the largest mean difference.
+    """
+    from sklearn.linear_model import lasso_path
+
+    first = mean_difference(x, labels).sort(descending=True, stable=True)
+    some = first.indices[: min(CANDIDATES, int((first.values > 0).sum()))]
+    out = torch.zeros(len(first.values))
+    if not len(some):
+        return out
+    read = columns(x, some).detach().cpu().double()
+    centre = read.mean(0)
+    read = (read - centre) / _floored(read.std(0, correction=0), centre)
+    target = labels.cpu().double() - labels.double().mean().item()
+    largest = (read.T @ target).abs().max().item() / len(read)  # that leaves any
+    penalties = largest * np.geomspace(1, SMALLEST, STEPS)
+    _, weights, _ = lasso_path(read.numpy(), target.numpy(), alphas=penalties, max_iter=ITERATIONS)
+    on = torch.from_numpy(weights != 0)
+    entered = torch.from_numpy(penalties)[on.int().argmax(1)].where(on.any(1), 0.0)
+    # at the path's first point nothing is on yet, and what comes together is told apart by its weight at the end
+    size = torch.from_numpy(weights[:, -1]).abs()
+    out[some.cpu()] = (entered / penalties[0] + 1e-6 * size / max(size.max().item(), 1e-12)).float().clamp_max(1.0)  # fmt: skip
+    return out
+
+
+def _mean(x: Rows, weights: Float[Tensor, " rows"], square: bool = False) -> Float[Tensor, " d"]:
+    """Weighted sum of rows, or of their squares; of codes it takes the entries alone."""
+    if isinstance(x, Tensor):
+        own = x.double()
+        return weights @ (own.square() if square else own)
+    values = x.values.detach().double()
+    values = (values.square() if square else values) * weights[x.row_ids()]
+    return values.new_zeros(x.n_features).index_add(0, x.indices.long(), values)
+
+
+def _floored(spread: Float[Tensor, " d"], mean: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
+    """Standard deviations to divide by: coordinates that don't vary stay as they are."""
+    return spread.where(spread > FLOOR * torch.hypot(spread, mean), 1.0)
+
+
+def _fitted(
+    x: Float[Tensor, "rows d"], labels: Tensor, held_out: "tuple[Tensor, Tensor] | None", seed: int, chosen: Tensor | None
+) -> Probe:  # fmt: skip
+    rows, own = x.detach().cpu().double(), labels.cpu()
+    if held_out is None:
+        kept = _drawn(own, seed)
+        penalty = _penalty((rows[~kept], own[~kept]), (rows[kept], own[kept]))
+    else:
+        _check_rows(*held_out)
+        if held_out[0].shape[1] != rows.shape[1]:
+            raise SaekitError(f"held_out is {held_out[0].shape[1]} wide, and x {rows.shape[1]}; give the same coordinates")  # fmt: skip
+        penalty = _penalty((rows, own), (held_out[0].detach().cpu().double(), held_out[1].cpu()))
+    weight, bias = _regression(rows, own, penalty)
+    return Probe(weight.to(x), bias, penalty, None if chosen is None else chosen.to(x.device))
+
+
+def _held_out(held_out: Labelled | None, chosen: Tensor | None) -> "tuple[Tensor, Tensor] | None":
+    return None if held_out is None else (columns(held_out[0], chosen), held_out[1])
+
+
+def _drawn(labels: Bool[Tensor, " rows"], seed: int) -> Bool[Tensor, " rows"]:
+    """A fifth of each class, at least one row."""
+    generator, kept = torch.Generator().manual_seed(seed), torch.zeros_like(labels)
+    for own in (labels.nonzero()[:, 0], (~labels).nonzero()[:, 0]):
+        kept[own[torch.randperm(len(own), generator=generator)[: max(1, len(own) // 5)]]] = True
+    return kept
+
+
+def _penalty(fitted: tuple[Tensor, Tensor], judged: tuple[Tensor, Tensor]) -> float:
+    """The penalty of the least loss on what is judged, where classes weigh the same; the stronger of equals."""
+    (x, labels), losses = judged, []
+    for penalty in PENALTIES:
+        weight, bias = _regression(*fitted, penalty)
+        each = torch.nn.functional.softplus((1 - 2 * labels.double()) * (x @ weight + bias))
+        losses.append((each[labels].mean() + each[~labels].mean()).item())
+    return PENALTIES[losses.index(min(losses))]
+
+
+def _regression(x: Float[Tensor, "rows d"], labels: Tensor, penalty: float) -> tuple[Tensor, float]:
+    """Weights and bias for x as it is, of the minimum over standardised x of mean loss + penalty / 2 ||w||^2."""
+    from sklearn.linear_model import LogisticRegression
+
+    centre = x.mean(0)
+    scale = _floored(x.std(0, correction=0), centre)
+    model = LogisticRegression(C=1 / (penalty * len(x)), class_weight="balanced", max_iter=ITERATIONS)
+    model.fit(((x - centre) / scale).numpy(), labels.numpy())
+    weight = torch.from_numpy(model.coef_[0]) / scale
+    return weight, float(model.intercept_[0] - (weight @ centre).item())
+
+
+def _check_labels(labels: Tensor, rows: int, least: int) -> None:
+    if labels.ndim != 1 or len(labels) != rows:
+        raise SaekitError(f"labels have shape {tuple(labels.shape)}, and there are {rows} rows; give one label a row")  # fmt: skip
+    for name, n in (("true", int(labels.sum())), ("false", int((~labels).sum()))):
+        if n < least:
+            raise SaekitError(f"labels are {name} in {n} rows; give at least {least} of each class")
+
+
+def _check_rows(x: Rows, labels: Tensor) -> None:
+    _check_labels(labels, x.rows if isinstance(x, Codes) else len(x), 2)
+    values = x.values if isinstance(x, Codes) else x
+    if not values.isfinite().all():
+        raise SaekitError("x holds NaN or Inf; remove its row")
