@@ -95,6 +95,7 @@ OF_MODELS = (
     "discrete-circuits",
     "neurons-dead-ngram-positional",
     "auto-interp",
+    "single-direction",
 )
 
 
