@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PYTHONSAFEPATH := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test lint bench bench-gpu clean
+.PHONY: demo test lint notebooks bench bench-gpu clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -24,6 +24,9 @@ lint: .venv/installed
 
 test: lint  ## lint, types, and every test that needs no network and no GPU
 	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(BIN)/pytest -n 2 --dist loadfile
+
+notebooks: .venv/installed  ## every notebook and every page of docs/, from top to bottom, offline; build/notebooks has them with outputs
+	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(BIN)/pytest -n 2 -m notebook tests/test_documentation.py
 
 bench: .venv/installed  ## parity, then times against one dense product; PEERS=python of an environment with other toolkits
 	$(BIN)/saekit bench --scaling $(if $(PEERS),--peers $(PEERS))

@@ -19,7 +19,8 @@ from saekit.autointerp.scoring import Judge, N, Summary, score, summaries
 from saekit.autointerp.statistics import Statistics
 from saekit.autointerp.windows import SIDES, WIDTH, Windows
 from saekit.dictionaries import Dictionary
-from saekit.hub.native import load, origin
+from saekit.hub import dictionary_of
+from saekit.hub.native import origin
 from saekit.models import Model, load_model
 from saekit.registry import Registry, nearest
 from saekit.types import SaekitError
@@ -177,7 +178,7 @@ def explain(
         raise SaekitError(
             f"method {method!r} asks a language model; give judge= (--endpoint), or choose 'statistics'"
         )
-    d = dictionary if isinstance(dictionary, Dictionary) else load(dictionary)
+    d = dictionary_of(dictionary)
     own_model, own_text = origin(d.card)
     view = load_model(model if model is not None else own_model)
     if text is None and own_text is None:

@@ -35,6 +35,7 @@ from saekit.activations import write_atomic
 from saekit.dictionaries import Dictionary
 from saekit.dictionaries.cross_layer import CrossLayer
 from saekit.harvest import check_writable
+from saekit.hub import dictionary_of
 from saekit.interventions import (
     WAYS,
     Condition,
@@ -144,12 +145,8 @@ def _changes(
 
 
 def _opened(dictionary: Any) -> Any:
-    """A dictionary, or the one that a folder holds."""
-    if isinstance(dictionary, str | Path):
-        from saekit.hub import load
-
-        return load(dictionary)
-    return dictionary
+    """A dictionary, or the one that a folder holds; what is neither is left for :func:`pairs` to name."""
+    return dictionary_of(dictionary) if isinstance(dictionary, str | Path) else dictionary
 
 
 def _edits(

@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 
 from saekit.dictionaries import Dictionary, warm_start
 from saekit.dictionaries.rows import as_rows
-from saekit.hub import native
+from saekit.hub import load
 from saekit.registry import nearest
 from saekit.types import SaekitError
 
@@ -33,7 +33,7 @@ def initialise(dictionary: Dictionary, name: str, batch: Any) -> None:
     ``batch`` is what ``dictionary.gather`` gives.
     """
     if name not in INITS:
-        warm_start(dictionary, native.load(Path(name)))
+        warm_start(dictionary, load(name))
         return
     weight = getattr(dictionary.atoms, "weight", None)
     if not isinstance(weight, torch.nn.Parameter):

@@ -7,7 +7,6 @@ that every ratio is a ratio of sums and every interval is over documents.
 import copy
 import dataclasses
 import json
-import os
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,7 +26,7 @@ from saekit.dictionaries.cross_layer import CrossLayer
 from saekit.evaluate.measure import Measure, Resampler
 from saekit.harvest import HarvestConfig, Stream
 from saekit.hooks import Site, intervene, spliced
-from saekit.hub import load
+from saekit.hub import dictionary_of
 from saekit.models import load_model
 from saekit.pages import finite
 from saekit.replacement import Replacement
@@ -278,17 +277,6 @@ def evaluate(
         "tokens": done, "ablation": ablation, "context": getattr(stream, "context", None), "seed": seed, "split": split if stream.named else "all",
     }  # fmt: skip
     return Report(measures, about)
-
-
-def dictionary_of(dictionary: Any) -> Dictionary:
-    """A dictionary, or the one that a folder holds, as that of a finished run."""
-    if isinstance(dictionary, str | os.PathLike):
-        return load(os.fspath(dictionary))
-    if not isinstance(dictionary, Dictionary):
-        raise SaekitError(
-            f"dictionary is of type {type(dictionary).__name__}; give a dictionary, the folder of one, or several of these"
-        )
-    return dictionary
 
 
 def check_ablation(ablation: str) -> None:

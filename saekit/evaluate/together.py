@@ -15,12 +15,12 @@ from saekit.evaluate.core import (
     Report,
     check_ablation,
     controls_for,
-    dictionary_of,
     mean_written,
 )
 from saekit.evaluate.measure import Measure, Resampler
 from saekit.harvest import HarvestConfig, Stream
 from saekit.hooks import intervene
+from saekit.hub import dictionary_of
 from saekit.models import load_model
 from saekit.replacement import Replacement
 from saekit.types import ActivationBatch, SaekitError

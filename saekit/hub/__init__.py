@@ -1,5 +1,6 @@
 """Dictionaries on disk: saekit's own format and those of others, one file per format, in the table of ``formats.py``."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,17 @@ def load(
     row = named(name)
     dictionary = row.load(files, **checked(name, row.load, options))
     return dictionary.to(device) if device else dictionary
+
+
+def dictionary_of(given: Any, device: "str | torch.device | None" = None) -> Dictionary:
+    """A dictionary, or the one that a folder, a file or an address holds."""
+    if isinstance(given, str | os.PathLike):
+        return load(os.fspath(given), device=device)
+    if not isinstance(given, Dictionary):
+        raise SaekitError(
+            f"dictionary is of type {type(given).__name__}; give a dictionary, or the folder or address of one"
+        )
+    return given if device is None else given.to(device)
 
 
 def _own(path: Path) -> bool:

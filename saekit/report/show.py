@@ -1,5 +1,6 @@
 """Features in a notebook: one feature's card, and what is active on a prompt or on inputs of any model."""
 
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 from saekit.autointerp.explanation import Explanation, Score
 from saekit.dictionaries import Dictionary
 from saekit.harvest import harvest
-from saekit.hub import native
+from saekit.hub import dictionary_of
 from saekit.models import Model, load_model
 from saekit.report import inline
 from saekit.report.cards import cards, codes_of, explained, reading, speller
@@ -101,8 +102,8 @@ def show(
     default those that lie beside a folder's dictionary.
     """
     d, folder = _dictionary(dictionary, device)
-    if not 0 <= feature < d.n_features:
-        raise SaekitError(f"feature {feature} is not in a dictionary of {d.n_features} features")
+    if not isinstance(feature, numbers.Integral) or not 0 <= feature < d.n_features:
+        raise SaekitError(f"feature {feature!r} is not in a dictionary of {d.n_features} features")
     said = explained(explanations, folder, d.n_features)
     file = folder / "config.json" if folder is not None else None
     config = read_config(file) if file is not None and file.is_file() else {}
@@ -221,9 +222,7 @@ def fires(
 def _dictionary(
     given: "Dictionary | str | Path", device: "str | torch.device | None"
 ) -> tuple[Dictionary, Path | None]:
-    if isinstance(given, str | Path):
-        return native.load(given, device=device), Path(given)
-    return (given.to(device) if device is not None else given), None
+    return dictionary_of(given, device), Path(given) if isinstance(given, str | Path) else None
 
 
 def _ids(prompt: Any, view: Model) -> Tensor | None:

@@ -1,0 +1,102 @@
+"""Pages and notebooks: what they name exists, and all that they show runs (`make notebooks`)."""
+
+import contextlib
+import io
+import json
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+import typer
+from commandline import saekit
+
+from saekit.cli import VERBS, app
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+# in the order of docs/README.md: later pages read what earlier ones wrote
+ORDER = re.findall(r"^\| \[\w+\]\((\w+)\.md\)", (DOCS / "README.md").read_text(), re.MULTILINE)
+LINK = re.compile(r"\]\(([\w./-]+)\)")
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    """The fenced blocks of a page: their language and text."""
+    return re.findall(r"^```(\w+)\n(.*?)^```$", (DOCS / f"{page}.md").read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands(page: str) -> list[list[str]]:
+    """What follows ``saekit`` in the commands that a page runs, and in those that it only names."""
+    run = [line for kind, text in blocks(page) if kind == "bash" for line in text.splitlines()]
+    named = re.findall(r"^    (saekit .*)$", (DOCS / f"{page}.md").read_text(), re.MULTILINE)
+    return [shlex.split(line)[1:] for line in (*run, *named)]
+
+
+def test_every_verb_has_a_page_that_is_listed() -> None:
+    pages = {path.stem for path in DOCS.glob("*.md")}
+    assert set(ORDER) <= pages
+    # a verb without a page of its own stands on another's
+    shown = {words[0] for page in ORDER for words in commands(page)}
+    assert set(VERBS) <= shown and all(page in VERBS for page in ORDER)
+
+
+@pytest.mark.parametrize("page", ORDER)
+def test_the_commands_of_a_page_have_their_options(page: str) -> None:
+    group = typer.main.get_command(app)
+    for verb, *words in commands(page):
+        command = group.commands[verb]  # type: ignore[attr-defined]
+        with contextlib.suppress(click.exceptions.Exit):
+            command.make_context(verb, list(words))
+
+
+@pytest.mark.parametrize("path", [*DOCS.glob("*.md"), ROOT / "README.md"], ids=lambda path: path.stem)
+def test_links_lead_somewhere(path: Path) -> None:
+    for link in LINK.findall(path.read_text()):
+        assert (path.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_are_kept_without_outputs(path: Path) -> None:
+    import nbformat
+
+    book = nbformat.read(path, 4)
+    nbformat.validate(book)
+    code = [cell for cell in book.cells if cell.cell_type == "code"]
+    assert code and all(not cell.outputs and cell.execution_count is None for cell in code)
+    assert all(len(cell.source.splitlines()) <= 16 for cell in code)
+
+
+@pytest.mark.notebook
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs(path: Path, tmp_path: Path) -> None:
+    """Offline, from its first cell to its last; in the end it has figures."""
+    import nbformat
+    from jupyter_client.manager import AsyncKernelManager
+    from nbclient import NotebookClient
+
+    book = nbformat.read(path, 4)
+    kernel = AsyncKernelManager(kernel_name="python3", transport="ipc")  # no port is opened
+    client = NotebookClient(book, km=kernel, timeout=300, resources={"metadata": {"path": str(tmp_path)}})
+    client.execute()
+    kinds = [kind for cell in book.cells for out in cell.get("outputs", []) for kind in out.get("data", {})]
+    assert {"application/vnd.plotly.v1+json", "image/svg+xml", "text/html"} & set(kinds)
+    kept = ROOT / "build" / "notebooks"
+    kept.mkdir(parents=True, exist_ok=True)
+    nbformat.write(book, kept / path.name)  # with its outputs, to be looked at
+
+
+@pytest.mark.notebook
+def test_the_pages_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All blocks of all pages, in one folder."""
+    monkeypatch.chdir(tmp_path)
+    for page in ORDER:
+        for kind, text in blocks(page):
+            if kind == "python":
+                with contextlib.redirect_stdout(io.StringIO()):
+                    exec(compile(text, f"{page}.md", "exec"), {"__name__": "__main__"})
+            for line in text.splitlines() if kind == "bash" else ():
+                done = saekit(*shlex.split(line)[1:])
+                assert done.returncode == 0, f"{page}: {line}\n{done.stderr}"
+    assert json.loads((tmp_path / "run" / "eval.json").read_text())["measures"]
