@@ -15,6 +15,7 @@ from saekit.kernels import bench, bench_gpu
 from saekit.verbs.step_costs import WIRINGS
 
 ROOT = Path(__file__).parent.parent
+DRAWS_NOTHING = ("doctor", "convert", "publish", "released")  # so these have no seed
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -22,7 +23,7 @@ def test_help_has_an_example_and_common_options(verb: str) -> None:
     done = saekit(verb, "--help")
     assert done.returncode == 0 and f"saekit {verb}" in done.stdout and "Example" in done.stdout
     assert "--json" in done.stdout
-    assert verb == "doctor" or "--seed" in done.stdout
+    assert verb in DRAWS_NOTHING or "--seed" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -59,7 +60,7 @@ def demo(tmp_path_factory) -> tuple[Path, dict]:
         "--out",
         str(out),
         "--tokens",
-        "60000",
+        "40000",
         "--eval-tokens",
         "4096",
         "--n-features",
@@ -104,7 +105,8 @@ def test_eval_dashboard_and_doctor_on_the_demos_run(demo, tmp_path: Path) -> Non
         assert done.returncode == 0 and word in done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("blocks", [1, pytest.param(None, marks=pytest.mark.slow)])
+@pytest.mark.notebook
+@pytest.mark.parametrize("blocks", [1, None])
 def test_the_readmes_code_runs(blocks: int | None, tmp_path: Path) -> None:
     found = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     whole, code = "\n".join(found), "\n".join(found[:blocks])

@@ -193,6 +193,7 @@ def test_a_glob_that_skips_a_block_is_refused_and_a_list_may_skip() -> None:
     assert _places(wiring, None, "?", ["b", "a"])[""][0] == ("b:in", "a:in")
 
 
+@pytest.mark.slow  # test_crosscoders runs the command as well
 def test_one_command_trains_one_over_all_layers(tmp_path: Path) -> None:
     train = ("train", "clt", "--n-features", "256", "--k", "16", "--steps", "3", "--batch-size", "256")
     done = command(*train, "--hook-points", "blocks.*.mlp", "--out", str(tmp_path / "clt"))

@@ -46,9 +46,7 @@ JOBS: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is Linux's")
-@pytest.mark.parametrize(
-    ("job", "times"), [("rows", 3), *(pytest.param(job, 10, marks=pytest.mark.slow) for job in JOBS)]
-)
+@pytest.mark.parametrize(("job", "times"), [pytest.param(job, 10, marks=pytest.mark.slow) for job in JOBS])
 def test_peak_anonymous_memory_of_harvest_and_training_does_not_grow_with_the_tokens(
     job: str, times: int, tmp_path: Path
 ) -> None:
@@ -102,6 +100,7 @@ def test_plan_is_within_a_quarter_of_what_the_job_takes(tokens: int, steps: int,
         assert plan["memory_bytes"] == pytest.approx(peaks, rel=0.25)
 
 
+@pytest.mark.slow  # a harvest of all of a text beside it
 def test_plan_reads_no_more_tokens_than_the_text_has(tmp_path: Path) -> None:
     text = tmp_path / "small.txt"
     text.write_text("def square(x):\n    return x * x\n" * 200)

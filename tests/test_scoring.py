@@ -77,7 +77,9 @@ def test_permuted_explanations_score_chance(true, windows: Windows, small: World
         assert all(one.score(scorer).low <= 0.65 for one in out)
 
 
-@pytest.mark.parametrize("personality", ["yes", "no", "coin", "noisy:0.1", "noisy:0.3"])
+@pytest.mark.parametrize(
+    "personality", ["yes", "no", "coin", pytest.param("noisy:0.1", marks=pytest.mark.slow), "noisy:0.3"]
+)
 def test_judges_without_skill_score_chance_and_noise_its_share(personality: str, true, windows: Windows, small: World, tmp_path: Path) -> None:  # fmt: skip
     constant = personality in ("yes", "no")
     out = asked(personality, true, windows, small, tmp_path, n=8 if constant else 40)
@@ -95,7 +97,10 @@ def test_judges_without_skill_score_chance_and_noise_its_share(personality: str,
             assert all(0 <= one.score(scorer).corrected <= 1 for one in out)
 
 
-@pytest.mark.parametrize("cheater", ["position", "count", "length", "memoriser"])
+@pytest.mark.parametrize(
+    "cheater",
+    ["position", *(pytest.param(one, marks=pytest.mark.slow) for one in ("count", "length")), "memoriser"],
+)
 def test_whoever_cannot_read_the_explanation_scores_chance(cheater: str, true, windows: Windows, small: World, tmp_path: Path) -> None:  # fmt: skip
     with serve(cheater) as served:
         own = judge(served, tmp_path / "calls.sqlite", concurrency=64)

@@ -41,10 +41,19 @@ def codes(rows: int, n: int, most: int = 40) -> tuple[torch.Tensor, ...]:
     return offsets.to(DEVICE), indices.to(DEVICE), values.to(DEVICE)
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize("absolute", [False, True])
 @pytest.mark.parametrize(
     ("rows", "d", "n", "k"),
-    [(1, 1, 1, 1), (5, 3, 7, 7), (65, 30, 300, 5), (6, 133, 1500, 200), (3, 64, 2048, 1)],
+    [
+        (1, 1, 1, 1),
+        (5, 3, 7, 7),
+        (33, 30, 300, 5),
+        (3, 64, 2048, 1),
+        *(pytest.param(*shape, marks=SLOW) for shape in ((65, 30, 300, 5), (6, 133, 1500, 200))),
+    ],
 )
 def test_topk(rows: int, d: int, n: int, k: int, absolute: bool) -> None:
     of = inputs(rows, d, n)
@@ -74,7 +83,7 @@ def test_where_the_first_features_say_little_of_the_others() -> None:
     torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.02, 0.5])
+@pytest.mark.parametrize("share", [0.0, pytest.param(0.02, marks=SLOW), 0.5])
 def test_picks_among_the_dead(share: float) -> None:
     of = inputs(20, 16, 300)
     dead = (torch.rand(300, generator=torch.Generator().manual_seed(1)) < share).to(DEVICE)
@@ -126,9 +135,6 @@ def test_nested_error(prefixes: list[int]) -> None:
     )
     for a, b in zip(error.nested_error(*given), error_eager.nested_error(*given), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-
-
-SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
