@@ -190,6 +190,7 @@ def test_groups(absolute: bool) -> None:
     torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_all_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
     """The interpreter lets pass what the compiler doesn't: types that depend on a branch, for one."""
     outside = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
