@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -143,7 +143,12 @@ def load(path: "str | Path") -> tuple[list[Explanation], dict[str, Any]]:
     file = Path(path) / FILE if Path(path).is_dir() else Path(path)
     data = records.read(file, "a record of explanations", SHAPE, FIX, SCHEMA)
     out = []
+    known = {field.name for field in fields(Score)}
     for one in data["features"]:
+        for odd in {name for score in one["scores"] for name in score} - known:
+            raise SaekitError(
+                f"{str(file)!r} has scores with a field {odd!r}, which this version of saekit doesn't know; {FIX}"
+            )
         rule = rule_of(one["rule"]) if "rule" in one else None
         scores = tuple(Score(**{**score, "notes": tuple(score.get("notes", ()))}) for score in one["scores"])
         out.append(Explanation(one["feature"], one["text"], one["method"], rule, one["about"], scores))

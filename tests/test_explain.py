@@ -354,3 +354,12 @@ def test_a_server_that_is_gone_is_named_and_costs_no_explanation(run: Path, monk
     with pytest.raises(SaekitError, match="config"):
         Explanations((Explanation(3, "by hand", "human"),)).save(run / "config.json")
     assert json.loads((run / "config.json").read_text())
+
+
+def test_scores_with_a_field_of_another_version_are_refused(tmp_path: Path) -> None:
+    given = {"scorer": "rule", "metric": "F1", "value": 0.5, "low": None, "high": None, "n": 3, "later": 1.0}
+    one = {"feature": 1, "text": "fires", "method": "given", "about": {}, "scores": [given]}
+    file = tmp_path / "explanations.json"
+    file.write_text(json.dumps({"schema": 1, "about": {}, "features": [one]}))
+    with pytest.raises(SaekitError, match="field 'later', which this version"):
+        load(file)
