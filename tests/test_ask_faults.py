@@ -102,7 +102,9 @@ def test_faults_that_stay_are_counted_by_kind_and_never_scored(tmp_path: Path) -
     assert written(again) == written([a for a in answers if a.status != "error"])
 
 
-def test_a_server_that_says_when_is_asked_then(tmp_path: Path) -> None:
+# the tests beside this one take the processor now and then; by itself every wait is kept
+@pytest.mark.parametrize("rank", [20, pytest.param(39, marks=pytest.mark.slow)])
+def test_a_server_that_says_when_is_asked_then(rank: int, tmp_path: Path) -> None:
     requests = [question(i) for i in range(40)]
     with (
         serving(*CONCEPTS, "--faults", "1", "--kinds", "429") as judge,
@@ -112,7 +114,7 @@ def test_a_server_that_says_when_is_asked_then(tmp_path: Path) -> None:
         waits = judge.counts()["waits"]
     late = sorted(waited - asked for waited, asked in waits)
     assert len(late) == 40 and late[0] >= -0.001  # the header has milliseconds
-    assert late[len(late) // 2] <= 0.05  # the tests beside this one take the processor now and then
+    assert late[rank] <= 0.05
 
 
 @pytest.mark.parametrize("kinds", ["408,409,425,429", "500,502,503,504,529"])

@@ -1,8 +1,6 @@
 """What all formats need of files that others wrote: names that stay inside a folder, JSON that is JSON, whole folders."""
 
 import contextlib
-import json
-import math
 import os
 import re
 import shutil
@@ -10,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from saekit.hub.tensors import DECODER
 from saekit.types import SaekitError
 
 LONGEST = 1 << 28  # bytes of one JSON text; what is longer is not read
@@ -26,22 +25,8 @@ def inside(name: str, what: str) -> str:
     return name
 
 
-def _constant(name: str) -> None:
-    raise ValueError(f"{name} is no number in it")
-
-
-def _finite(digits: str) -> float:
-    value = float(digits)
-    if math.isinf(value):
-        raise ValueError(f"{digits[:20]} is beyond all numbers")
-    return value
-
-
-DECODER = json.JSONDecoder(parse_constant=_constant, parse_float=_finite)
-
-
 def parse(text: bytes, where: str, fix: str) -> Any:
-    """What a JSON text says. NaN, infinite numbers, and nesting or digits beyond measure are refused."""
+    """What a JSON text says. NaN, infinite numbers, keys that stand twice, and nesting or digits beyond measure are refused."""
     try:
         return DECODER.decode(text.decode())
     except (ValueError, RecursionError) as error:
