@@ -451,11 +451,11 @@ PANELS = {"induction, to zero": (induction.pairs, 8, False), "induction": (induc
 def test_methods_agree_and_beat_sizes_but_direct_edges(which: str, seed: int, folder: Path) -> None:
     """Direct edges see what writes at the end alone, and so leave out everything in front of it.
 
-    The midpoint rule has converged after 10 steps, to some hundredths of what 50 say: ReLUs have kinks.
+    Integrated gradients have converged with 10 passes a site, to a hundredth of what 50 say.
     """
     draw, n, patch = PANELS[which]
     learnt = trained(which.split(",")[0], seed, folder)
     shown, held_out = (Case(*draw(k, generator(s + seed))) for k, s in ((n, 1000), (64, 2000)))
     table = panel(learnt, shown, held_out, patch)
     assert flagged(table) <= {DIRECT}
-    assert table[FEW]["moved"] <= 0.05
+    assert table[FEW]["moved"] <= 0.01
