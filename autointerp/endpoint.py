@@ -86,22 +86,29 @@ class OpenAIEndpoint:
     def __repr__(self) -> str:
         return f"OpenAIEndpoint({self.name!r}, base_url={self.base_url!r}, api_key_env={self.api_key_env!r}, price={self.price!r})"
 
+    def ready(self) -> str:
+        """The key; raises unless the client is installed and a key is set where one is needed."""
+        try:
+            import openai  # noqa: F401
+        except ImportError:
+            raise SaekitError("the package openai is not installed; pip install 'saekit[llm]'") from None
+        key = os.environ.get(self.api_key_env, "").strip()
+        if not (key.isascii() and key.isprintable()):
+            raise SaekitError(
+                f"api_key_env = {self.api_key_env!r} holds characters that no key has; set it again"
+            )
+        if not key and self.base_url is None:
+            raise SaekitError(
+                f"api_key_env = {self.api_key_env!r} is not set in the environment; export the key under that name"
+            )
+        return key
+
     def _client(self) -> Any:
         loop = asyncio.get_running_loop()
         if loop not in self._clients:
-            try:
-                import openai
-            except ImportError:
-                raise SaekitError("the package openai is not installed; pip install 'saekit[llm]'") from None
-            key = os.environ.get(self.api_key_env, "").strip()
-            if not (key.isascii() and key.isprintable()):
-                raise SaekitError(
-                    f"api_key_env = {self.api_key_env!r} holds characters that no key has; set it again"
-                )
-            if not key and self.base_url is None:
-                raise SaekitError(
-                    f"api_key_env = {self.api_key_env!r} is not set in the environment; export the key under that name"
-                )
+            key = self.ready()
+            import openai
+
             self._clients[loop] = openai.AsyncOpenAI(
                 api_key=key or "none", base_url=self.base_url, timeout=None, max_retries=0
             )

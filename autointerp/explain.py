@@ -10,7 +10,7 @@ import numpy as np
 
 from saekit.autointerp import llm
 from saekit.autointerp.explanation import Explanation, save
-from saekit.autointerp.firings import Firings, digest, record
+from saekit.autointerp.firings import Firings, record
 from saekit.autointerp.neurons import logits_of
 from saekit.autointerp.prompts import Reader, reader_of
 from saekit.autointerp.scorers import SCORERS
@@ -91,6 +91,10 @@ class Explanations(Sequence[Explanation]):
         lines = [f"{len(self)} explanations by {self.about.get('method', 'several methods')}"]
         if failures := self.about.get("failures"):
             lines.append(f"  not explained: {_counts(failures)}")
+        if rare := self.about.get("left_out"):
+            lines.append(
+                f"  left out: {', '.join(map(str, rare))}, firing in fewer than {FEWEST} windows on a side; read more tokens"
+            )
         lines += [f"  {said(one)}" for one in self.summaries()]
         if judge := self.about.get("judge"):
             n = judge["prompt_tokens"] + judge["completion_tokens"]
@@ -179,15 +183,15 @@ def explain(
             f"method {method!r} asks a language model; give judge= (--endpoint), or choose 'statistics'"
         )
     d = dictionary_of(dictionary)
+    _check_features(features, d.n_features)
     own_model, own_text = origin(d.card)
     view = load_model(model if model is not None else own_model)
     if text is None and own_text is None:
         raise SaekitError("the dictionary was trained on text given in Python; give a text")
     reader = reader_of(view)
     tell = draw or (lambda *_: None)
-    _check_features(features, d.n_features)
     if isinstance(firings, Firings) and (
-        firings.n_features != d.n_features or firings.about.get("dictionary", digest(d)) != digest(d)
+        firings.n_features != d.n_features or firings.about.get("dictionary", d.digest()) != d.digest()
     ):
         raise SaekitError("firings are of another dictionary; record this one's, or leave firings out")
     found = firings if isinstance(firings, Firings) else record(view, d, own_text if text is None else text, firings, tokens, on_batch=lambda a, b: tell("record", a, b))  # fmt: skip
@@ -201,8 +205,8 @@ def explain(
         )
     scored = score(made, windows, reader, [_made(s, view, d) for s in scorers], judge, n, controls, seed, on_feature=lambda a, b: tell("score", a, b))  # fmt: skip
     about = {
-        "method": method, "tokens": found.n_tokens, "windows": len(windows), "width": width, "n": n, "seed": seed, "too_rare": rare,
-        "failures": failures, "firings": {k: v for k, v in found.about.items() if k != "model"}, "model": view.name,
+        "method": method, "tokens": found.n_tokens, "windows": len(windows), "width": width, "n": n, "seed": seed, "too_rare": len(rare), "left_out": [] if features is None or isinstance(features, int) else rare,
+        "failures": failures, "firings": {k: v for k, v in found.about.items() if k != "model"}, "model": view.name, "dictionary": d.digest(),
         **({"judge": {"name": judge.endpoint.name, **judge.used}} if judge is not None else {}),
     }  # fmt: skip
     return Explanations(tuple(scored), about)
@@ -232,19 +236,19 @@ def _check_features(features: "Sequence[int] | int | None", n_features: int) -> 
         raise SaekitError("features are empty, or some are listed twice; give each once")
 
 
-def _chosen(windows: Windows, features: "Sequence[int] | int | None") -> tuple[list[int], int]:
-    """The features that are explained, and how many of those that were asked for fire too rarely."""
+def _chosen(windows: Windows, features: "Sequence[int] | int | None") -> tuple[list[int], list[int]]:
+    """The features that are explained, and those that were asked for and fire too rarely."""
     asked = range(windows.firings.n_features) if features is None or isinstance(features, int) else features
     often = [f for f in asked if _often(windows, f)]
     if not often:
         raise SaekitError(
             f"none of the features fires in {FEWEST} windows on each side of the text, which has {len(np.unique(windows.documents))} documents; give more tokens, or other features"
         )
-    rare = len(asked) - len(often)
+    rare = sorted(set(asked) - set(often))
     if isinstance(features, int) and features < len(often):
         by_density = sorted(often, key=lambda f: (windows.firings.counts[f], f))
         often = sorted(by_density[i] for i in np.linspace(0, len(often) - 1, features).round().astype(int))
-    return list(often), rare
+    return often, rare
 
 
 def _often(windows: Windows, feature: int) -> bool:

@@ -12,13 +12,14 @@ from numpy import ndarray
 from saekit import records
 from saekit.activations import write_atomic
 from saekit.autointerp import stats
+from saekit.dictionaries import Dictionary
 from saekit.types import SaekitError
 
 SCHEMA = 1
 FILE = "explanations.json"
 NAMED, LONGEST = 3, 60  # tokens, and characters, of a label
 METHODS = ("statistics", "llm", "human", "imported")
-FIX = "explain the features again"
+FIX = "remove it and explain the features again"
 
 
 @runtime_checkable
@@ -153,3 +154,24 @@ def load(path: "str | Path") -> tuple[list[Explanation], dict[str, Any]]:
         scores = tuple(Score(**{**score, "notes": tuple(score.get("notes", ()))}) for score in one["scores"])
         out.append(Explanation(one["feature"], one["text"], one["method"], rule, one["about"], scores))
     return out, data["about"]
+
+
+def load_of(dictionary: Dictionary, path: "str | Path") -> list[Explanation]:
+    """Explanations of a file that are of this dictionary; raises where they are of another one, as far as it is said."""
+    listed, about = load(path)
+    said = about.get("dictionary", dictionary.digest())
+    if said != dictionary.digest():
+        raise SaekitError(
+            f"explanations of {str(path)!r} are of another dictionary ({said}; this is {dictionary.digest()}); {FIX}"
+        )
+    check_features(listed, dictionary, f"explanations of {str(path)!r}")
+    return listed
+
+
+def check_features(listed: Iterable[Explanation], dictionary: Dictionary, named: str) -> None:
+    """Raise unless all are of features that the dictionary has."""
+    for one in listed:
+        if not 0 <= one.feature < dictionary.n_features:
+            raise SaekitError(
+                f"{named} name feature {one.feature}, which is not in a dictionary of {dictionary.n_features} features; give this dictionary's"
+            )

@@ -6,7 +6,6 @@ rising place (row * seq + position), where it fires and how strongly. ``firings.
 shapes, sizes, hashes, and of which model, text and dictionary they are.
 """
 
-import hashlib
 import json
 import shutil
 import tempfile
@@ -175,7 +174,7 @@ def record(
         raise SaekitError("the dictionary names no hook point; set reads, or train it on a store")
     stream = harvest(model, text, list(dictionary.reads), tokens=tokens, split=split, context=context or dictionary.context)  # fmt: skip
     about = {
-        "model": model.identity(), "text": stream.text_identity(), "dictionary": digest(dictionary), "reads": list(dictionary.reads),
+        "model": model.identity(), "text": stream.text_identity(), "dictionary": dictionary.digest(), "reads": list(dictionary.reads),
         "tokens": tokens, "split": split, "context": context,
     }  # fmt: skip
     if out is not None and (Path(out) / ABOUT).is_file():
@@ -213,12 +212,3 @@ def _written(
         if on_batch is not None and about["tokens"] is not None:
             on_batch(done, about["tokens"])
     return writer.close(about)
-
-
-def digest(dictionary: Dictionary) -> str:
-    """What tells one dictionary from another."""
-    found = hashlib.sha256(json.dumps(dictionary.config.to_json(), sort_keys=True).encode())
-    for name, tensor in dictionary.state_dict().items():
-        found.update(name.encode())
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()[:16]

@@ -87,4 +87,9 @@ def explain(
             out.append(Explanation(feature, " ".join(answer.value.explanation.split()), "llm", None, about))
         else:
             failures[answer.status] = failures.get(answer.status, 0) + 1
+    if answers and not out:
+        counts = ", ".join(f"{n} {status}" for status, n in failures.items())
+        raise SaekitError(
+            f"model {judge.endpoint.name!r} explained none of {len(answers)} features ({counts}; the first: {answers[0].reason}); ask another model, or allow it more requests"
+        )
     return out, failures

@@ -149,8 +149,8 @@ def _neurons(frozen: Frozen, model: Model, stand: Neurons) -> Placed:
     values = slopes * (frozen.seen[layer]["mlp_in"] @ mlp.W_in.T + mlp.b_in)
     p, n = _all(values)
     slope, value = slopes[p, n], values[p, n]
-    written = mlp.W_out.T[n] * value[:, None]
-    part = Part(0, (0,), p, n, value, mlp.W_in[n] * slope[:, None], mlp.b_in[n] * slope, (written,))
+    read, written = mlp.W_in[n].mul_(slope[:, None]), mlp.W_out.T[n].mul_(value[:, None])  # large
+    part = Part(0, (0,), p, n, value, read, mlp.b_in[n] * slope, (written,))
     out = (layer, "mlp_out")
     return Placed(stand.hook_point, ((part, (layer, "mlp_in"), (out,)),), (Written(out, None, mlp.b_out),))
 
@@ -172,7 +172,10 @@ def _heads(frozen: Frozen, model: Model, stand: Heads) -> Placed:
 def in_order(part: Part) -> Part:
     """The same part with its entries by rising position, then feature."""
     width = int(part.features.max()) + 1 if len(part.features) else 1
-    order = torch.argsort(part.positions * width + part.features)
+    keys = part.positions * width + part.features
+    if bool((keys[1:] >= keys[:-1]).all()):
+        return part
+    order = torch.argsort(keys)
     some = {f: getattr(part, f)[order] for f in ("positions", "features", "values", "w", "b")}
     heads = None if part.heads is None else part.heads[order]
     return dataclasses.replace(part, **some, heads=heads, written=tuple(w[order] for w in part.written))

@@ -19,6 +19,7 @@ from saekit.graph import KINDS, Nodes
 from saekit.types import SaekitError
 
 Catch = Callable[[Site, Tensor], None]
+CELLS = 1 << 24  # of entries' gradients at a time
 
 
 @dataclass
@@ -60,6 +61,11 @@ class Own:
     writes: tuple[Site, ...]
     bias: slice
     nodes: slice
+    ends: tuple[int, ...]  # of each position, where its entries end
+
+    def spans(self, seq: int) -> list[tuple[int, int]]:
+        """The entries of each of the first positions, from and to."""
+        return list(zip((0, *self.ends[: seq - 1]), self.ends[:seq], strict=True))
 
     @property
     def before(self) -> bool:
@@ -119,13 +125,13 @@ class Trace:
             own = add_nodes("bias", read[0], one_place, i, self._bias(f"encoder of {self.placed[i].name}"))
             part = in_order(part)
             ends = (part.positions.cpu(), i, part.features.cpu(), part.values.cpu())
-            self.parts.append(Own(i, part, read, writes, own, add_nodes("feature", read[0], *ends)))
-        self.writers: dict[Site, list[tuple[Own, Tensor, list[int]]]] = {}
-        for one_part in self.parts:
-            at = one_part.part.positions.contiguous()
+            nodes, at = add_nodes("feature", read[0], *ends), part.positions.contiguous()
             stops = torch.searchsorted(at, torch.arange(self.seq, device=at.device), right=True).tolist()
+            self.parts.append(Own(i, part, read, writes, own, nodes, tuple(stops)))
+        self.writers: dict[Site, list[tuple[Own, Tensor]]] = {}
+        for one_part in self.parts:
             for site, vectors in zip(one_part.writes, one_part.part.written, strict=True):
-                self.writers.setdefault(site, []).append((one_part, vectors, stops))
+                self.writers.setdefault(site, []).append((one_part, vectors))
 
     @torch.no_grad()
     def rows(
@@ -180,9 +186,9 @@ class Trace:
         out[:, constant][:, :seq] += (gradient @ written.constant.to(gradient)).T
         if error is not None and written.error is not None:
             out[:, error][:, :seq] += gained(gradient, written.error[:seq])
-        for own, vectors, ends in self.writers.get(at, ()):
+        for own, vectors in self.writers.get(at, ()):
             columns, vectors = out[:, own.nodes], vectors.to(gradient)
-            for p, (first, stop) in enumerate(zip((0, *ends[: seq - 1]), ends[:seq], strict=True)):
+            for p, (first, stop) in enumerate(own.spans(seq)):
                 if stop > first and len(own.writes) == 1:  # nothing is there yet
                     torch.mm(gradient[p], vectors[first:stop].T, out=columns[:, first:stop])
                 elif stop > first:
@@ -209,12 +215,16 @@ class Trace:
         values = part.values[:stop].to(out)
         share = out[:, own.nodes][:, :stop] / values
         out[:, own.bias] += (share @ part.b[:stop].to(out))[:, None]
-        w, at = part.w[:stop].to(out), part.positions[:stop]
-        weighted = share.T[:, :, None] * w[:, None]  # [entry, batch, d]
+        w = part.w[:stop].to(out)
+        passed = out.new_zeros(seq, len(out), w.shape[1])
         if part.patterns is None or part.heads is None:
-            return out.new_zeros(seq, *weighted.shape[1:]).index_add_(0, at, weighted)
-        looks = part.patterns[part.heads[:stop], at, :seq].to(out)
-        passed = torch.einsum("es,ebd->sbd", looks, weighted)
+            for p, (first, last) in enumerate(own.spans(seq)):
+                torch.mm(share[:, first:last], w[first:last], out=passed[p])
+            return passed
+        for some in torch.arange(stop, device=w.device).split(max(1, CELLS // passed[0].numel())):
+            weighted = share.T[some, :, None] * w[some, None]  # [entry, batch, d]
+            looks = part.patterns[part.heads[some], part.positions[some], :seq].to(out)
+            passed += torch.einsum("es,ebd->sbd", looks, weighted)
         if free is not None and part.attending is not None:
             passed = passed + self._looks(own, share, stop, seq, out, free)
         return passed

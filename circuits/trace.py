@@ -2,8 +2,9 @@
 
 import dataclasses
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,7 @@ def trace(
     edges: int = EDGES,
     batch: int = BATCH,
     scores: str = "slope",
+    on_rows: "Callable[[int, int], None] | None" = None,
 ) -> Graph:
     """The attribution graph of a prompt: text, or token ids.
 
@@ -55,6 +57,7 @@ def trace(
     ``scores``: how ``graph.aware`` goes through attention scores: by their "slope", as if a little of what stands behind
     a score went, and then through norms too, or as a "whole", as if all did. Slopes foretell ablations better where many
     nodes share a score, as in language models; where attention is saturated, as in hand-built circuits, they are 0.
+    ``on_rows(done, total)`` is told how many features have their row.
     """
     if scores not in WAYS:
         raise SaekitError(f"scores = {scores!r} must be one of {', '.join(WAYS)}")
@@ -65,7 +68,7 @@ def trace(
     run = traced(model, dictionaries, prompt)
     targets = resolve(run.frozen, model, target)
     rows = _Rows(run, targets, edges, batch, scores)
-    rows.fill(budget)
+    rows.fill(budget, on_rows or (lambda *_: None))
     graph = rows.graph(model)
     stays = ~(graph.leaves & graph.of_kind("feature"))
     # over all paths, those through features that have no row too
@@ -113,19 +116,19 @@ class _Rows:
         width = self.run.columns.n + len(self.targets)
         return compress(block.cpu().numpy(), self.edges, self.run.pruned.start, width)
 
-    def fill(self, budget: int) -> None:
+    def fill(self, budget: int, tell: Callable[[int, int], None]) -> None:
         """Compute the rows of as many features as the budget admits, by influence if it doesn't admit all."""
-        n = int(self.ends[-1])
-        if n <= budget:
-            return self._add(np.arange(n))
-        left = np.ones(n, bool)
-        while budget:
-            chosen = self._strongest(left, min(budget, ROUND * self.batch))
+        n, done = int(self.ends[-1]), 0
+        left, budget = np.ones(n, bool), min(n, budget)
+        while done < budget:
+            chosen = (
+                np.arange(n) if n == budget else self._strongest(left, min(budget - done, ROUND * self.batch))
+            )
             if not len(chosen):
-                return None
-            self._add(chosen)
-            left[chosen] = False
-            budget -= len(chosen)
+                break
+            self._add(chosen, tell, done, budget)
+            left[chosen], done = False, done + len(chosen)
+        tell(budget, budget)
 
     def _strongest(self, left: np.ndarray, n: int) -> np.ndarray:
         """Features of most influence by the rows that are there, of those that have none."""
@@ -138,7 +141,7 @@ class _Rows:
         each = [np.arange(own.nodes.start, own.nodes.stop) for own in self.run.parts]
         return np.concatenate([np.zeros(0, np.int64), *each])
 
-    def _add(self, chosen: np.ndarray) -> None:
+    def _add(self, chosen: np.ndarray, tell: Callable[[int, int], None], done: int, total: int) -> None:
         """Compute the rows of some features, a batch of one part at a time on each thread."""
         jobs: list[tuple[Own, np.ndarray, int]] = []
         for own, first, stop in zip(self.run.parts, self.ends[:-1], self.ends[1:], strict=True):
@@ -146,12 +149,17 @@ class _Rows:
             starts = range(0, len(some), self.batch)
             jobs += [(own, some[at : at + self.batch], int(first)) for at in starts]
         found: list[Any] = [None] * len(jobs)
+        told = Lock()
 
         def work(start: int, end: int) -> None:
+            nonlocal done
             for i in range(start, end):
                 own, some, first = jobs[i]
                 entries = torch.from_numpy(some - first).to(own.part.positions.device)
                 found[i] = self._compress(self.run.features(own, entries, own.nodes.start))
+                with told:
+                    done += len(some)
+                    tell(done, total)
 
         parallel(work, len(jobs), 1)
         self.numbers += [some for _, some, _ in jobs]
@@ -200,7 +208,7 @@ def _tokens(model: Model, prompt: "str | Sequence[int] | Tensor", vocabulary: in
     if isinstance(prompt, str):
         if model.tokenizer is None:
             raise SaekitError(f"prompt is text, and model {model.name!r} has no tokenizer; give token ids")
-        ids = model.tokenizer(prompt)["input_ids"]
+        ids = model.tokenizer(prompt, verbose=False)["input_ids"]  # too long a prompt is refused below
     else:
         ids = prompt
     try:

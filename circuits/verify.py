@@ -96,7 +96,8 @@ def verify(
 
     Strongest are those of the largest total effect. Found are the Spearman correlations of total effects with ablation
     (frozen, which they predict exactly where nothing was left out, and free), of the totals through attention scores with free ablation, and the
-    mean size of the free effects of the strongest and of the random nodes. ``target``: as it was traced; needed where
+    mean size of the free effects of the strongest and of the random nodes. Of a graph of fewer than ``2 * top`` features
+    and errors it is half of them. ``target``: as it was traced; needed where
     it isn't made of tokens.
     """
     from scipy.stats import spearmanr
@@ -119,11 +120,10 @@ def verify(
     for one, was in zip(targets, ends, strict=True):
         _same(f"target {one.name!r}", float(run.value(one)), float(was))
     free_to_go = np.flatnonzero(graph.of_kind("feature", "error"))
-    if not len(free_to_go):
-        raise SaekitError("the graph has no features or errors; trace with dictionaries")
-    if 2 * top > len(free_to_go):
+    top = min(top, len(free_to_go) // 2)
+    if not top:
         raise SaekitError(
-            f"top = {top} leaves too few of the graph's {len(free_to_go)} features and errors for random ones; give at most {len(free_to_go) // 2}"
+            f"the graph has {len(free_to_go)} features and errors, of which none can be compared with a random one; trace with dictionaries, or keep more nodes"
         )
     totals = graph.total_effects()
     order = free_to_go[np.argsort(-np.abs(totals[:, free_to_go]).max(0), kind="stable")]

@@ -60,7 +60,7 @@ def main() -> None:
         sys.exit(2)
     except (Abort, KeyboardInterrupt):
         print(
-            "stopped; a harvest, training or reproduction goes on where it was when the same command is run again",
+            "stopped; harvest, train, explain and reproduce go on where they were when the same command is run again",
             file=sys.stderr,
         )
         sys.exit(INTERRUPTED)

@@ -96,6 +96,8 @@ def _short(value: Any) -> str:
 def read(file: Path, what: str, shape: Shape, fix: str, schema: int | None = None) -> Any:
     """The JSON of a file, of the schema and shape that are asked for; raises in one sentence that names the field."""
     named = f"{what.rsplit(' ', 1)[-1]} {str(file)!r}"
+    if not file.is_file():
+        raise SaekitError(f"{named} is not there; name a file that exists")
     try:
         data = json.loads(file.read_text())
     except (OSError, ValueError):

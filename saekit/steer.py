@@ -10,14 +10,13 @@ A steering as data is one small JSON file, schema version 1::
          "edits": [{"feature": 123, "set": 8.0, "position": null, "when": {"feature": 7, "above": 0.5}}]}]}
 
 An edit has one of ``set``, ``scale``, ``add`` (numbers) and ``clamp`` ([low, high], one of which may be null); ``position`` and
-``when`` may be left out. Dictionaries are known by the digest of their tensors (:func:`digest_of`), so a steering can't act on
+``when`` may be left out. Dictionaries are known by the their digest, so a steering can't act on
 others than those that it was made for. It names no model: steering a fine-tuned model with its base's dictionary is meant.
 
 What adds the same to every token's stream is a bias, and :meth:`Steering.save_pretrained` writes a checkpoint that has it.
 """
 
 import copy
-import hashlib
 import json
 import re
 import shutil
@@ -177,16 +176,6 @@ def _edits(
     return edits_of(dictionary, out)
 
 
-def digest_of(dictionary: Dictionary) -> str:
-    """What a dictionary is known by: 16 hexadecimal digits of a hash of its tensors, wherever they are."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(dictionary.state_dict().items()):
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(flat.view(torch.uint8).numpy().data)
-    return found.hexdigest()[:16]
-
-
 @dataclass(frozen=True)
 class Part:
     """One dictionary's edits, and what it is known by."""
@@ -201,7 +190,7 @@ class Part:
     def of(dictionary: Dictionary, edits: Sequence[Edit]) -> "Part":
         """The part of a dictionary."""
         return Part(
-            digest_of(dictionary), dictionary.reads, dictionary.writes, dictionary.n_features, tuple(edits)
+            dictionary.digest(), dictionary.reads, dictionary.writes, dictionary.n_features, tuple(edits)
         )
 
 
@@ -234,7 +223,7 @@ class Steering:
             raise SaekitError(
                 f"dictionary is of type {type(wrong).__name__}; give a dictionary, the folder of one, or several"
             )
-        known = {digest_of(d): d for d in found.values()}
+        known = {d.digest(): d for d in found.values()}
         out = []
         for part in self.parts:
             one = known.get(part.digest)

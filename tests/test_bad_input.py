@@ -83,7 +83,7 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "evaluation on an empty text": ([*EVAL, "--text", "{good}/empty.py"], ["text", "empty.py", "is empty"]),
     "an unknown ablation": ([*EVAL, "--ablation", "median"], ["ablation", "'median'", "'mean'"]),
     "a dashboard of nothing": (["dashboard", "{here}/nosuch"], ["nosuch"]),
-    "a question to the doctor about text": (["doctor", "{good}/text.py"], ["text.py", "not an intact safetensors file"]),
+    "a question to the doctor about text": (["doctor", "{good}/text.py"], ["text.py", "no store, dictionary, run"]),
     "a question to the doctor about nothing": (["doctor", "{here}/nosuch"], ["path", "nosuch", "no store, dictionary, run"]),
     "a dashboard in place of another file": (["dashboard", "{here}/run", "--model", "{good}/model", "--out", "{here}/run/config.json"], ["out", "config.json", ".html"]),
     "a dashboard in place of a folder": (["dashboard", "{here}/run", "--model", "{good}/model", "--out", "{here}/store"], ["out", "store", "is a folder"]),

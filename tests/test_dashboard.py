@@ -113,9 +113,9 @@ def test_explanations_are_shown_with_score_interval_and_controls(run, page):
     near = {f for one in page["features"] for f, _ in (*one["nearest"], *one["together"])}
     hidden = near - {one["index"] for one in page["features"]}
     assert page["elsewhere"] == {str(f): said[f].text for f in hidden if f in said}
-    assert explained(None, None, d.n_features) == {}
+    assert explained(None, None, d) == {}
     with pytest.raises(SaekitError, match=r"explanations name feature 64, .* 64 features"):
-        explained([Explanation(64, "x", "human")], None, 64)
+        explained([Explanation(64, "x", "human")], None, d)
 
 
 def test_features_are_chosen_by_number_or_by_density(run, good, tmp_path):

@@ -1,5 +1,6 @@
 """From a dictionary, a model and a text to scored explanations: by counting, and by a language model on loopback."""
 
+import copy
 import dataclasses
 import json
 import re
@@ -354,6 +355,48 @@ def test_a_server_that_is_gone_is_named_and_costs_no_explanation(run: Path, monk
     with pytest.raises(SaekitError, match="config"):
         Explanations((Explanation(3, "by hand", "human"),)).save(run / "config.json")
     assert json.loads((run / "config.json").read_text())
+
+
+def test_a_file_of_another_dictionary_or_a_cut_one_is_refused_before_any_work(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    """By whoever shows or adds to it: its features are not this dictionary's."""
+    d = saekit.load(run)
+    other = saekit.create("topk", d_in=256, n_features=d.n_features, k=8, seed=7)
+    made = Explanations((Explanation(3, "by hand", "human"),), {"dictionary": other.digest()})
+    out = tmp_path / "e.json"
+    showing = [
+        ["explain", str(run), "--out", str(out)], ["dashboard", str(run), "--out", str(tmp_path / "page.html")],
+        ["trace", str(run), "--prompt", "import os", "--out", str(tmp_path / "graph")],
+    ]  # fmt: skip
+    for damaged, said in ((False, "are of another dictionary"), (True, "is not a record of explanations")):
+        for path in (made.save(out), made.save(run)):
+            if damaged:
+                path.write_bytes(path.read_bytes()[:-9])
+        for argv in showing:
+            told = refusal(argv, monkeypatch, capfd)
+            assert said in told and "remove it and explain the features again" in told, argv
+        for path in (out, run / FILE):
+            path.unlink()
+    assert not (tmp_path / "page.html").exists() and not list(tmp_path.glob("graph/*"))
+    assert "mode 'foo' is none of" in refusal(["explain", str(run), "--mode", "foo"], monkeypatch, capfd)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    judged = ["explain", str(run), "--method", "llm", "--judge", "x", "--ledger", str(tmp_path / "calls")]
+    assert "is not set in the environment" in refusal(judged, monkeypatch, capfd)
+
+
+def test_a_model_that_explains_nothing_and_features_left_out_are_named(small: World, tmp_path: Path) -> None:
+    with serve("perfect") as served:
+        empty = judge(served, tmp_path / "calls", budget=Budget(requests=0))
+        with pytest.raises(
+            SaekitError, match=r"explained none of 6 features \(6 not_run; the first: requests = 0"
+        ):
+            explained(small, method="llm", judge=empty, scorers=())
+    often, rare = small.feature("hal"), small.feature("sea")
+    d = copy.deepcopy(small.dictionary)
+    with torch.no_grad():
+        d.b_enc[rare] = -1e4
+    found = explain(d, small.model, text_of(small), [often, rare], tokens=None, scorers=())
+    assert [one.feature for one in found] == [often] and found.about["left_out"] == [rare]
+    assert f"left out: {rare}, firing in fewer than" in repr(found)
 
 
 def test_scores_with_a_field_of_another_version_are_refused(tmp_path: Path) -> None:

@@ -96,9 +96,10 @@ def test_an_exported_file_is_loaded_and_explained(graph: Graph, tmp_path: Path) 
     for path, one in ((tmp_path / "a.json", small), (graph.save(tmp_path / "g"), graph)):
         said = explain(path)
         assert said["nodes"] == len(one.nodes) and said["edges"] == one.rows.nnz and said["of"] == graph.title
-    (tmp_path / "b.json").write_text("{}")
-    with pytest.raises(SaekitError, match="lacks the field 'nodes'; export the graph again"):
-        explain(tmp_path / "b.json")
+    for text, said in (("{}", "is no store, dictionary, run, graph"), ('{"nodes": [', "is no JSON")):
+        (tmp_path / "b.json").write_text(text)
+        with pytest.raises(SaekitError, match=said):
+            explain(tmp_path / "b.json")
 
 
 def test_a_pruned_graph_keeps_the_whole_ones_totals(graph: Graph) -> None:

@@ -174,7 +174,6 @@ def test_arguments_of_other_types_are_refused_in_words() -> None:
         "node 1000000000 is none of the graph's",
         "a int can't be subtracted from a graph",
         "kind 'feat' is none of token",
-        "top = 1000000 leaves too few",
         "dictionaries are of blocks.1.hook_resid_post, blocks.1.hook_resid_post and the graph's of blocks.1.hook_resid_post",
         "budget = 10.5 must be a whole number",
         "target 'away' has a direction of type list; give a tensor",

@@ -21,7 +21,7 @@ from saekit.hooks import capture
 from saekit.interventions import Edit, When
 from saekit.models import Model
 from saekit.report import steering
-from saekit.steer import Steering, digest_of
+from saekit.steer import Steering
 from saekit.types import Codes, SaekitError
 
 STREAM = "blocks.0.hook_resid_post"
@@ -260,7 +260,7 @@ def test_a_steering_is_a_small_file_that_does_the_same(tmp_path: Path) -> None:
     folder = saekit.save(d, tmp_path / "d")
     with saekit.steer(m, str(folder), single), saekit.steer(m, d, single, error=False):
         seen(m, (), BOTH)
-    assert digest_of(saekit.load(folder)) == digest_of(d) != digest_of(dictionary(m, seed=3))
+    assert saekit.load(folder).digest() == d.digest() != dictionary(m, seed=3).digest()
 
 
 DAMAGE: dict[str, tuple[Callable[[dict], Any], str]] = {
@@ -295,7 +295,7 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
         (tmp_path / "s.json").write_bytes(content)
         with pytest.raises(SaekitError, match="is not a steering"):
             Steering.load(tmp_path / "s.json")
-    with pytest.raises(SaekitError, match="is not a steering"):
+    with pytest.raises(SaekitError, match="is not there"):
         Steering.load(tmp_path / "nosuch.json")
 
 
@@ -405,7 +405,7 @@ def test_wrong_arguments_are_refused_in_words() -> None:
         (([(d, {3: 1.0}), (d, {4: 1.0})],), {"error": False}, "is written by two dictionaries"),
         ((other, kept), {}, "give the one that it was made for"),
         ((d, kept), {"add": {3: 1.0}}, "a Steering is given, which is complete"),
-        ((d, "nosuch.json"), {}, "nosuch.json' is not a steering"),
+        ((d, "nosuch.json"), {}, "nosuch.json' is not there"),
         (("nosuch", {3: 1.0}), {}, "nosuch"),
     ]
     for given, options, words in cases:

@@ -1,5 +1,7 @@
 """The contract of a trained object, whatever it is made of, and what all kinds of it share."""
 
+import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -75,6 +77,15 @@ class Dictionary(nn.Module):
     def dtype(self) -> torch.dtype:
         """Of its tensors."""
         return self.b_dec.dtype
+
+    def digest(self) -> str:
+        """What tells it from others: 16 hexadecimal digits of a hash of its choices and tensors, wherever they are."""
+        found = hashlib.sha256(json.dumps(self.config.to_json(), sort_keys=True).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            found.update(flat.view(torch.uint8).numpy().data)
+        return found.hexdigest()[:16]
 
     @property
     def n_features(self) -> int:

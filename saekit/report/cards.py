@@ -187,19 +187,16 @@ def _looks(dictionary: Dictionary, batch: ActivationBatch) -> Looks | None:
 
 
 def explained(
-    given: "Sequence[Explanation] | str | Path | None", folder: Path | None, n_features: int
+    given: "Sequence[Explanation] | str | Path | None", folder: Path | None, dictionary: Dictionary
 ) -> dict[int, list[Explained]]:
     """What is said of each feature: as given, of a file, or of the ``explanations.json`` beside the dictionary."""
     if given is None:
         beside = folder / explanation.FILE if folder is not None else None
         given = beside if beside is not None and beside.is_file() else ()
-    listed = explanation.load(given)[0] if isinstance(given, str | Path) else given
+    listed = explanation.load_of(dictionary, given) if isinstance(given, str | Path) else given
+    explanation.check_features(listed, dictionary, "explanations")
     out: dict[int, list[Explained]] = {}
     for one in listed:
-        if not 0 <= one.feature < n_features:
-            raise SaekitError(
-                f"explanations name feature {one.feature}, which is not in a dictionary of {n_features} features; give this dictionary's"
-            )
         out.setdefault(one.feature, []).append(Explained(one.text, one.method, one.scores, one.label))
     return out
 

@@ -63,7 +63,7 @@ def dashboard(
     target = Path(out) if out is not None else folder / "report.html"
     evaluation = read_report(folder / "eval.json") if (folder / "eval.json").is_file() else {}
     config = read_config(folder / "config.json") if (folder / "config.json").is_file() else {}
-    said = explained(None, folder, dictionary.n_features)
+    said = explained(None, folder, dictionary)
     source = reading(dictionary, model, text, tokens, config, device)
     if out is not None and Path(out).is_dir():
         raise SaekitError(f"out {str(out)!r} is a folder; name the HTML file to write")

@@ -104,7 +104,7 @@ def show(
     d, folder = _dictionary(dictionary, device)
     if not isinstance(feature, numbers.Integral) or not 0 <= feature < d.n_features:
         raise SaekitError(f"feature {feature!r} is not in a dictionary of {d.n_features} features")
-    said = explained(explanations, folder, d.n_features)
+    said = explained(explanations, folder, d)
     file = folder / "config.json" if folder is not None else None
     config = read_config(file) if file is not None and file.is_file() else {}
     source = reading(d, model, text, tokens, config, device)
@@ -191,7 +191,7 @@ def fires(
     those that lie beside the dictionary, if it is given as a folder.
     """
     d, folder = _dictionary(dictionary, device)
-    said = explained(explanations, folder, d.n_features)
+    said = explained(explanations, folder, d)
     if top < 1:
         raise SaekitError(f"top = {top} must be at least 1")
     if not d.reads:

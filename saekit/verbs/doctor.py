@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
 import shutil
@@ -38,7 +39,9 @@ def doctor(
 def _text(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{k} {_text(v)}" for k, v in value.items())
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, list):
+        return ", ".join(map(_text, value))
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value))
 
 
 def environment() -> dict[str, Any]:
@@ -82,20 +85,67 @@ def explain(path: Path) -> dict[str, Any]:
         return _store(path)
     if (path / "card.json").is_file():
         return _dictionary(path)
-    if (path / "graph.json").is_file() or path.suffix == ".json":
+    if (path / "graph.json").is_file():
         return _graph(path)
+    if path.suffix == ".json" and path.is_file():
+        return _json(path)
     foreign = _foreign(path) if path.exists() else None
     if foreign is not None:
         return foreign
     if (path / "config.json").is_file() and (path / "checkpoints").is_dir():
         return _run(path)
-    if path.is_file():
+    if path.suffix == ".safetensors" and path.is_file():
         return _tensors(path)
     if path.is_dir():
         _look_inside(path)
-    raise SaekitError(
-        f"path {str(path)!r} is no store, dictionary, run, graph or safetensors file; give one of these"
-    )
+    raise SaekitError(f"path {str(path)!r} is {KNOWN}")
+
+
+KNOWN = "no store, dictionary, run, graph, steering, explanations or safetensors file; give one of these"
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """What a JSON file is, by its fields."""
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise SaekitError(
+            f"file {str(path)!r} is no JSON ({error}): it was cut, or is something else"
+        ) from None
+    named = set(data) if isinstance(data, dict) else set()
+    if "nodes" in named:
+        return _graph(path)
+    if named == {"schema", "about", "features"}:
+        return _explanations(path)
+    if {"schema", "dictionaries"} <= named:
+        return _steering(path)
+    beside = path.parent
+    if (
+        path.name in ("card.json", "config.json", "manifest.json", "eval.json", "graph.json")
+        and (beside / "card.json").is_file()
+    ):
+        return explain(beside)
+    raise SaekitError(f"path {str(path)!r} is {KNOWN}")
+
+
+def _explanations(path: Path) -> dict[str, Any]:
+    from saekit.autointerp.explanation import load
+    from saekit.autointerp.scoring import summaries
+
+    listed, about = load(path)
+    methods = sorted({one.method for one in listed})
+    return {
+        "explanations": str(path), "of dictionary": about.get("dictionary", "not stated"), "model": about.get("model", "not stated"),
+        "features": len({one.feature for one in listed}), "by": methods,
+        **{one.scorer: f"{one.metric} {one.value:.3f} over {one.n} features" for one in summaries(listed) if one.value is not None},
+    }  # fmt: skip
+
+
+def _steering(path: Path) -> dict[str, Any]:
+    from saekit.steer import Steering
+
+    found = Steering.load(path)
+    return {"steering": str(path), **{f"dictionary {part.digest}": f"{len(part.edits)} edits at {', '.join(part.writes)}" for part in found.parts}}  # fmt: skip
 
 
 def _graph(path: Path) -> dict[str, Any]:

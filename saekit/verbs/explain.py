@@ -93,23 +93,43 @@ def explain(
     """
     from saekit.autointerp.explain import DEFAULT
     from saekit.autointerp.explain import explain as run
+    from saekit.autointerp.ledger import MODES
     from saekit.harvest import check_writable
+    from saekit.hub import dictionary_of
 
-    folder, target = Path(path), Path(out) if out else Path(path)
+    folder = Path(path) if Path(path).is_dir() else Path()
+    if out is None and folder != Path(path):
+        raise SaekitError(
+            f"out is missing: {path!r} is no folder to write explanations.json to; name a file with --out"
+        )
+    target = Path(out) if out else folder
     check_writable(target if target.is_dir() else target.parent)
+    if mode not in MODES:
+        raise SaekitError(f"mode {mode!r} is none of {', '.join(MODES)}")
+    dictionary = dictionary_of(path)
+    kept = _kept(dictionary, target)
     limits = {"requests": max_requests, "tokens": max_tokens, "money": max_money, "seconds": max_seconds}
     asked = _judge(
         judge, endpoint, key_env, price, limits, Path(ledger) if ledger else folder / "calls.sqlite", mode
     )
+    bars = _Bars()
     if asked is not None:
         asked.concurrency, asked.rate = concurrency, rate
+        asked.progress = lambda done, total, note: bars("ask", done, total, note)
     elif endpoint is not None:
         raise SaekitError("endpoint is given without the name of a model; name it with --judge")
-    found = run(
-        path, model, text, list(feature) if feature else features, method=method, given=_given(given, given_format, given_name), judge=asked, scorers=scorer or DEFAULT,
-        tokens=tokens, n=n, controls=controls, seed=seed, draw=_Bars(),
-    )  # fmt: skip
-    file = _kept(found, target).save(target)
+    try:
+        found = run(
+            dictionary, model, text, list(feature) if feature else features, method=method, given=_given(given, given_format, given_name), judge=asked, scorers=scorer or DEFAULT,
+            tokens=tokens, n=n, controls=controls, seed=seed, draw=bars,
+        )  # fmt: skip
+    finally:
+        bars.close()
+    if asked is not None:
+        say(f"{asked.endpoint.name}: {asked.budget.spent.requests:,} requests were sent")
+        if cut := sum(found.about["failures"].get(kind, 0) for kind in ("budget", "not_run")):
+            say(f"the budget is used up: {cut} features are not explained; the same command with a larger one goes on from here")  # fmt: skip
+    file = _beside(found, kept).save(target)
     result(_data(found, file), as_json, f"{found!r}\n{_examples(found)}\n{file.resolve()}")
 
 
@@ -121,7 +141,7 @@ class _Bars:
         self.bar: Any = None
         self.draw: Any = None
 
-    def __call__(self, what: str, done: int, total: int) -> None:
+    def __call__(self, what: str, done: int, total: int, note: str = "") -> None:
         """Draw how far a thing is."""
         if what != self.what or done < self.done:
             self.close()
@@ -129,15 +149,16 @@ class _Bars:
             self.bar = progress(what, WORDS[what])
             self.draw = self.bar.__enter__()
         self.done = done
-        self.draw(done, total, "")
-        if done >= total:
-            self.close()
+        if self.bar is not None:
+            self.draw(done, total, note)
+            if done >= total:
+                self.close()
 
     def close(self) -> None:
         """End the bar that is drawn."""
         if self.bar is not None:
             self.bar.__exit__(None, None, None)
-        self.bar, self.what = None, ""
+        self.bar = None
 
 
 def _given(path: str | None, kind: str | None, name: str | None) -> Any:
@@ -178,20 +199,26 @@ def _judge(
         if local
         else OpenAIEndpoint(name, endpoint, key_env, price)
     )
+    if not local and not ledger.is_file():  # what is kept may answer all
+        server.ready()
     return Judge(server, Ledger(ledger, mode), Budget(**limits), tell=say)
 
 
-def _kept(found: Any, target: Path) -> Any:
-    """What was found, and explanations of other features, or by other methods, that the file holds already."""
-    from saekit.autointerp.explain import Explanations
-    from saekit.autointerp.explanation import FILE, load
+def _kept(dictionary: Any, target: Path) -> list[Any]:
+    """The explanations that the file to be written holds already; raises where they are not of this dictionary."""
+    from saekit.autointerp.explanation import FILE, load_of
 
     file = target / FILE if target.is_dir() else target
-    if not file.is_file():
-        return found
+    return load_of(dictionary, file) if file.is_file() else []
+
+
+def _beside(found: Any, kept: list[Any]) -> Any:
+    """What was found, and what was there already of other features, or by other methods."""
+    from saekit.autointerp.explain import Explanations
+
     new = {(one.feature, one.method) for one in found}
-    old = [one for one in load(file)[0] if (one.feature, one.method) not in new]
-    return Explanations((*found, *old), {**found.about, "kept": len(old)})
+    old = [one for one in kept if (one.feature, one.method) not in new]
+    return Explanations((*found, *old), {**found.about, "kept": len(old)}) if kept else found
 
 
 def _data(found: Any, file: Path) -> dict[str, Any]:

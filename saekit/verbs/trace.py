@@ -39,17 +39,16 @@ def _targets(targets: list[str]) -> Any:
     return out or None
 
 
-def _stands(paths: list[str], model: Any, neurons: bool, heads: bool) -> list[Any]:
+def _stands(dictionaries: list[Any], model: Any, neurons: bool, heads: bool) -> list[Any]:
     """The dictionaries, and the neurons and heads of every layer, where they are asked for."""
     from saekit.circuits.places import Heads, Neurons, site_of
     from saekit.circuits.weights import weights
-    from saekit.hub import load
 
-    out: list[Any] = [load(path, device=model.device) for path in paths]
+    out: list[Any] = [d.to(model.device) for d in dictionaries]
     w = weights(model)
     taken = {site_of(w, model, point) for d in out for point in d.writes}
     for kind, asked, half in (
-        (Neurons, neurons or not (paths or heads), "mlp"),
+        (Neurons, neurons or not (out or heads), "mlp"),
         (Heads, heads, "attn"),
     ):
         for layer, block in enumerate(w.blocks):
@@ -121,35 +120,50 @@ def trace(
     from saekit.circuits.trace import trace as run
     from saekit.graph.export import drawn
     from saekit.harvest import check_writable
-    from saekit.hub.native import origin, read_card
+    from saekit.hub import load
+    from saekit.hub.native import origin
     from saekit.models import load_model
 
     given, named, folder = _tokens(prompt, tokens), _targets(target or []), Path(out)
     if scores not in WAYS:
         raise SaekitError(f"scores = {scores!r} must be one of {', '.join(WAYS)}")
+    if any((folder / name).is_file() for name in ("card.json", "manifest.json")):
+        raise SaekitError(f"out {out!r} holds a dictionary or a store; name a folder of the graph's own")
     check_writable(folder)
-    paths = paths or []
-    source = model or (origin(read_card(Path(paths[0])))[0] if paths else "code-lm")
+    dictionaries = [load(path) for path in paths or []]
+    labels = _labels(paths or [], dictionaries)
+    source = model or (origin(dictionaries[0].card)[0] if dictionaries else "code-lm")
     loaded = load_model(source, device=device) if device else load_model(source)
-    stands = _stands(paths, loaded, neurons, heads)
+    stands = _stands(dictionaries, loaded, neurons, heads)
     say(f"tracing {source} with {len(stands)} {'dictionary' if len(stands) == 1 else 'dictionaries'}")
-    graph = run(loaded, stands, given, named, budget=budget, scores=scores)
+    with progress("rows", "features") as draw:
+        graph = run(
+            loaded,
+            stands,
+            given,
+            named,
+            budget=budget,
+            scores=scores,
+            on_rows=lambda done, total: draw(done, total, ""),
+        )
     closed = graph.check()
+    graph.save(folder)
     if verify:
         graph = graph.verify(loaded, stands, top=verify, seed=seed, target=named)
-    graph.save(folder)
+        graph.save(folder)
     small = drawn(graph.prune(nodes, edges))
     small.to_json(folder / "graph.circuit.json")
     shown = _contexts(small, loaded, stands, contexts)
-    small.to_html(folder / "graph.html", labels=_labels(paths), contexts=shown)
+    small.to_html(folder / "graph.html", labels=labels, contexts=shown)
     result(_summary(graph, small, closed, folder), as_json, _text(graph, small, closed, folder))
 
 
-def _labels(paths: list[str]) -> dict[tuple[int, int], str]:
+def _labels(paths: list[str], dictionaries: list[Any]) -> dict[tuple[int, int], str]:
     """Explanations that lie beside the dictionaries, by (dictionary, feature)."""
-    from saekit.autointerp.explanation import FILE, load
+    from saekit.autointerp.explanation import FILE, load_of
 
-    found = {i: load(path)[0] for i, path in enumerate(paths) if (Path(path) / FILE).is_file()}
+    beside = [(i, Path(path), d) for i, (path, d) in enumerate(zip(paths, dictionaries, strict=True))]
+    found = {i: load_of(d, path) for i, path, d in beside if (path / FILE).is_file()}
     return {(i, one.feature): one.label for i, listed in found.items() for one in listed}
 
 
