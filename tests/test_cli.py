@@ -71,6 +71,7 @@ def demo(tmp_path_factory) -> tuple[Path, dict]:
     return out, json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_the_demo_ends_in_a_table_and_a_page(demo) -> None:
     out, data = demo
     keys = {"l0", "fvu", "explained_variance", "ce_recovered", "kl", "dead_share", "density"}
@@ -84,6 +85,7 @@ def test_the_demo_ends_in_a_table_and_a_page(demo) -> None:
     assert "ce_recovered" in page and "blocks.1.hook_resid_post" in page
 
 
+@pytest.mark.slow
 def test_eval_dashboard_and_doctor_on_the_demos_run(demo, tmp_path: Path) -> None:
     run = demo[0] / "run"
     table = saekit("eval", str(run), "--tokens", "2048").stdout
@@ -106,7 +108,7 @@ def test_eval_dashboard_and_doctor_on_the_demos_run(demo, tmp_path: Path) -> Non
 
 
 @pytest.mark.notebook
-@pytest.mark.parametrize("blocks", [1, None])
+@pytest.mark.parametrize("blocks", [pytest.param(1, marks=pytest.mark.slow), None])
 def test_the_readmes_code_runs(blocks: int | None, tmp_path: Path) -> None:
     found = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     whole, code = "\n".join(found), "\n".join(found[:blocks])

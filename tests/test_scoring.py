@@ -78,7 +78,14 @@ def test_permuted_explanations_score_chance(true, windows: Windows, small: World
 
 
 @pytest.mark.parametrize(
-    "personality", ["yes", "no", "coin", pytest.param("noisy:0.1", marks=pytest.mark.slow), "noisy:0.3"]
+    "personality",
+    [
+        pytest.param("yes", marks=pytest.mark.slow),
+        "no",
+        "coin",
+        pytest.param("noisy:0.1", marks=pytest.mark.slow),
+        "noisy:0.3",
+    ],
 )
 def test_judges_without_skill_score_chance_and_noise_its_share(personality: str, true, windows: Windows, small: World, tmp_path: Path) -> None:  # fmt: skip
     constant = personality in ("yes", "no")

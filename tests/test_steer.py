@@ -520,7 +520,8 @@ def test_features_of_code_lm_raise_their_own_tokens(code_lm: Model, trained: Dic
     below 1.5.
     """
     batches = list(saekit.harvest(code_lm, "stdlib", [HOOK], tokens=16_384, context=256))
-    codes = trained.encode(torch.cat([batch.rows(HOOK) for batch in batches]))
+    with torch.no_grad():
+        codes = trained.encode(torch.cat([batch.rows(HOOK) for batch in batches]))
     alive = (codes.firing_counts() >= FIRES).nonzero()[:, 0].tolist()
     effects = steering.direct_effects(code_lm, trained, alive).clamp(min=0).square()
     share = effects.topk(steering.PROMOTED).values.sum(1) / effects.sum(1)

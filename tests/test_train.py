@@ -53,11 +53,12 @@ def finished(small_store, tmp_path_factory) -> Path:
     return out
 
 
-def test_killed_at_five_random_steps_and_resumed_the_weights_are_the_same_bytes(
-    small_store, finished: Path, tmp_path: Path
+@pytest.mark.parametrize("kills", [2, pytest.param(5, marks=pytest.mark.slow)])
+def test_killed_at_random_steps_and_resumed_the_weights_are_the_same_bytes(
+    kills: int, small_store, finished: Path, tmp_path: Path
 ) -> None:
     out, draw = tmp_path / "killed", random.Random(0)
-    for _ in range(5):
+    for _ in range(kills):
         target = step_reached(out) + draw.randint(1, 9)
         process = subprocess.Popen(
             command(small_store.path, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL

@@ -36,7 +36,7 @@ SETTLED = 2048  # rows, the last of a run, on which a threshold's L0 is measured
 OVERFLOWS = 1e15  # of a weight; a thousand of them make a row that kernels refuse
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
     """A finished, interrupted or failed training: the dictionary, where it lies, how far it came."""
 
@@ -46,6 +46,11 @@ class Run:
     finished: bool
     metrics: dict[str, float]
     error: str | None = None  # why it ended early, when others trained beside it went on
+
+    def __repr__(self) -> str:
+        end = self.error or ("finished" if self.finished else "stopped")
+        shown = [f"{key} {self.metrics[key]:.4g}" for key in ("loss", "fvu", "l0") if key in self.metrics]
+        return f"Run({', '.join([f'{self.steps:,} steps', end, *shown])}{'' if self.path is None else f', in {self.path}'})"
 
 
 # selections of the k largest, of which only positive ones are active
