@@ -143,6 +143,8 @@ class Model:
         path = self._aliases.get(name, name)
         path, _, side = path.partition(":")
         path = self._aliases.get(path, path)
+        inner = f"{getattr(self.module, 'base_model_prefix', '')}.{path}"  # as sparsify names places
+        path = inner if path not in self._modules and inner in self._modules else path
         if path not in self._modules or side not in ("", "in", "out") or not path:
             raise SaekitError(
                 f"hook point {name!r} is not in model {self.name!r}{nearest(name, self.hook_points())}"

@@ -113,6 +113,9 @@ def steer(
         masked = edits.masked if masked is None else masked
     else:
         listed = _changes(dictionary, edits, add, scale, ablate, clamp, position, when)
+    for name, given in (("error", error), ("masked", masked)):
+        if not isinstance(given, bool | None):
+            raise SaekitError(f"{name} = {given!r} must be True or False")
     view = load_model(model)
     for one, _ in listed:
         one.to(view.device)

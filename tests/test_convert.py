@@ -14,8 +14,12 @@ import saekit
 from saekit.activations import Store
 from saekit.dictionaries import calibrate
 from saekit.harvest import harvest
+from saekit.hooks import capture
 from saekit.hub.files import Files
 from saekit.hub.formats import FORMATS
+from saekit.hub.names import lens
+from saekit.models import Model
+from saekit.types import SaekitError
 
 GOLDEN = Path(__file__).parent / "golden/saelens"
 POINT = "blocks.1.hook_resid_post"
@@ -107,8 +111,8 @@ def test_ranks_become_thresholds_only_where_that_is_asked_for(
     written = saekit.load(tmp_path / "out")
     assert (written.config.selection[0], written.reads, written.writes) == (
         "jumprelu",
-        (PAIR[0],),
-        (PAIR[1],),
+        ("blocks.1.ln2.hook_normalized",),  # TransformerLens's names of the same places
+        ("blocks.1.hook_mlp_out",),
     )
 
 
@@ -246,3 +250,62 @@ def test_the_doctor_knows_other_tools_files(tmp_path: Path) -> None:
     (damaged / "sae_weights.safetensors").write_bytes(b"0" * 40)
     done = run("doctor", str(damaged))
     assert done.returncode == 2 and "sae_weights.safetensors" in done.stderr
+
+
+def test_a_set_of_runs_becomes_one_of_circuit_tracers(tiny_gpt2: Model, tmp_path: Path) -> None:
+    """With thresholds of their own, by rising layer, at places that the peer finds."""
+    points = [f"blocks.{i}.mlp:{side}" for i in (0, 1) for side in ("in", "out")]
+    saekit.harvest(tiny_gpt2, "stdlib", points, out=tmp_path / "acts", tokens=3000, context=64, batch_rows=8)
+    store = Store(tmp_path / "acts")
+    for i in (0, 1):
+        d = saekit.create("transcoder", d_in=32, n_features=64, k=4, seed=i)
+        d.reads, d.writes = (points[2 * i],), (points[2 * i + 1],)
+        d.card["data"] = {"model": {"name": "tiny-gpt2", "class": "GPT2LMHeadModel"}}
+        batches = list(store.sequences())
+        d.set_normalisation(
+            torch.cat([torch.cat([b.rows(p) for p in points[2 * i : 2 * i + 2]], 1) for b in batches])
+        )
+        saekit.save(d, tmp_path / "set" / f"blocks.{i}.mlp")
+    command = ("convert", str(tmp_path / "set"), str(tmp_path / "out"), "--to", "circuit_tracer")
+    done = run(*command)
+    assert done.returncode == 2 and "convert --thresholds --sample ACTS" in done.stderr
+    done = run(*command, "--thresholds", "--sample", str(tmp_path / "acts"), "--json")
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["measured"]) == 2
+    back = saekit.load(tmp_path / "out")
+    assert back.reads == ("blocks.0.ln2.hook_normalized", "blocks.1.ln2.hook_normalized")
+    assert back.writes == ("blocks.0.hook_mlp_out", "blocks.1.hook_mlp_out")
+
+
+def test_what_a_format_does_not_say_is_told(tmp_path: Path) -> None:
+    d = saekit.create("topk", d_in=16, n_features=64, k=4, normalise="none")
+    d.reads = d.writes = ("blocks.1.hook_resid_post",)
+    saekit.save(d, tmp_path / "own")
+    done = run("convert", str(tmp_path / "own"), str(tmp_path / "out"), "--to", "sparsify")
+    assert "not in what was written: the hook point" in done.stdout
+
+
+PLACES = ["transformer.h.1:in", "transformer.h.1:out", "blocks.1.mlp:in", "blocks.1.mlp", "blocks.1.attn:out", "transformer.h.1.mlp:out", "transformer.h.1"]  # fmt: skip
+
+
+@pytest.mark.parametrize("point", PLACES)
+def test_a_translated_name_is_of_the_same_place(point: str, tiny_gpt2: Model) -> None:
+    named = lens(point, {})
+    assert "hook_" in named and ":" not in named
+    # two names of one stream: what a block writes is what stands behind it
+    x = torch.arange(12)[None]
+    seen = capture(lambda: tiny_gpt2({"input_ids": x}), {p: tiny_gpt2.site(p) for p in (point, named)})
+    assert torch.equal(seen[point], seen[named])
+
+
+def test_names_without_a_counterpart_stay() -> None:
+    assert lens("blocks.1.attn:in", {}) == "blocks.1.attn:in"
+    gemma = {"data": {"model": {"class": "Gemma2ForCausalLM"}}}
+    assert lens("model.layers.1.mlp:out", gemma) == "model.layers.1.mlp:out"
+    assert lens("model.layers.1:out", gemma) == "blocks.1.hook_resid_post"
+
+
+def test_places_are_found_below_the_base_model_as_sparsify_names_them(tiny_gpt2: Model) -> None:
+    assert tiny_gpt2.site("h.1.mlp:in") == tiny_gpt2.site("transformer.h.1.mlp:in")
+    with pytest.raises(SaekitError, match="is not in model"):
+        tiny_gpt2.site("h.99")

@@ -151,6 +151,9 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "none": ({"dictionaries": []}, "dictionaries are none"),
     "folder": ({"dictionaries": "nowhere"}, "nowhere"),
     "out": ({"out": "."}, "no dry run made it"),
+    "the card's name": ({"dictionaries": {"README.md": made()}}, "'README.md' is that of a file"),
+    "no branch": ({"revision": ""}, "revision ''"),
+    "an odd branch": ({"revision": "a..b"}, "revision 'a..b'"),
 }
 
 

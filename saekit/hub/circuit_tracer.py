@@ -26,6 +26,7 @@ from saekit.dictionaries import Dictionary
 from saekit.hub.assembled import cross_layer
 from saekit.hub.files import Files
 from saekit.hub.formats import Format
+from saekit.hub.names import lens
 from saekit.hub.record import Record, about, from_dictionary, refuse_unless, to_dictionary
 from saekit.hub.written import as_safetensors, stored, write
 from saekit.types import SaekitError
@@ -271,7 +272,10 @@ def save(
         raise SaekitError(
             f"model is not given, and format {NAME!r} names one, which the card doesn't; give model = ..."
         )
-    sides = [[point for d in given for point in side(d)] for side in (lambda d: d.reads, lambda d: d.writes)]
+    sides = [
+        [lens(point, d.card) for d in given for point in side(d)]
+        for side in (lambda d: d.reads, lambda d: d.writes)
+    ]
     config: dict[str, Any] = {"model_name": model, "model_kind": SET}
     for name, option, own, points in zip(
         HOOKS, ("input_hook", "output_hook"), (input_hook, output_hook), sides, strict=True

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from saekit.dictionaries import Dictionary
+from saekit.hub.names import lens
 from saekit.hub.openmoss_stored import CONFIG, NAME, THRESHOLD, WEIGHTS
 from saekit.hub.record import from_dictionary, refuse_unless
 from saekit.hub.written import as_json, as_safetensors, stored, write
@@ -39,6 +40,10 @@ def save(
             f"reads and writes are empty, and format {NAME!r} names hook points; set dictionary.reads and dictionary.writes"
         )
     config, tensors = WRITERS[name](dictionary, n_ctx)
+    for key in config.keys() & {"hook_point_in", "hook_point_out"}:
+        config[key] = lens(config[key], dictionary.card)
+    for key in config.keys() & {"hook_points", "hook_points_in", "hook_points_out"}:
+        config[key] = [lens(point, dictionary.card) for point in config[key]]
     common = {
         "use_decoder_bias": True, "norm_activation": "inference", "sparsity_include_decoder_norm": False, "top_k": 50,
         "use_triton_kernel": False, "jumprelu_threshold_window": 2.0,

@@ -29,6 +29,8 @@ WAITS = (1.0, 4.0)  # seconds before the second and the third try of what fails 
 LONGEST = 60.0  # seconds that the Hub may ask to wait
 FIGURES = {"training": figure.of_training, "density": figure.of_density}
 # names that can be a folder's on any system, and part of an address
+BRANCH = re.compile(r"[A-Za-z0-9][\w./-]*")
+RESERVED = ("README.md", ".gitattributes", remote.INDEX)
 ODD = re.compile(r"[^\w.+-]+")
 Source = str | Path | Dictionary
 
@@ -58,8 +60,12 @@ def _named(
         given = [dictionaries]
     elif isinstance(dictionaries, str | Path):
         given = _runs(Path(dictionaries))
-    else:
+    elif isinstance(dictionaries, Mapping | Sequence):
         given = dictionaries
+    else:
+        raise SaekitError(
+            f"dictionaries are a {type(dictionaries).__name__}; give a folder, a Dictionary, or several"
+        )
     pairs = list(given.items()) if isinstance(given, Mapping) else [(None, source) for source in given]
     if not pairs:
         raise SaekitError("dictionaries are none; give a folder, a Dictionary, or several")
@@ -67,6 +73,10 @@ def _named(
     for name, source in pairs:
         if isinstance(source, Dictionary):
             dictionary, folder = source, None
+        elif not isinstance(source, str | Path):
+            raise SaekitError(
+                f"dictionary {name or source!r} is a {type(source).__name__}; give a folder or a Dictionary"
+            )
         else:
             dictionary, folder = native.load(source), Path(source)
         # as SAELens's users name theirs: after the hook point
@@ -75,6 +85,10 @@ def _named(
         ).strip("-.")
         if not name or name in found:
             raise SaekitError(f"name {name!r} is that of two dictionaries; give them as a mapping of names")
+        if name in RESERVED:
+            raise SaekitError(
+                f"name {name!r} is that of a file of the repository; give the dictionary another"
+            )
         found[name] = dictionary, folder
     return found
 
@@ -213,6 +227,8 @@ def publish(
     or a Hub that can't be reached after three tries. The same call then goes on where it stopped.
     """
     remote.check_repo(repo)
+    if not BRANCH.fullmatch(revision) or ".." in revision:
+        raise SaekitError(f"revision {revision!r} is no name of a branch; give one such as 'main'")
     _layouts(layouts)
     if base_model is not None and not cards.is_id(base_model):
         raise SaekitError(f"base_model {base_model!r} must be an id of the Hub, owner/name")

@@ -434,7 +434,7 @@ def refuse_unless(
     name = record.selection
     if name not in selections:
         rules = "jumprelu" in selections and name in BY_THRESHOLDS
-        way = "ask for thresholds (convert --thresholds SAMPLE, or saekit.calibrate)" if rules else "choose another format"  # fmt: skip
+        way = "ask for thresholds (convert --thresholds --sample ACTS, or saekit.calibrate)" if rules else "choose another format"  # fmt: skip
         raise SaekitError(
             f"format {target!r} has no selection {name!r} (it has {', '.join(selections)}); {way}"
         )

@@ -27,6 +27,7 @@ from saekit import records
 from saekit.dictionaries import Dictionary
 from saekit.hub.files import Files
 from saekit.hub.formats import Format
+from saekit.hub.names import lens
 from saekit.hub.record import Record, about, from_dictionary, refuse_unless, to_dictionary
 from saekit.hub.written import as_json, as_safetensors, write
 from saekit.registry import nearest
@@ -375,8 +376,8 @@ def _metadata(record: Record) -> dict[str, Any]:
     kept = dict(imported.get("metadata", {})) if imported.get("format") == "saelens" else {}
     known = {
         "model_name": data.get("model", {}).get("name"), "dataset_path": data.get("text", {}).get("name"),
-        "context_size": data.get("context"), "hook_name": record.reads[0] if record.reads else None,
-        "hook_name_out": record.writes[0] if record.wiring == "transcoder" and record.writes else None,
+        "context_size": data.get("context"), "hook_name": lens(record.reads[0], record.card) if record.reads else None,
+        "hook_name_out": lens(record.writes[0], record.card) if record.wiring == "transcoder" and record.writes else None,
         "sae_lens_version": VERSION,
     }  # fmt: skip
     return {**kept, **{key: value for key, value in known.items() if value is not None}}

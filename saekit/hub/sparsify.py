@@ -143,7 +143,7 @@ def _module(record: Record, transcode: bool) -> str | None:
     """The module whose output (or input and output) a dictionary is of, as the peer names it; None for other places."""
     read, write = (*record.reads, "")[0], (*record.writes, "")[0]
     name, _, side = read.partition(":")
-    fits = write == f"{name}:out" and side == ("in" if transcode else "out")
+    fits = write in (f"{name}:out", name) and (side or "out") == ("in" if transcode else "out")
     if not fits or re.match(r"blocks\.\d+\.(.*\.)?hook_", name):
         return None
     base = next((base for base in BASES if name.startswith(base)), "")

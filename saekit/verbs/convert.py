@@ -1,5 +1,6 @@
 """``saekit convert``: a dictionary of one format, written in another, with what that changes."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -55,7 +56,11 @@ def convert(
     if Path(out).exists():
         raise SaekitError(f"out {out!r} is there already; choose a new folder, or remove it")
     said: dict[str, Any] = {"hook_point": hook_point, "hook_point_out": hook_point_out, "k": k}
-    d = load(source, from_, **{name: value for name, value in said.items() if value is not None})
+    options = {name: value for name, value in said.items() if value is not None}
+    layers = _layers(Path(source)) if to == "circuit_tracer" else []
+    if layers:
+        return _set(layers, source, out, dtype, sample, thresholds, as_json)
+    d = load(source, from_, **options)
     imported = d.card.get("imported", {})
     data: dict[str, Any] = {
         "source": source, "from": imported.get("format", "native"), "to": to, "out": str(Path(out).resolve()),
@@ -70,19 +75,59 @@ def convert(
         changed = _thresholds(d, halves[1]) if thresholds else d
         before = measured(d, halves[0])
         save(changed, out, to, **({} if dtype is None else {"dtype": dtype}))
-        data |= {"before": before, "after": measured(load(out, to), halves[0])}
+        again = load(out, to)
+        again.reads, again.writes = d.reads, d.writes  # by the store's names, whatever the format calls them
+        data |= {"before": before, "after": measured(again, halves[0])}
+    if to != "native":
+        data["lost"] = load(out, to).card.get("imported", {}).get("missing", [])
     result(data, as_json, _text(data))
+
+
+def _layers(source: Path) -> list[Path]:
+    """The dictionaries of a set, such as `saekit train transcoder --hook-points` leaves, by rising layer."""
+    if not source.is_dir() or (source / "card.json").is_file():
+        return []
+    found = [file.parent for file in source.glob("*/card.json") if "frozen" not in file.parent.name]
+    return sorted(found, key=lambda path: [int(number) for number in re.findall(r"\d+", path.name)])
+
+
+def _set(
+    layers: list[Path], source: str, out: str, dtype: str | None, sample: str | None, thresholds: bool, as_json: bool
+) -> None:  # fmt: skip
+    """Write a transcoder for each layer as one set."""
+    from saekit.activations import Store
+    from saekit.hub import load
+    from saekit.hub.circuit_tracer import save
+
+    given, lines = [load(path) for path in layers], []
+    written, data = list(given), {"source": source, "to": "circuit_tracer", "out": str(Path(out).resolve())}
+    rows: list[dict[str, Any]] = []
+    for i, d in enumerate(given if sample is not None else ()):
+        halves = _halves(Store(str(sample)), d)
+        written[i] = _thresholds(d, halves[1]) if thresholds else d
+        rows.append({"before": measured(d, halves[0]), "after": measured(written[i], halves[0])})
+        lines.append(f"layer {i}: {_changed(rows[-1], thresholds)}")
+    save(written, out, **({} if dtype is None else {"dtype": dtype}))
+    text = [f"{len(layers)} transcoders -> circuit_tracer: {data['out']}", *lines]
+    result({**data, "layers": len(layers), "measured": rows}, as_json, "\n".join(text))
 
 
 def _text(data: dict[str, Any]) -> str:
     lines = [f"{data['from']} -> {data['to']}: {data['out']}"]
     lines += [f"folded: {what}" for what in data["folded"]]
     lines += [f"not in the files: {what}" for what in data["missing"]]
+    lines += [f"not in what was written: {what}" for what in data.get("lost", ())]
     if "before" not in data:
         return "\n".join([*lines, "L0 and FVU were not measured; --sample ACTS does"])
+    return "\n".join([*lines, _changed(data, data["thresholds"])])
+
+
+def _changed(data: dict[str, Any], thresholds: bool) -> str:
     a, b = data["before"], data["after"]
-    rule = ", by thresholds" if data["thresholds"] else ""
-    return "\n".join([*lines, f"L0 {a['l0']:.2f} -> {b['l0']:.2f}, FVU {a['fvu']:.4f} -> {b['fvu']:.4f} on {a['rows']:,} rows{rule}"])  # fmt: skip
+    rule = ", by thresholds" if thresholds else ""
+    return (
+        f"L0 {a['l0']:.2f} -> {b['l0']:.2f}, FVU {a['fvu']:.4f} -> {b['fvu']:.4f} on {a['rows']:,} rows{rule}"
+    )
 
 
 def _halves(store: "Store", d: "Dictionary") -> tuple[list[Any], list[Any]]:

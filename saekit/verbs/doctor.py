@@ -98,6 +98,10 @@ def explain(path: Path) -> dict[str, Any]:
         return _tensors(path)
     if path.is_dir():
         _look_inside(path)
+    if path.is_file() and path.suffix in (".pt", ".pth", ".bin", ".npz"):
+        raise SaekitError(
+            f"path {str(path)!r} is a file of tensors that doesn't say what they are; give the folder that it lies in"
+        )
     raise SaekitError(f"path {str(path)!r} is {KNOWN}")
 
 

@@ -38,5 +38,9 @@ def released(
     console = Console(width=140)
     with console.capture() as captured:
         console.print(table)
-    text = captured.get().rstrip() if rows else "no dictionary is published for these"
+    text = captured.get().rstrip()
+    if not rows:
+        every = found() if model or hook_point else []
+        known = ", ".join(sorted({one.model for one in every})) or "none"
+        text = f"no dictionary is published for these; models that have some: {known}"
     result([dataclasses.asdict(row) for row in rows], as_json, text)
