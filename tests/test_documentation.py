@@ -69,6 +69,21 @@ def test_notebooks_are_kept_without_outputs(path: Path) -> None:
 
 
 @pytest.mark.notebook
+def test_the_pages_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All blocks of all pages, in one folder. It takes longest, so it stands before the notebooks."""
+    monkeypatch.chdir(tmp_path)
+    for page in ORDER:
+        for kind, text in blocks(page):
+            if kind == "python":
+                with contextlib.redirect_stdout(io.StringIO()):
+                    exec(compile(text, f"{page}.md", "exec"), {"__name__": "__main__"})
+            for line in text.splitlines() if kind == "bash" else ():
+                done = saekit(*shlex.split(line)[1:])
+                assert done.returncode == 0, f"{page}: {line}\n{done.stderr}"
+    assert json.loads((tmp_path / "run" / "eval.json").read_text())["measures"]
+
+
+@pytest.mark.notebook
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(path: Path, tmp_path: Path) -> None:
     """Offline, from its first cell to its last; in the end it has figures."""
@@ -82,18 +97,3 @@ def test_a_notebook_runs(path: Path, tmp_path: Path) -> None:
     kept = ROOT / "build" / "notebooks"
     kept.mkdir(parents=True, exist_ok=True)
     nbformat.write(book, kept / path.name)  # with its outputs, to be looked at
-
-
-@pytest.mark.notebook
-def test_the_pages_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All blocks of all pages, in one folder."""
-    monkeypatch.chdir(tmp_path)
-    for page in ORDER:
-        for kind, text in blocks(page):
-            if kind == "python":
-                with contextlib.redirect_stdout(io.StringIO()):
-                    exec(compile(text, f"{page}.md", "exec"), {"__name__": "__main__"})
-            for line in text.splitlines() if kind == "bash" else ():
-                done = saekit(*shlex.split(line)[1:])
-                assert done.returncode == 0, f"{page}: {line}\n{done.stderr}"
-    assert json.loads((tmp_path / "run" / "eval.json").read_text())["measures"]
