@@ -26,7 +26,7 @@ test: lint  ## lint, types, and every test that needs no network and no GPU
 	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(BIN)/pytest -n 2 --dist loadfile
 
 notebooks: .venv/installed  ## every notebook and every page of docs/, from top to bottom, offline; build/notebooks has them with outputs
-	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(BIN)/pytest -n 2 -m "notebook and not slow"
+	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(BIN)/pytest -n 2 --dist worksteal -m "notebook and not slow"
 
 bench: .venv/installed  ## parity, then times against one dense product; PEERS=python of an environment with other toolkits
 	$(BIN)/saekit bench --scaling $(if $(PEERS),--peers $(PEERS))

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -105,27 +103,6 @@ def test_eval_dashboard_and_doctor_on_the_demos_run(demo, tmp_path: Path) -> Non
     ):
         done = saekit("doctor", str(path))
         assert done.returncode == 0 and word in done.stdout, done.stderr
-
-
-@pytest.mark.notebook
-@pytest.mark.parametrize("blocks", [pytest.param(1, marks=pytest.mark.slow), None])
-def test_the_readmes_code_runs(blocks: int | None, tmp_path: Path) -> None:
-    found = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    whole, code = "\n".join(found), "\n".join(found[:blocks])
-    for large, small in (
-        ("500_000", "20_000"),
-        ("steps=120", "steps=4"),
-        ("steps=60", "steps=2"),
-        ("points), 500)", "points), 2)"),
-        ("n_features=4096", "n_features=512"),
-        ('saekit.evaluate(d, model, "stdlib")', 'saekit.evaluate(d, model, "stdlib", tokens=2048)'),
-        ("saekit.evaluate([heads, mlp], model)", "saekit.evaluate([heads, mlp], model, tokens=2048)"),
-    ):
-        assert large in whole
-        code = code.replace(large, small)
-    done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "ce_recovered" in done.stdout and (tmp_path / "report.html").exists()
 
 
 def test_bench_proves_before_it_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

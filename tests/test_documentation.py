@@ -5,6 +5,8 @@ import io
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -97,3 +99,24 @@ def test_a_notebook_runs(path: Path, tmp_path: Path) -> None:
     kept = ROOT / "build" / "notebooks"
     kept.mkdir(parents=True, exist_ok=True)
     nbformat.write(book, kept / path.name)  # with its outputs, to be looked at
+
+
+@pytest.mark.notebook
+@pytest.mark.parametrize("blocks", [pytest.param(1, marks=pytest.mark.slow), None])
+def test_the_readmes_code_runs(blocks: int | None, tmp_path: Path) -> None:
+    found = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    whole, code = "\n".join(found), "\n".join(found[:blocks])
+    for large, small in (
+        ("500_000", "20_000"),
+        ("steps=120", "steps=4"),
+        ("steps=60", "steps=2"),
+        ("points), 500)", "points), 2)"),
+        ("n_features=4096", "n_features=512"),
+        ('saekit.evaluate(d, model, "stdlib")', 'saekit.evaluate(d, model, "stdlib", tokens=2048)'),
+        ("saekit.evaluate([heads, mlp], model)", "saekit.evaluate([heads, mlp], model, tokens=2048)"),
+    ):
+        assert large in whole
+        code = code.replace(large, small)
+    done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "ce_recovered" in done.stdout and (tmp_path / "report.html").exists()
