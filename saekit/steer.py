@@ -10,7 +10,7 @@ A steering as data is one small JSON file, schema version 1::
          "edits": [{"feature": 123, "set": 8.0, "position": null, "when": {"feature": 7, "above": 0.5}}]}]}
 
 An edit has one of ``set``, ``scale``, ``add`` (numbers) and ``clamp`` ([low, high], one of which may be null); ``position`` and
-``when`` may be left out. Dictionaries are known by the their digest, so a steering can't act on
+``when`` may be left out. Dictionaries are known by their digest, so a steering can't act on
 others than those that it was made for. It names no model: steering a fine-tuned model with its base's dictionary is meant.
 
 What adds the same to every token's stream is a bias, and :meth:`Steering.save_pretrained` writes a checkpoint that has it.

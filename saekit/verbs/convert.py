@@ -75,11 +75,12 @@ def convert(
         changed = _thresholds(d, halves[1]) if thresholds else d
         before = measured(d, halves[0])
         save(changed, out, to, **({} if dtype is None else {"dtype": dtype}))
-        again = load(out, to)
+    again = load(out, to)
+    if to != "native":
+        data["lost"] = again.card.get("imported", {}).get("missing", [])
+    if sample is not None:
         again.reads, again.writes = d.reads, d.writes  # by the store's names, whatever the format calls them
         data |= {"before": before, "after": measured(again, halves[0])}
-    if to != "native":
-        data["lost"] = load(out, to).card.get("imported", {}).get("missing", [])
     result(data, as_json, _text(data))
 
 
