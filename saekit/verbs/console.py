@@ -54,6 +54,7 @@ def result(data: Any, as_json: bool, text: str) -> None:
 
 def duration(seconds: float) -> str:
     """``1 h 02 min``, ``3 min 20 s`` or ``4.2 s``."""
+    seconds = seconds if seconds < 59.95 else round(seconds)  # no "1 min 60 s"
     if seconds >= 3600:
         return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:02.0f} min"
     return f"{seconds // 60:.0f} min {seconds % 60:02.0f} s" if seconds >= 60 else f"{seconds:.1f} s"
