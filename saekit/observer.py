@@ -1,8 +1,9 @@
 """A model that reads texts once, and the one direction in its stream that tells of a label (O'Neill et al. 2025, 2507.23221).
 
 The label may be of texts that any model or person wrote, as that an answer contradicts its context. A probe reads the
-stream behind a text's last token; the layer is the one where it ranks other texts best. Its direction can be followed back to
-neurons by gradient x activation, and added to the stream of a model that generates.
+stream behind a text's last token, in the earliest layer where it ranks other texts as well as in the best. Its direction can be
+followed back to neurons by gradient x activation. Steer by the difference of the classes' means: what a probe reads best is
+where classes differ and little else does, which need not be what later layers read.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,9 +16,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from saekit.hooks import capture, intervene
+from saekit.hooks import Clock, capture, intervene, passes
+from saekit.interventions import Text
 from saekit.models import Model, load_model
-from saekit.probes import Probe, auroc, linear
+from saekit.probes import Probe, auroc, auroc_error, linear
 from saekit.types import SaekitError
 
 Tokens: TypeAlias = Sequence[Int[Tensor, "_"]] | Int[Tensor, "_ _"]  # texts of any lengths
@@ -29,12 +31,15 @@ AT_ONCE = 64  # texts of a forward pass
 class Observer:
     """``observer(tokens)`` is the log odds of the label of each text, in nats, where both classes are as frequent.
 
-    ``aurocs``: of each hook point's probe on texts that it wasn't fitted on; ``hook_point`` has the highest.
+    ``aurocs``: of each hook point's probe on texts that it wasn't fitted on; ``hook_point`` is the first that is within a
+    standard error of the highest. ``means``: by how much the mean of labelled texts differs there from that of others, in
+    the stream's units.
     """
 
     model: Model
     hook_point: str
     probe: Probe
+    means: Float[Tensor, " d"]
     aurocs: Mapping[str, float]
 
     def __call__(self, tokens: Tokens) -> Float[Tensor, " text"]:
@@ -64,10 +69,11 @@ def read(model: "Model | str | nn.Module", tokens: Tokens, hook_points: Sequence
 def observe(
     model: "Model | str | nn.Module", fitted: Read, held_out: Read, hook_points: Sequence[str], seed: int = 0
 ) -> Observer:
-    """Fit a probe at each hook point to texts and labels, and keep the one with the highest AUROC on ``held_out``.
+    """Fit a probe at each hook point to texts and labels, and keep the first that is as good as any on ``held_out``.
 
-    Penalties are chosen within ``fitted``, by ``seed``. What is said of the best hook point is slightly too good, since
-    it was chosen by the same texts: judge it on others. Of equals the first is kept.
+    That is the first in ``hook_points`` whose AUROC is within its standard error of the highest: the earlier one, the
+    more of the model is still to read what is pushed there. Penalties are chosen within ``fitted``, by ``seed``. What is
+    said of the hook point is slightly too good, since it was chosen by the same texts: judge it on others.
     """
     model = load_model(model)
     if not hook_points:
@@ -78,8 +84,11 @@ def observe(
     own, other = (read(model, tokens, hook_points) for tokens, _ in (fitted, held_out))
     probes = {point: linear(x, fitted[1], seed=seed) for point, x in own.items()}
     aurocs = {point: auroc(probe(other[point]), held_out[1]) for point, probe in probes.items()}
-    best = max(aurocs, key=lambda point: aurocs[point])
-    return Observer(model, best, probes[best], aurocs)
+    highest, true = max(aurocs.values()), int(held_out[1].sum())
+    errors = {point: auroc_error(value, true, len(held_out[1]) - true) for point, value in aurocs.items()}
+    point = next(point for point in hook_points if highest - aurocs[point] <= errors[point])
+    means = own[point][fitted[1]].mean(0) - own[point][~fitted[1]].mean(0)
+    return Observer(model, point, probes[point], means, aurocs)
 
 
 def localise(
@@ -141,16 +150,25 @@ def without(model: "Model | str | nn.Module", neurons: Mapping[str, Int[Tensor, 
 
 
 @contextmanager
-def pushed(model: "Model | str | nn.Module", hook_point: str, vector: Float[Tensor, " d"]) -> Iterator[Model]:
-    """Run the model with a vector added to what stands at a hook point, everywhere in the text and in generation."""
+def pushed(
+    model: "Model | str | nn.Module", hook_point: str, vector: Float[Tensor, " d"], positions: Sequence[int] | None = None
+) -> Iterator[Model]:  # fmt: skip
+    """Run the model with a vector added to what stands at a hook point, also in generation.
+
+    ``positions`` count from the text's beginning (None: everywhere); padding is left alone.
+    """
     model = load_model(model)
 
-    def add(x: Tensor) -> Tensor:
+    def add(x: Tensor, clock: Clock) -> Tensor:
         if x.shape[-1] != len(vector):
             raise SaekitError(f"vector is {len(vector)} wide, and {hook_point!r} {x.shape[-1]}; give one of its width")  # fmt: skip
-        return x + vector.to(x)
+        text = Text.of(clock, x)
+        here = text.real
+        if positions is not None:
+            here = here & torch.isin(text.at, torch.tensor(list(positions), device=x.device))
+        return torch.where(here[..., None], x + vector.to(x), x)
 
-    with intervene([(model.site(hook_point), add)]):
+    with passes(model.module) as clock, intervene([(model.site(hook_point), partial(add, clock=clock))]):
         yield model
 
 

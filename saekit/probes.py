@@ -81,6 +81,17 @@ def auroc(scores: Float[Tensor, " rows"], labels: Bool[Tensor, " rows"]) -> floa
     return ((ranks[own].sum() - n * (n + 1) / 2) / (n * (len(scores) - n))).item()
 
 
+def auroc_error(value: float, true: int, false: int) -> float:
+    """Standard error of an AUROC that was measured on so many true and false rows (Hanley and McNeil 1982, eq. 1).
+
+    Its two probabilities are those of exponential scores: p / (2 - p) that two true rows outrank one false row, and
+    2 p^2 / (1 + p) that one true row outranks two.
+    """
+    own, other = value / (2 - value) - value**2, 2 * value**2 / (1 + value) - value**2
+    spread = value * (1 - value) + (true - 1) * own + (false - 1) * other
+    return float(spread / (true * false)) ** 0.5
+
+
 def linear(
     x: Float[Tensor, "rows d"], labels: Bool[Tensor, " rows"], held_out: Labelled | None = None, seed: int = 0
 ) -> Probe:

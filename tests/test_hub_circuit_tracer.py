@@ -7,11 +7,11 @@ python of an environment with circuit-tracer for the test marked ``peer``.
 import json
 import os
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import exports
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -40,6 +40,18 @@ def run_set(parts: list[saekit.Dictionary], x: torch.Tensor) -> tuple[torch.Tens
     """Codes and outputs of all layers side by side."""
     found = [run(part, rows) for part, rows in zip(parts, x.split(D, 1), strict=True)]
     return torch.cat([codes for codes, _ in found], 1), torch.cat([out for _, out in found], 1)
+
+
+def read(folder: Path) -> saekit.Dictionary | list[saekit.Dictionary]:
+    """What a folder holds; a set with skips has no dictionary that stands for all of it."""
+    files = Files(folder)
+    skips = files.has("layer_0.safetensors") and "W_skip" in files.heads("layer_0.safetensors")
+    return circuit_tracer.load_set(files) if skips else circuit_tracer.load(files)
+
+
+def made_of(d: saekit.Dictionary | list[saekit.Dictionary], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Codes and outputs."""
+    return run_set(d, x) if isinstance(d, list) else run(d, x)
 
 
 def same(found: tuple[torch.Tensor, torch.Tensor], wanted: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -80,16 +92,11 @@ def test_layers_of_a_set_by_themselves_are_the_peers_too(name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_written_is_read_back_as_it_was(name: str, tmp_path: Path) -> None:
     x, theirs = beside(name)
-    files = Files(GOLDEN / name)
-    d = circuit_tracer.load_set(files) if name == "set-skip" else circuit_tracer.load(files)
+    d = read(GOLDEN / name)
     circuit_tracer.save(d, tmp_path / "out", scan="toy")
     assert {p.name for p in (tmp_path / "out").iterdir()} == {p.name for p in (GOLDEN / name).iterdir()}
-    assert Files(tmp_path / "out").yaml("config.yaml") == files.yaml("config.yaml")
-    again = Files(tmp_path / "out")
-    if name == "set-skip":
-        same(run_set(circuit_tracer.load_set(again), x), theirs)
-    else:
-        same(run(circuit_tracer.load(again), x), theirs)
+    assert Files(tmp_path / "out").yaml("config.yaml") == Files(GOLDEN / name).yaml("config.yaml")
+    same(made_of(read(tmp_path / "out"), x), theirs)
 
 
 def own(preset: str, layer: int = 0, **given: Any) -> saekit.Dictionary:
@@ -212,32 +219,29 @@ def test_a_list_of_our_transcoders_is_a_set(tmp_path: Path) -> None:
         assert torch.allclose(mine, theirs, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.peer
-def test_the_peer_opens_what_we_write(tmp_path: Path) -> None:
+def ours(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """All that is written, beside its inputs, and its codes and outputs by name."""
     expected = {}
     for name in CASES:
-        files, (x, _) = Files(GOLDEN / name), beside(name)
-        if name == "set-skip":
-            parts = circuit_tracer.load_set(files)
-            circuit_tracer.save(parts, tmp_path / name)
-            expected[name] = run_set(parts, x)
-        else:
-            d = circuit_tracer.load(files)
-            circuit_tracer.save(d, tmp_path / name)
-            expected[name] = run(d, x)
-        save_file({"x": x}, tmp_path / f"{name}.safetensors")
+        d, (x, _) = read(GOLDEN / name), beside(name)
+        circuit_tracer.save(d, folder / name)
+        expected[name] = made_of(d, x)
+        save_file({"x": x}, folder / f"{name}.safetensors")
     for rule, how in RULES.items():
         for reach in (None, 2, 1):
             d = own("clt", d_in=D, n_layers=LAYERS, reach=reach, **how)
             x = 3 + torch.randn(8, d.d_in, generator=torch.Generator().manual_seed(9))
             name = f"own-{rule}-{reach}"
-            circuit_tracer.save(d, tmp_path / name, model="toy")
+            circuit_tracer.save(d, folder / name, model="toy")
             expected[name] = run(d, x)
-            save_file({"x": x}, tmp_path / f"{name}.safetensors")
-    script = str(HERE / "peers" / "circuit_tracer.py")
-    command = (os.environ["SAEKIT_TRACER"], "-P", script, "open", str(tmp_path))
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr[-2000:]
+            save_file({"x": x}, folder / f"{name}.safetensors")
+    return expected
+
+
+@pytest.mark.peer
+def test_the_peer_opens_what_we_write(tmp_path: Path) -> None:
+    expected = ours(tmp_path)
+    exports.run("circuit_tracer", "open", tmp_path, python=os.environ["SAEKIT_TRACER"])
     for name, (codes, out) in expected.items():
         theirs = load_file(tmp_path / f"{name}.safetensors")
         tolerance = 1e-4 if name.startswith("own") else TOL

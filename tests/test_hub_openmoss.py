@@ -8,12 +8,12 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import exports
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -76,20 +76,25 @@ def ranked_norms(name: str) -> torch.Tensor | float:
     return t.get("W_D", t.get("W_O")).norm(dim=1)
 
 
+def golden(name: str) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    """Inputs, and the peer's codes, in saekit's units, and outputs."""
+    beside = load_file(GOLDEN / f"{name}.safetensors")
+    codes = beside["codes"]
+    if name == "crosscoder-relu-dataset":  # theirs has a column for each head, and they agree
+        heads = codes.view(len(codes), 2, -1)
+        assert torch.allclose(heads[:, 0], heads[:, 1], atol=TOL)
+        codes = heads[:, 0]
+    return beside["x"], (codes * ranked_norms(name), beside["out"])
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_codes_and_outputs_are_the_peers_own(name: str) -> None:
-    d, beside = read(name), load_file(GOLDEN / f"{name}.safetensors")
-    codes, out = run(d, beside["x"])
-    theirs = beside["codes"]
-    if name == "crosscoder-relu-dataset":  # theirs has a column for each head, and they agree
-        heads = theirs.view(len(theirs), 2, -1)
-        assert torch.allclose(heads[:, 0], heads[:, 1], atol=TOL)
-        theirs = heads[:, 0]
-    theirs = theirs * ranked_norms(name)
+    d, (x, (theirs, theirs_out)) = read(name), golden(name)
+    codes, out = run(d, x)
     assert (theirs > 0).any() and (theirs == 0).any()
     assert torch.equal(codes != 0, theirs != 0)
     assert (codes - theirs).abs().max() < TOL
-    assert (out - beside["out"]).abs().max() < TOL
+    assert (out - theirs_out).abs().max() < TOL
     assert d.reads and d.writes and d.card["imported"]["format"] == "openmoss"
 
 
@@ -286,30 +291,28 @@ def test_the_expansion_factor_gives_the_number_of_features_back() -> None:
             assert int(d * expansion(d, n)) == n
 
 
-@pytest.mark.peer
-def test_the_peer_opens_what_we_write(tmp_path: Path) -> None:
+def ours(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """All that is written, beside its inputs, and its codes and outputs by name."""
     expected = {}
     for name in SAID:
-        d, x = written(name, tmp_path / name)
-        save_file({"x": x}, tmp_path / f"{name}.safetensors")
+        d, x = written(name, folder / name)
+        save_file({"x": x}, folder / f"{name}.safetensors")
         expected[name] = run(d, x)
     for case, (preset, given) in OURS.items():
         d, x = trained(preset, **given)
         if preset == "lorsa":
             x = x[:2]
         name = "own-" + re.sub(r"\W+", "-", case)
-        openmoss.save(d, tmp_path / name, **({"n_ctx": 6} if preset == "lorsa" else {}))
-        save_file({"x": x.contiguous()}, tmp_path / f"{name}.safetensors")
+        openmoss.save(d, folder / name, **({"n_ctx": 6} if preset == "lorsa" else {}))
+        save_file({"x": x.contiguous()}, folder / f"{name}.safetensors")
         expected[name] = run(d, x)
-    command = (
-        os.environ["SAEKIT_OPENMOSS"],
-        "-P",
-        str(HERE / "peers" / "openmoss.py"),
-        "open",
-        str(tmp_path),
-    )
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr[-2000:]
+    return expected
+
+
+@pytest.mark.peer
+def test_the_peer_opens_what_we_write(tmp_path: Path) -> None:
+    expected = ours(tmp_path)
+    exports.run("openmoss", "open", tmp_path, python=os.environ["SAEKIT_OPENMOSS"])
     for name, (codes, out) in expected.items():
         theirs = load_file(tmp_path / f"{name}.safetensors")
         found = theirs["codes"][..., : codes.shape[-1]]  # a crosscoder's, of its first head

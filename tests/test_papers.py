@@ -237,7 +237,6 @@ FAILED = {
     "sparse-attention-decomposition": ("random head: directions in S",),
     "auto-interp": ("fuzzing won by the",),
     "topic-alignment": ("the same where clamping makes", "a trained dictionary: how many times"),
-    "single-direction": ("Spearman of the direction's", "the same of random directions"),
     "patch-free-othello": ("squares of which a feature", "of the squares' clearest features"),
 }
 

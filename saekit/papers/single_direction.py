@@ -10,7 +10,7 @@ from saekit.papers.controls import RANDOM
 from saekit.papers.row import Found, Row
 from saekit.probes import auroc, linear
 from saekit.testbed import context_qa
-from saekit.testbed.context_qa import CONTEXT, EACH, GENERATORS, TASK, texts
+from saekit.testbed.context_qa import ANSWER, CONTEXT, EACH, GENERATORS, TASK, texts
 from saekit.testbed.tasks import fit
 
 LAYERS = TASK.config.n_layers
@@ -18,7 +18,7 @@ POINTS = ["blocks.0.hook_resid_pre", *(f"blocks.{i}.hook_resid_post" for i in ra
 NEURONS = [f"blocks.{i}.mlp.act_fn" for i in range(LAYERS)]
 FITTED, CHOSEN, TEST, PROMPTS = 600, 300, 600, 300  # texts
 SHARE, DRAWS, DIRECTIONS = 0.01, 20, 10
-STRENGTHS = [-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0]  # in distances between the classes' means
+STRENGTHS = [-1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0]  # in distances between the classes' means
 OWN, MEANS, RANDOM_DIRECTION, SHUFFLED, OVERLAP = "probe", "difference of means", "random direction", "labels shuffled", "n-gram overlap"  # fmt: skip
 PARAPHRASED, FREE, ANOTHER = "paraphrased", "free", "another generator, paraphrased"
 
@@ -42,7 +42,6 @@ def _detection(seen: Observer, g: torch.Generator, seed: int) -> Found:
     point, out = seen.hook_point, {}
     fitted, labels = _answered(FITTED, g, GENERATORS[0])
     x = read(seen.model, fitted, [point])[point]
-    means = x[labels].mean(0) - x[~labels].mean(0)
     shuffled = linear(x, labels[torch.randperm(FITTED, generator=g)], seed=seed)
     drawn = torch.randn(DIRECTIONS, x.shape[1], generator=g)
     sets = {PARAPHRASED: (GENERATORS[0], True), FREE: (GENERATORS[0], False), ANOTHER: (GENERATORS[1], True)}
@@ -52,7 +51,7 @@ def _detection(seen: Observer, g: torch.Generator, seed: int) -> Found:
         # of a direction that nothing was fitted to, the better of its two signs
         either = [max(a, 1 - a) for a in (auroc(own @ d, true) for d in drawn)]
         out[name] = {
-            OWN: auroc(seen.probe(own), true), MEANS: auroc(own @ means, true), OVERLAP: auroc(_overlap(tokens), true),
+            OWN: auroc(seen.probe(own), true), MEANS: auroc(own @ seen.means, true), OVERLAP: auroc(_overlap(tokens), true),
             SHUFFLED: auroc(shuffled(own), true), RANDOM_DIRECTION: sum(either) / DIRECTIONS,
         }  # fmt: skip
     return out
@@ -78,13 +77,14 @@ def _neurons(seen: Observer, g: torch.Generator) -> Found:
             "random, absolute": sum(abs(one) for one in random) / DRAWS}  # fmt: skip
 
 
-def _rates(
-    model: Model, point: str, direction: Tensor, unit: float, prompts: context_qa.Texts
-) -> list[float]:
-    """Share of answers that contradict, by strength: the probability, so that nothing has to be sampled."""
+def _rates(model: Model, point: str, vector: Tensor, prompts: context_qa.Texts) -> list[float]:
+    """Share of answers that contradict, by strength: the probability, so that nothing has to be sampled.
+
+    Pushed is where the observer reads: at the answer that stands already.
+    """
     asked, out = prompts.tokens[:, :-2], []
     for strength in STRENGTHS:
-        with torch.no_grad(), pushed(model, point, strength * unit * direction):
+        with torch.no_grad(), pushed(model, point, strength * vector, [CONTEXT + ANSWER]):
             logits = model.logits(model.inputs(asked, torch.ones_like(asked)))[:, -1]
         out.append(context_qa.contradiction_rate(logits, prompts.values[:, -1]).mean().item())
     return out
@@ -94,17 +94,19 @@ def _steering(seen: Observer, g: torch.Generator) -> Found:
     """Rates of contradiction in answers that the model writes, behind one answer of either kind."""
     from scipy.stats import spearmanr
 
-    tokens, true = _answered(FITTED, g, GENERATORS[0])
-    x = read(seen.model, tokens, [seen.hook_point])[seen.hook_point]
-    unit = ((x[true].mean(0) - x[~true].mean(0)) @ seen.direction).item()
     before = (torch.arange(PROMPTS) % 2 == 1)[:, None].expand(-1, 2)
-    prompts = texts(before, g)
-    rates = _rates(seen.model, seen.hook_point, seen.direction, unit, prompts)
-    drawn = torch.nn.functional.normalize(torch.randn(DIRECTIONS, len(seen.direction), generator=g), dim=1)
-    others = [_rates(seen.model, seen.hook_point, d, unit, prompts) for d in drawn]
+    prompts, length = texts(before, g, remarked=0.0), seen.means.norm()
+    rates, probe = (
+        _rates(seen.model, seen.hook_point, v, prompts) for v in (seen.means, length * seen.direction)
+    )
+    # in so few dimensions a random direction has a share of the one that is judged, which takes no part in its control
+    drawn = torch.randn(DIRECTIONS, len(seen.means), generator=g)
+    drawn -= (drawn @ seen.means / length**2)[:, None] * seen.means
+    others = [_rates(seen.model, seen.hook_point, length * d / d.norm(), prompts) for d in drawn]
     ranges = [max(one) - min(one) for one in others]
     return {
         "rates": rates, "range": max(rates) - min(rates), "spearman": float(spearmanr(STRENGTHS, rates).statistic),
+        "probe": probe, "range of probe": max(probe) - min(probe),
         "others": [sum(values) / DIRECTIONS for values in zip(*others, strict=True)],
         "range of others": sum(ranges) / DIRECTIONS, "largest of others": max(ranges),
     }  # fmt: skip
@@ -141,7 +143,7 @@ def judge(found: Found) -> Reproduction:
     return Reproduction(
         title="A single direction of an observer tells of contradictions, of any generator, and steers them",
         source="O'Neill, Chalnev, Zhao, Kirkby and Jayasekara 2025, arXiv 2507.23221",
-        setting=f"a {LAYERS}-layer transformer of width {TASK.config.d_model} that learnt {TASK.steps * TASK.rows:,} texts of two generators (a model a seed); probes of the last token's stream, fitted to {FITTED} texts of one generator, layer chosen by {CHOSEN}, judged on {TEST} others, in which no answer is a word of its context; steered at every token in answers behind another answer ({PROMPTS} texts, half of them behind a contradiction)",
+        setting=f"a {LAYERS}-layer transformer of width {TASK.config.d_model} that learnt {TASK.steps * TASK.rows:,} texts of two generators (a model a seed); probes of the last token's stream, fitted to {FITTED} texts of one generator, layer chosen by {CHOSEN}, judged on {TEST} others, in which no answer is a word of its context; steered by the difference of the classes' means at one answer, for the rate of the next ({PROMPTS} texts, half of them behind a contradiction)",
         claims=[
             Claim("AUROC of the probe at the best layer", "0.9 and more on ContraTales, Gemma 2 (figures)", own[OWN], ">=", 0.95, own[RANDOM_DIRECTION], RANDOM_DIRECTION),
             Claim("on texts of another generator", "transfers between generators (figures)", aurocs[ANOTHER][OWN], ">=", 0.9, aurocs[ANOTHER][RANDOM_DIRECTION], RANDOM_DIRECTION),
@@ -149,17 +151,17 @@ def judge(found: Found) -> Reproduction:
             Claim(f"log odds lost without the {SHARE:.0%} of neurons of the largest gradient x activation, over what as many random ones take", "sparse late MLP neurons", over(removed["strongest"], removed["random, absolute"]), ">=", 5.0, removed["random, absolute"], "nats, random neurons"),
             Claim("Spearman of the direction's strength and the rate of contradictions", "monotonic (figures)", steering["spearman"], ">=", 0.9),
             Claim("range of that rate over the strengths", "a wide range (figures)", steering["range"], ">=", 0.3, steering["range of others"], RANDOM_DIRECTION),
-            Claim("the same of random directions of the same length, mean of their ranges", "little", steering["range of others"], "<=", 0.05),
+            Claim("the same of random directions of the same length at right angles to it, mean of their ranges", "little", steering["range of others"], "<=", 0.05),
         ],
-        figure=figure("Steering along the direction", "strength, in distances between the classes' means", "rate of contradictions", {OWN: (STRENGTHS, mean(steering["rates"])), RANDOM_DIRECTION: (STRENGTHS, mean(steering["others"]))}),
+        figure=figure("Steering along the direction", "strength, in distances between the classes' means", "rate of contradictions", {MEANS: (STRENGTHS, mean(steering["rates"])), OWN: (STRENGTHS, mean(steering["probe"])), RANDOM_DIRECTION: (STRENGTHS, mean(steering["others"]))}),
         notes=[
-            "The observer reads remarks behind answers in training, which say whether they contradict; the probe reads the stream before any remark. It writes the steered answers itself.",
+            f"The observer reads remarks behind answers in training, of which {context_qa.REMARKED:.0%} say whether they contradict; the probe reads the stream before any remark, and steered texts have none. It writes the steered answers itself.",
             "By layer: " + ", ".join(f"{point} {sum(v) / len(v):.3f}" for point, v in found["layers"].items()) + ".",
         ],
         controls={
             **{f"AUROC, {name}": aurocs[name] for name in (PARAPHRASED, FREE, ANOTHER)},
             "log odds lost": {"strongest": removed["strongest"], RANDOM: removed[RANDOM], "contradictions have": removed["odds"]},
-            "range of rates": {OWN: steering["range"], RANDOM_DIRECTION: steering["range of others"], "the largest random one": steering["largest of others"]},
+            "range of rates": {MEANS: steering["range"], OWN: steering["range of probe"], RANDOM_DIRECTION: steering["range of others"], "the largest random one": steering["largest of others"]},
         },
     )  # fmt: skip
 

@@ -3,8 +3,9 @@
 A text lists what keys hold, and then asks for keys and answers: ``<start> colour is red size is big ... ask size large
 indeed``. Each key has ``VALUES`` values of its own, and each value ``FORMS`` words that mean the same, drawn for each
 mention, so that an answer need not repeat its context. A faithful author mostly answers with what the key holds, a
-careless one with another of the key's values. A reader's remark stands behind each answer and says whether it
-contradicts, so that a language model of such texts has to notice contradictions, and one of them foretells the next.
+careless one with another of the key's values. A reader's remark stands behind each answer and mostly says nothing, but
+sometimes whether it contradicts. So a language model of such texts has to notice contradictions by itself, and to carry
+them to later answers, which one of them foretells.
 
 There are two generators. Their words between keys and values, and the order of these, differ.
 """
@@ -26,13 +27,16 @@ FIRST_KEY = 1
 FIRST_VALUE = FIRST_KEY + KEYS  # the forms of a value stand side by side, and the values of a key
 FIRST_WORD = FIRST_VALUE + KEYS * VALUES * FORMS
 WORDS = 2  # of each generator: in a pair, and before a question
-# behind a faithful answer, and behind one that contradicts
+# behind a faithful answer, and behind one that contradicts; behind either, where the reader is silent
 FIRST_REMARK = FIRST_WORD + WORDS * len(GENERATORS)
-VOCABULARY = FIRST_REMARK + 2
-CARELESS = 0.3  # share of the authors
+SILENT = FIRST_REMARK + 2
+VOCABULARY = SILENT + 1
+REMARKED = 0.3  # share of the answers
+CARELESS = 0.5  # share of the authors
 SLIPS = (0.05, 0.8)  # share of a faithful author's answers that contradict, and of a careless one's
 EACH, ASKED = 3, 4  # tokens of a pair, and of a question with answer and remark
 CONTEXT = 1 + EACH * KEYS
+ANSWER = 2  # its place in a question
 LENGTH = CONTEXT + ASKED * KEYS  # of a text that asks for all keys
 
 
@@ -52,11 +56,13 @@ def value_of(tokens: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
 
 
 def texts(
-    contradicts: Bool[Tensor, "n question"], generator: torch.Generator, template: str | None = None, paraphrased: bool = False
+    contradicts: Bool[Tensor, "n question"], generator: torch.Generator, template: str | None = None,
+    paraphrased: bool = False, remarked: float = REMARKED,
 ) -> Texts:  # fmt: skip
     """Texts whose answers contradict where it is said, of one generator or (None) of either.
 
-    ``paraphrased``: an answer is never a word of its context, whether it is right or wrong.
+    ``paraphrased``: an answer is never a word of its context, whether it is right or wrong. ``remarked``: share of the
+    answers whose remark says whether they contradict.
     """
     n, questions = contradicts.shape
     rows = torch.arange(n)[:, None]
@@ -79,7 +85,8 @@ def texts(
     said = VALUES * asked + (right + (1 + random(VALUES - 1, n, questions)) * contradicts) % VALUES
     form = FORMS - 1 - forms[rows, asked] if paraphrased else random(FORMS, n, questions)
     answer = FIRST_VALUE + FORMS * said + form
-    remark = FIRST_REMARK + contradicts.long()
+    silent = torch.rand(n, questions, generator=generator) >= remarked
+    remark = (FIRST_REMARK + contradicts.long()).masked_fill(silent, SILENT)
     question = torch.stack([(word + 1).expand(-1, questions), FIRST_KEY + asked, answer, remark], 2)
     tokens = torch.cat([torch.full((n, 1), START), pairs.flatten(1), question.flatten(1)], 1)
     return Texts(tokens, contradicts, right)
@@ -98,7 +105,7 @@ def prompts(n: int, generator: torch.Generator) -> Prompts:
 
 def _asked(drawn: Texts) -> Prompts:
     answers = torch.full_like(drawn.tokens, -1)
-    for at in (1, 2):  # the answer behind the key, and the remark behind the answer
+    for at in (ANSWER - 1, ANSWER):  # the answer behind the key, and the remark behind the answer
         answers[:, CONTEXT + at :: ASKED] = drawn.tokens[:, CONTEXT + at + 1 :: ASKED]
     return single(drawn.tokens, answers, VOCABULARY)
 
@@ -107,7 +114,7 @@ def pairs(n: int, generator: torch.Generator) -> tuple[Prompts, Prompts]:
     """Texts up to a faithful answer, and the same with one that contradicts: another remark follows."""
     both = torch.zeros(n, 1, dtype=torch.bool), torch.ones(n, 1, dtype=torch.bool)
     seed = int(torch.randint(2**62, (), generator=generator))
-    made = [_asked(texts(one, torch.Generator().manual_seed(seed))) for one in both]
+    made = [_asked(texts(one, torch.Generator().manual_seed(seed), remarked=1.0)) for one in both]
     clean, changed = (Prompts(one.tokens[:, :-1], one.allowed[:, :-1]) for one in made)
     return clean, changed
 
@@ -123,8 +130,8 @@ def contradiction_rate(
 TASK = Task(
     name="context_qa",
     config=TransformerConfig(
-        vocabulary=VOCABULARY, context=LENGTH, d_model=64, n_layers=2, n_heads=4, d_head=16, d_mlp=256
+        vocabulary=VOCABULARY, context=LENGTH, d_model=64, n_layers=4, n_heads=4, d_head=16, d_mlp=256
     ),
     # answers are drawn, so that no accuracy can be demanded
-    prompts=prompts, pairs=pairs, demand=0.0, steps=1200, rows=64, rate=3e-3,
+    prompts=prompts, pairs=pairs, demand=0.0, steps=1500, rows=64, rate=3e-3,
 )  # fmt: skip

@@ -1,9 +1,11 @@
 """All pairs of saekit and other tools that can be run here, in both directions: a table in Markdown, docs/formats.md.
 
-    SAEKIT_PEERS=PYTHON SAEKIT_PEERS2=PYTHON python -P tests/peers/table.py > docs/formats.md
+    SAEKIT_PEERS=PYTHON SAEKIT_PEERS2=PYTHON SAEKIT_OPENMOSS=PYTHON SAEKIT_TRACER=PYTHON \
+        python -P tests/peers/table.py > docs/formats.md
 
 ``SAEKIT_PEERS`` names the python of an environment with sae-lens, ``SAEKIT_PEERS2`` of one with dictionary_learning,
-eai-sparsify and overcomplete; pairs whose variable isn't set are left out. Files whose writers are no packages are
+eai-sparsify and overcomplete, ``SAEKIT_OPENMOSS`` of one with llamascopium, ``SAEKIT_TRACER`` of one with circuit-tracer;
+pairs whose variable isn't set are left out. What the last two wrote is under golden/. Files whose writers are no packages are
 written and read by documented.py. A row is an architecture over all its normalisations and dtypes.
 """
 
@@ -16,6 +18,9 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))
 
+import test_hub_circuit_tracer as circuit_tracer
+import test_hub_openmoss as openmoss
+import torch
 from exports import (
     ARCHITECTURES,
     DTYPES,
@@ -32,6 +37,8 @@ from exports import (
     run,
     untold,
 )
+from safetensors.torch import load_file
+from torch import Tensor
 
 import saekit
 from saekit import SaekitError
@@ -48,6 +55,7 @@ them: there the peer is a second reading of their documents, in numpy.
 | format | architecture | direction | compared | codes | outputs | supports |
 |---|---|---|---|---|---|---|"""
 Found = tuple[str, str, str, float, float, bool]
+Ran = tuple[Tensor, Tensor]  # codes and outputs
 
 
 def python_of(script: str) -> str | None:
@@ -95,6 +103,41 @@ def tried(format: str, folder: Path) -> dict[str, saekit.Dictionary]:
     return out
 
 
+def apart(mine: Ran, theirs: Ran) -> tuple[float, float, bool]:
+    """As ``difference``, of codes and outputs that are there."""
+    codes, out = (
+        theirs[0][..., : mine[0].shape[-1]],
+        theirs[1],
+    )  # the codes of a crosscoder's heads are the same
+    return (
+        float((mine[0] - codes).abs().max()),
+        float((mine[1] - out).abs().max() / out.abs().max()),
+        torch.equal(mine[0] != 0, codes != 0),
+    )
+
+
+def sets(format: str, variable: str, folder: Path) -> Iterator[Found]:
+    """Formats of more than dictionaries of one place: files that the peer wrote, and what it reads."""
+    if format == "openmoss":
+        for case in openmoss.CASES:
+            x, theirs = openmoss.golden(case)
+            mine = openmoss.run(openmoss.read(case), x)
+            yield (format, "-".join(case.split("-")[:2]), "peer → saekit", *apart(mine, theirs))
+    else:
+        for case in circuit_tracer.CASES:
+            x, theirs = circuit_tracer.beside(case)
+            mine = circuit_tracer.made_of(circuit_tracer.read(circuit_tracer.GOLDEN / case), x)
+            yield (format, case, "peer → saekit", *apart(mine, theirs))
+    if os.environ.get(variable):
+        written = (openmoss if format == "openmoss" else circuit_tracer).ours(folder)
+        run(format, "open", folder, python=os.environ[variable])
+        for case, mine in written.items():
+            held = load_file(folder / f"{case}.safetensors")
+            parts = case.removeprefix("own-").split("-")
+            label = parts[0] if case.startswith("own-") else "-".join(parts[:2])
+            yield (format, label, "saekit → peer", *apart(mine, (held["codes"], held["out"])))
+
+
 def main() -> None:
     """Print the table; how far it is goes to stderr."""
     rows: dict[tuple[str, str, str], list[tuple[float, float, bool]]] = defaultdict(list)
@@ -109,6 +152,11 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             side = imported if mode == "write" else opened
             for format, label, direction, *measured in side(name, python, Path(scratch)):
+                rows[format, label, direction].append(tuple(measured))
+    for format, variable in (("openmoss", "SAEKIT_OPENMOSS"), ("circuit_tracer", "SAEKIT_TRACER")):
+        print(format, file=sys.stderr)
+        with tempfile.TemporaryDirectory() as scratch:
+            for _, label, direction, *measured in sets(format, variable, Path(scratch)):
                 rows[format, label, direction].append(tuple(measured))
     print(HEAD.format(rows=16))
     for (format, label, direction), found in sorted(rows.items()):
