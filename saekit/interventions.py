@@ -35,7 +35,7 @@ class When:
     above: float = 0.0
 
     def __post_init__(self):
-        if not isinstance(self.feature, numbers.Integral):
+        if not isinstance(self.feature, numbers.Integral) or isinstance(self.feature, bool):
             raise SaekitError(f"feature {self.feature!r} of a condition must be a number of a feature")
         if not _finite(self.above):
             raise SaekitError(f"above = {self.above!r} of a condition must be a finite number")
@@ -80,7 +80,7 @@ class Edit:
             raise SaekitError(
                 f"{given[0]} = {value!r} of an edit of feature {self.feature} must be a finite number"
             )
-        if not isinstance(self.feature, numbers.Integral):
+        if not isinstance(self.feature, numbers.Integral) or isinstance(self.feature, bool):
             raise SaekitError(f"feature {self.feature!r} of an edit must be a number of a feature")
         if self.position is not None and (
             not isinstance(self.position, numbers.Integral) or self.position < 0

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from commandline import saekit as run
@@ -83,6 +84,10 @@ def test_what_was_folded_and_is_missing_is_said(tmp_path: Path) -> None:
     done = run("convert", str(GOLDEN / "heads"), str(tmp_path / "b"), "--hook-point", "here")
     assert "not in the files: the model" in done.stdout
     assert saekit.load(tmp_path / "b").reads == ("here",)
+    layer = GOLDEN.parent / "circuit_tracer/set-relu/layer_1.safetensors"
+    done = run("convert", str(layer), str(tmp_path / "c"), "--set", "input_hook=hook_resid_mid")
+    assert done.returncode == 0, done.stderr
+    assert saekit.load(tmp_path / "c").reads == ("blocks.1.hook_resid_mid",)
 
 
 def test_ranks_become_thresholds_only_where_that_is_asked_for(
@@ -158,6 +163,8 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "a format of no name": (("{run}", "{new}", "--to", "saelenz"), "format 'saelenz' is unknown; did you mean 'saelens'"),
     "a source of no format": (("{store}", "{new}"), "no dictionary of a known format"),
     "an option of no use": (("{run}", "{new}", "--hook-point", "a"), "'hook_point' is not one of format 'native'"),
+    "a set option of no use": (("{heads}", "{new}", "--set", "input_hok=a"), "'input_hok' is not one of format 'saelens'"),
+    "a flag that is set": (("{heads}", "{new}", "--set", "k=3"), "k has a flag of its own; write --k 3"),
     "a dtype of ours": (("{run}", "{new}", "--dtype", "float16"), "'dtype' is not one of format 'native'"),
     "another format": (("{run}", "{new}", "--from", "saelens"), "cfg.json"),
     "a sample of another place": (("{heads}", "{new}", "--sample", "{store}"), "blocks.1.attn.hook_z.*is not in store"),
@@ -309,3 +316,14 @@ def test_places_are_found_below_the_base_model_as_sparsify_names_them(tiny_gpt2:
     assert tiny_gpt2.site("h.1.mlp:in") == tiny_gpt2.site("transformer.h.1.mlp:in")
     with pytest.raises(SaekitError, match="is not in model"):
         tiny_gpt2.site("h.99")
+
+
+def test_the_doctor_tells_the_tensors_of_a_file_that_says_no_more(tmp_path: Path) -> None:
+    torch.save({"sae": {"W": torch.zeros(3, 4, dtype=torch.bfloat16)}}, tmp_path / "a.pt")
+    np.savez(tmp_path / "b.npz", W=np.zeros((5, 6), np.float16))
+    for name, said in (("a.pt", {"sae.W": "bfloat16 (3, 4)"}), ("b.npz", {"W": "float16 (5, 6)"})):
+        data = json.loads(run("doctor", str(tmp_path / name), "--json").stdout)
+        assert data.items() >= said.items() and "give the folder" in data["of a dictionary"]
+    (tmp_path / "c.pt").write_bytes(b"no archive")
+    done = run("doctor", str(tmp_path / "c.pt"))
+    assert done.returncode == 2 and done.stderr.startswith("error: file ") and done.stderr.count("\n") == 1

@@ -1,5 +1,6 @@
 """Loading from a Hub on loopback: only what is meant, whole or refused, from the cache where there is no network."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -78,6 +79,10 @@ def test_one_repository_holds_several_and_each_loads_alone(hub: Served, owner: C
             "card.json",
             "dictionary.safetensors",
         ]
+    told = owner.run(
+        "import contextlib, io\nfrom saekit.verbs.doctor import doctor\nwith contextlib.redirect_stdout(io.StringIO()) as told:\n    doctor('hf://owner/pair/a', as_json=True)\nresult = told.getvalue()"
+    )
+    assert json.loads(told)["hash"] == "matches the card"
     _, names = down(owner, "hf://owner/pair/a", "saelens")
     assert "sae_weights.safetensors" in names and "cfg.json" in names
 

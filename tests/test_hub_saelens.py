@@ -182,6 +182,7 @@ DAMAGED: dict[str, tuple[str, dict[str, Any] | None, dict[str, Any], str]] = {
     "an architecture of no name": (PLAIN, {"architecture": "standrad"}, {}, "'standrad'.*did you mean 'standard'"),
     "attention over what was before": (PLAIN, {"architecture": "temporal"}, {}, "'temporal'.*saekit has no such dictionary"),
     "a normalisation of no name": (PLAIN, {"normalize_activations": "layernorm"}, {}, "'layernorm'.*did you mean 'layer_norm'"),
+    "a shape of no name": (PLAIN, {"reshape_activations": "hook_q"}, {}, "reshape_activations .hook_q.*unknown"),
     "half a feature": ("topk-none-float64", {"k": 4.5}, {}, "k = 4.5.*whole number"),
     "no k": ("topk-none-float64", {"k": None}, {}, "k = None.*whole number"),
     "too many features": ("topk-none-float64", {"k": 99}, {}, "k = 99"),

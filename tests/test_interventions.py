@@ -107,6 +107,7 @@ def test_wrong_edits_are_refused() -> None:
     for make, words in (
         (lambda: Edit(3), "give one of set, scale and add"),
         (lambda: Edit(3, set=1.0, add=1.0), "give one of set, scale and add"),
+        (lambda: Edit(True, set=1.0), "feature True of an edit must be a number"),
         (lambda: Edit(3, position=-1, set=1.0), "counted from the beginning"),
         (lambda: Edit(3, set=float("nan")), "set = nan of an edit of feature 3 must be a finite number"),
         (lambda: intervened(m, [(d, {96: 1.0})]).__enter__(), "feature 96 is none of the dictionary's 96"),

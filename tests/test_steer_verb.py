@@ -81,7 +81,7 @@ def test_the_table_says_what_was_measured(done: tuple[Path, dict[str, Any]], goo
     assert {c["kind"] for c in data["rows"][2]["controls"]} == set(steering.KINDS)
     assert data["rows"][0]["factor"] == pytest.approx(1.0) and data["rows"][2]["factor"] > 1.2
     assert data["rows"][2]["factor"] > data["rows"][2]["mean_factors"]["random direction"]
-    assert json.loads((out / "steering.json").read_text())["rows"] == data["rows"]
+    assert json.loads((out / "sweep.json").read_text())["rows"] == data["rows"]
 
 
 def test_what_is_saved_does_the_same(done: tuple[Path, dict[str, Any]], good: Path) -> None:
@@ -118,7 +118,7 @@ def test_text_and_targets_of_ones_own(good: Path, tmp_path: Path) -> None:
 def test_the_page_asks_for_nothing_and_shows_text_as_text(
     done: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
-    page = (done[0] / "steering.html").read_text()
+    page = (done[0] / "sweep.html").read_text()
     assert steering.POLICY in page and "Feature 12" in page and "random directions" in page
     measured = [steering.Measured(kl, 3.0, chance) for kl, chance in ((0.0, 0.01), (0.1, 0.02))]
     control = steering.Control("random feature", 5, 3.0, measured[1])
@@ -142,7 +142,7 @@ def browser(tmp_path: Path) -> Iterator[Browser]:
 
 @pytest.mark.browser
 def test_in_a_browser_the_page_draws_itself(browser: Browser, done: tuple[Path, dict[str, Any]]) -> None:
-    address = f"file://{done[0] / 'steering.html'}"
+    address = f"file://{done[0] / 'sweep.html'}"
     browser.open(address)
     assert browser.run("document.querySelectorAll('.main-svg').length") >= 1
     points = browser.run("document.querySelectorAll('.scatterlayer .point').length")

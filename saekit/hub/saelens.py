@@ -41,12 +41,13 @@ DTYPES = {
 }  # fmt: skip
 BY_ROW = {"layer_norm": "row_std", "constant_norm_rescale": "row_norm"}
 BY_DATA = ("expected_average_only_in", "covariance_whitening")  # folded, or beside a checkpoint
+SHAPES = ("none", "hook_z")  # of what is read: a row, or heads that are laid side by side
 BASE = ("W_enc", "W_dec", "b_enc", "b_dec")
 CONFIG = {
     "d_in": int, "d_sae": int, "d_out?": int, "architecture?": str, "dtype?": str, "apply_b_dec_to_input?": bool,
     "normalize_activations?": bool | str | None, "k?": int | float, "rescale_acts_by_decoder_norm?": bool,
     "residual_threshold?": float, "max_iterations?": int | None, "stop_on_duplicate_support?": bool,
-    "metadata?": dict, "activation_fn?": str, "activation_fn_kwargs?": dict | None, "finetuning_scaling_factor?": bool,
+    "metadata?": dict, "reshape_activations?": str | None, "activation_fn?": str, "activation_fn_kwargs?": dict | None, "finetuning_scaling_factor?": bool,
 }  # fmt: skip
 NAMES = {
     "hook_name?": str | None, "hook_name_out?": str | None, "model_name?": str | None, "dataset_path?": str | None,
@@ -163,6 +164,10 @@ def _config(files: Files) -> dict[str, Any]:
     if normalise not in ("none", *BY_ROW, *BY_DATA):
         raise SaekitError(
             f"normalize_activations {normalise!r} in {where} is unknown{nearest(normalise, ['none', *BY_ROW, *BY_DATA])}"
+        )
+    if (shape := cfg.get("reshape_activations") or "none") not in SHAPES:
+        raise SaekitError(
+            f"reshape_activations {shape!r} in {where} is unknown{nearest(shape, list(SHAPES))}"
         )
     dtype = cfg.get("dtype", "float32").removeprefix("torch.")
     applied = cfg.get("apply_b_dec_to_input", not transcodes)

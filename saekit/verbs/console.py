@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -50,6 +50,21 @@ def say(text: str) -> None:
 def result(data: Any, as_json: bool, text: str) -> None:
     """The result of a verb, on stdout."""
     print(json.dumps(finite(data), indent=1) if as_json else text, flush=True)
+
+
+def option_of(item: str, flags: Collection[str] = ()) -> tuple[str, Any]:
+    """The name and the value of a ``--set``; ``flags`` are names that have flags of their own."""
+    name, sign, value = item.partition("=")
+    if not sign:
+        raise SaekitError(f"--set {item!r} has no value; write --set {item}=VALUE")
+    if name in flags:
+        flag = name.replace("_", "-")
+        raise SaekitError(f"--set {item!r}: {name} has a flag of its own; write --{flag} {value}")
+    try:
+        found = json.loads(value)
+        return name, tuple(found) if isinstance(found, list) else found
+    except ValueError:
+        return name, value
 
 
 def duration(seconds: float) -> str:

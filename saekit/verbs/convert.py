@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from saekit.errors import SaekitError
-from saekit.verbs.console import Json, result
+from saekit.verbs.console import Json, option_of, result
 
 if TYPE_CHECKING:
     from saekit.activations import Store
@@ -32,6 +32,10 @@ def convert(
         str | None, typer.Option(help="Hook point that a transcoder writes, for files that don't say.")
     ] = None,
     k: Annotated[int | None, typer.Option(help="Active features per row, for files that don't say.", min=1)] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any other option of SRC's format, e.g. --set input_hook=hook_resid_mid; repeatable."),
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="dtype of the written weights; default: the format's.")] = None,
     sample: Annotated[
         str | None, typer.Option(help="Store of activations on which L0 and FVU are measured.", metavar="ACTS")
@@ -57,6 +61,7 @@ def convert(
         raise SaekitError(f"out {out!r} is there already; choose a new folder, or remove it")
     said: dict[str, Any] = {"hook_point": hook_point, "hook_point_out": hook_point_out, "k": k}
     options = {name: value for name, value in said.items() if value is not None}
+    options |= dict(option_of(item, said) for item in option or [])
     layers = _layers(Path(source)) if to == "circuit_tracer" else []
     if layers:
         return _set(layers, source, out, dtype, sample, thresholds, as_json)

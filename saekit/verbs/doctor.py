@@ -22,7 +22,7 @@ def doctor(
     path: Annotated[
         str | None,
         typer.Argument(
-            help="A store, a dictionary of any known format, a run, a graph, or a file of tensors."
+            help="A store, a dictionary of any known format (also hf://owner/repo/name), a run, a graph, or a file of tensors."
         ),
     ] = None,
     as_json: Json = False,
@@ -31,6 +31,10 @@ def doctor(
 
     Example: `saekit doctor acts`
     """
+    from saekit.hub import remote
+
+    if path is not None and path.startswith(remote.SCHEME):
+        path = str(remote.fetch(path, None))
     data = environment() if path is None else explain(Path(path))
     width = max(len(key) for key in data)
     result(data, as_json, "\n".join(f"{key:{width}}  {_text(value)}" for key, value in data.items()))
@@ -81,6 +85,8 @@ def environment() -> dict[str, Any]:
 
 def explain(path: Path) -> dict[str, Any]:
     """What a path holds; raises in one sentence when it is damaged or unknown."""
+    from saekit.hub.tensors import PICKLED
+
     if (path / "manifest.json").is_file():
         return _store(path)
     if (path / "card.json").is_file():
@@ -94,14 +100,10 @@ def explain(path: Path) -> dict[str, Any]:
         return foreign
     if (path / "config.json").is_file() and (path / "checkpoints").is_dir():
         return _run(path)
-    if path.suffix == ".safetensors" and path.is_file():
+    if path.is_file() and path.suffix in (".safetensors", ".npz", *PICKLED):
         return _tensors(path)
     if path.is_dir():
         _look_inside(path)
-    if path.is_file() and path.suffix in (".pt", ".pth", ".bin", ".npz"):
-        raise SaekitError(
-            f"path {str(path)!r} is a file of tensors that doesn't say what they are; give the folder that it lies in"
-        )
     raise SaekitError(f"path {str(path)!r} is {KNOWN}")
 
 
@@ -244,10 +246,14 @@ def _run(path: Path) -> dict[str, Any]:
 
 
 def _tensors(path: Path) -> dict[str, Any]:
-    from saekit.hub.native import read_tensors
+    from saekit.hub.files import Files
 
-    tensors = read_tensors(path)
+    heads = Files(path.parent).heads(path.name)
     return {
         "file": str(path),
-        **{name: f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for name, t in tensors.items()},
+        "of a dictionary": "not by itself; if it is one, give the folder that it lies in, or load it with format=",
+        **{
+            name: f"{str(head.dtype).removeprefix('torch.')} {tuple(head.shape)}"
+            for name, head in heads.items()
+        },
     }

@@ -12,8 +12,8 @@ from typing import Annotated, Any
 import typer
 
 from saekit.errors import SaekitError
-from saekit.verbs.console import Device, Json, Seed, duration, result
-from saekit.verbs.train import option_of
+from saekit.verbs.console import Device, Json, Seed, duration, option_of, result
+from saekit.verbs.train import FLAGS
 
 COUNT_SECONDS = 10  # for counting the tokens of a text; a longer one is taken to be long enough
 
@@ -63,7 +63,7 @@ def plan(
         },
         "train": {
             "architecture": architecture, "d_in": d_in, "n_features": n_features, "k": k, "steps": steps,
-            "batch_size": batch_size, "device": device, "seed": seed, "context": context, "options": dict(option_of(item) for item in option or []),
+            "batch_size": batch_size, "device": device, "seed": seed, "context": context, "options": dict(option_of(item, FLAGS) for item in option or []),
         },
     }  # fmt: skip
     if job not in jobs:

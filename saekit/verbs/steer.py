@@ -78,7 +78,7 @@ def steer(
     controls: Annotated[
         int, typer.Option(help="Random features, and as many random directions, at equal KL.", min=0)
     ] = 4,
-    out: Annotated[str | None, typer.Option(help="Folder for steering.html and steering.json.")] = None,
+    out: Annotated[str | None, typer.Option(help="Folder for sweep.html and sweep.json.")] = None,
     save: Annotated[
         str | None, typer.Option(help="File for the steering at the last strength, for saekit.steer.")
     ] = None,
@@ -209,8 +209,8 @@ def _write(
     if out is None:
         return {}
     folder = Path(out)
-    write_atomic(folder / "steering.json", json.dumps(finite(data), indent=1).encode())
-    page = draw(found, names, samples, f"Feature {found.feature} in {model}", folder / "steering.html")
+    write_atomic(folder / "sweep.json", json.dumps(finite(data), indent=1).encode())
+    page = draw(found, names, samples, f"Feature {found.feature} in {model}", folder / "sweep.html")
     return {"page": str(page.resolve())}
 
 

@@ -12,7 +12,7 @@ import typer
 
 from saekit.errors import SaekitError
 from saekit.registry import nearest
-from saekit.verbs.console import Device, Json, Seed, duration, progress, result, say
+from saekit.verbs.console import Device, Json, Seed, duration, option_of, progress, result, say
 from saekit.verbs.many import run_many
 from saekit.verbs.places import batch_size_of, begun, layer_of, open_source, widths
 
@@ -108,7 +108,7 @@ def train(
         beside = {}
     else:
         trains = {f.name for f in dataclasses.fields(TrainConfig)}
-        extra = dict(option_of(item) for item in option or [])
+        extra = dict(option_of(item, FLAGS) for item in option or [])
         wiring = _wiring(architecture, extra)
         source, found = open_source(acts or (), model, text, wiring, hook_point, hook_points, device)
         batch_size = batch_size_of(source, batch_size)
@@ -263,21 +263,6 @@ def _axis(item: str) -> tuple[str, list[Any]]:
         except ValueError:
             out.append(value)
     return name, out
-
-
-def option_of(item: str) -> tuple[str, Any]:
-    """The name and the value of a ``--set``."""
-    name, sign, value = item.partition("=")
-    if not sign:
-        raise SaekitError(f"--set {item!r} has no value; write --set {item}=VALUE")
-    if name in FLAGS:
-        flag = name.replace("_", "-")
-        raise SaekitError(f"--set {item!r}: {name} has a flag of its own; write --{flag} {value}")
-    try:
-        found = json.loads(value)
-        return name, tuple(found) if isinstance(found, list) else found
-    except ValueError:
-        return name, value
 
 
 def _model_of(source: dict[str, Any]) -> str:
