@@ -20,12 +20,20 @@ from saekit.types import Codes, SaekitError
 
 RANKERS = Registry(
     "ranker",
-    {"mean_difference": "saekit.probes:mean_difference", "l1": "saekit.probes:l1_path"},
+    {
+        "mean_difference": "saekit.probes:mean_difference",
+        "mutual_information": "saekit.probes:mutual_information",
+        "l1": "saekit.probes:l1_path",
+        "halving": "saekit.probes:halving",
+    },
 )
 PENALTIES = (1.0, 0.1, 0.01, 1e-3, 1e-4, 1e-5)  # of the squared weights, beside a mean loss
-CANDIDATES = 256  # coordinates that the L1 path begins from, those of the largest mean difference
+CANDIDATES = 256  # coordinates that the L1 path and halving begin from, those of the largest mean difference
 SMALLEST, STEPS = 1e-3, 100  # of the path's penalties, over the largest, and how many
+BINS = 8  # of a coordinate's values, for mutual information
+HALVED = 0.01  # the penalty of the probes between which halving drops coordinates
 ITERATIONS = 10_000
+NARROW = 512  # coordinates of which a matrix of second derivatives costs less than the steps that it saves
 FLOOR = 1e-6  # of a coordinate's size: what varies less doesn't vary, but by rounding
 
 Rows: TypeAlias = Float[Tensor, "rows d"] | Codes
@@ -121,7 +129,11 @@ def sparse(
 
 
 def mean_difference(x: Rows, labels: Bool[Tensor, " rows"]) -> Float[Tensor, " d"]:
-    """By how many standard deviations the classes' means lie apart, in each coordinate; at least 0."""
+    """By how many standard deviations the classes' means lie apart, in each coordinate; at least 0.
+
+    The F statistic puts coordinates in the same order: F = (n - 2) p q m^2 / (1 - p q m^2), with m this, n the rows, and
+    p and q the classes' shares.
+    """
     _check_rows(x, labels)
     means = [_mean(x, on.double() / on.sum()) for on in (labels, ~labels)]
     even = torch.full((len(labels),), 1 / len(labels), dtype=torch.float64, device=labels.device)
@@ -137,14 +149,9 @@ def l1_path(x: Rows, labels: Bool[Tensor, " rows"]) -> Float[Tensor, " d"]:
     """
     from sklearn.linear_model import lasso_path
 
-    first = mean_difference(x, labels).sort(descending=True, stable=True)
-    some = first.indices[: min(CANDIDATES, int((first.values > 0).sum()))]
-    out = torch.zeros(len(first.values))
+    some, read, out = _candidates(x, labels)
     if not len(some):
         return out
-    read = columns(x, some).detach().cpu().double()
-    centre = read.mean(0)
-    read = (read - centre) / _floored(read.std(0, correction=0), centre)
     target = labels.cpu().double() - labels.double().mean().item()
     largest = (read.T @ target).abs().max().item() / len(read)  # that leaves any
     penalties = largest * np.geomspace(1, SMALLEST, STEPS)
@@ -155,6 +162,64 @@ def l1_path(x: Rows, labels: Bool[Tensor, " rows"]) -> Float[Tensor, " d"]:
     size = torch.from_numpy(weights[:, -1]).abs()
     out[some.cpu()] = (entered / penalties[0] + 1e-6 * size / max(size.max().item(), 1e-12)).float().clamp_max(1.0)  # fmt: skip
     return out
+
+
+def mutual_information(x: Rows, labels: Bool[Tensor, " rows"]) -> Float[Tensor, " d"]:
+    """What a coordinate tells of the label, in bits: of it being 0, else in which of ``BINS`` bins of as many rows it lies.
+
+    Equal values lie in one bin. The estimate is of the rows' own frequencies, which tell about BINS / (2 n ln 2) bits too
+    much of a coordinate that is nowhere 0.
+    """
+    _check_rows(x, labels)
+    codes = x if isinstance(x, Codes) else Codes.from_dense(x)
+    on = codes.values != 0
+    feature, value, own = codes.indices[on].long(), codes.values[on].detach(), labels[codes.row_ids()[on]]
+    order = value.argsort(stable=True)
+    order = order[feature[order].argsort(stable=True)]
+    feature, value, own = feature[order], value[order], own[order]
+    counts = torch.bincount(feature, minlength=codes.n_features)
+    place = torch.arange(len(feature), device=feature.device)
+    again = torch.zeros_like(feature, dtype=torch.bool)
+    again[1:] = (feature[1:] == feature[:-1]) & (value[1:] == value[:-1])
+    first = place.masked_fill(again, 0).cummax(0).values  # of equal values
+    begin = counts.cumsum(0) - counts
+    cell = feature * BINS + (first - begin[feature]) * BINS // counts[feature]
+    size = codes.n_features * BINS
+    tables = torch.stack([torch.bincount(cell[own == say], minlength=size).view(-1, BINS) for say in (False, True)], 1)  # fmt: skip
+    totals = torch.stack([(~labels).sum(), labels.sum()])
+    tables = torch.cat([tables, (totals - tables.sum(2))[..., None]], 2).double() / len(labels)
+    alone = tables.sum(1, keepdim=True) * (totals.double() / len(labels))[:, None]
+    return torch.special.xlogy(tables, tables / alone.clamp_min(1e-300)).sum((1, 2)).clamp_min(0).div(np.log(2)).float()  # fmt: skip
+
+
+def halving(x: Rows, labels: Bool[Tensor, " rows"]) -> Float[Tensor, " d"]:
+    """How long a coordinate stays where probes are fitted again and again to the half of the largest weights; in [0, 1].
+
+    Adaptive thresholding of Gurnee et al. 2023, from the ``CANDIDATES`` of the largest mean difference down to one
+    coordinate. A coordinate that was among the last s, of standardised weight w, has (1 + |w| / max |w|) / (2 s).
+    """
+    some, read, out = _candidates(x, labels)
+    left = torch.arange(len(some))
+    while len(left):
+        weight = _regression(read[:, left], labels.cpu(), HALVED)[0].abs()
+        out[some.cpu()[left]] = ((1 + weight / weight.max().clamp_min(1e-300)) / (2 * len(left))).float()
+        left = left[weight.sort(descending=True, stable=True).indices[: len(left) // 2].sort().values]
+    return out
+
+
+def _candidates(x: Rows, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The coordinates of the largest mean difference, their standardised values, and a score of 0 for each coordinate."""
+    first = mean_difference(x, labels).sort(descending=True, stable=True)
+    some = first.indices[: min(CANDIDATES, int((first.values > FLOOR).sum()))]
+    read = columns(x, some).detach().cpu().double()
+    centre = read.mean(0)
+    return some, (read - centre) / _floored(read.std(0, correction=0), centre), torch.zeros(len(first.values))
+
+
+def f1(said: Bool[Tensor, " rows"], labels: Bool[Tensor, " rows"]) -> float:
+    """Harmonic mean of the share of what was said that is true and of what is true that was said; 0 where nothing is both."""
+    right = int((said & labels).sum())
+    return 2 * right / max(1, int(said.sum()) + int(labels.sum()))
 
 
 def _mean(x: Rows, weights: Float[Tensor, " rows"], square: bool = False) -> Float[Tensor, " d"]:
@@ -216,7 +281,8 @@ def _regression(x: Float[Tensor, "rows d"], labels: Tensor, penalty: float) -> t
 
     centre = x.mean(0)
     scale = _floored(x.std(0, correction=0), centre)
-    model = LogisticRegression(C=1 / (penalty * len(x)), class_weight="balanced", max_iter=ITERATIONS)
+    solver = "newton-cholesky" if x.shape[1] <= NARROW else "lbfgs"
+    model = LogisticRegression(C=1 / (penalty * len(x)), class_weight="balanced", max_iter=ITERATIONS, solver=solver)  # fmt: skip
     model.fit(((x - centre) / scale).numpy(), labels.numpy())
     weight = torch.from_numpy(model.coef_[0]) / scale
     return weight, float(model.intercept_[0] - (weight @ centre).item())

@@ -118,6 +118,16 @@ class Codes:
         on = self.values != 0
         return self.row_ids()[on], self.indices[on].long()
 
+    def at(self, rows: Int[Tensor, " some"]) -> "Codes":
+        """Some rows, in the order given; a row may come twice."""
+        counts = self.offsets.diff()[rows]
+        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        entry = torch.arange(int(offsets[-1]), device=offsets.device)
+        entry += torch.repeat_interleave(self.offsets[:-1][rows] - offsets[:-1], counts)
+        return Codes(
+            offsets, self.indices[entry], self.values[entry], self.n_features, (len(rows),), self.width
+        )
+
     def select(self, features: Int[Tensor, " chosen"]) -> Float[Tensor, "*shape chosen"]:
         """Dense values of a few features only, [*shape, chosen]."""
         column = torch.full((self.n_features,), -1, dtype=torch.int64, device=self.values.device)

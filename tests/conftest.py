@@ -11,6 +11,7 @@ os.environ.setdefault("WANDB_MODE", "offline")
 
 import pytest
 import torch
+from browser import Browser
 from torch import nn
 
 if not torch.cuda.is_available():
@@ -38,6 +39,16 @@ def tiny_gpt2(code_lm) -> Model:
         vocab_size=4096, n_positions=64, n_embd=32, n_layer=3, n_head=2, bos_token_id=0, eos_token_id=0
     )
     return load_model(GPT2LMHeadModel(config).eval(), tokenizer=code_lm.tokenizer, name="tiny-gpt2")
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Browser]:
+    """Chromium, for one test; skipped where there is none."""
+    if shutil.which("chromium") is None:
+        pytest.skip("no chromium here: apt-get install chromium")
+    browser = Browser(tmp_path / "profile")
+    yield browser
+    browser.close()
 
 
 @pytest.fixture

@@ -38,13 +38,16 @@ Combination = tuple[str, str, str, str, str, str]
 SUITED = {"training_helps", "recovers_planted_features"}
 RANKED = {"topk", "abstopk", "pursuit", "omp", "switch"}
 STEERED = {"l1", "l0", "l0_target", "tanh", "p_annealed"}
+THRESHOLDED = {"iterative", "unrolled"}  # L0 is up to a fixed weight
+PURSUING = ("pursuit", "omp", *THRESHOLDED)
+CUT = ("omp", "iterative")  # codes carry no gradient
 FREE_L0 = {"relu", "jumprelu", "gated"}
 
 
 def meaningful(selection: str, atoms: str, fit: str, penalty: str, normalise: str, wiring: str) -> bool:
     """What should be possible, said once more in other words than the code's."""
     allowed = {
-        "auxk": selection not in ("pursuit", "omp"),
+        "auxk": selection not in PURSUING,
         "l0": selection == "jumprelu",
         "l0_target": selection == "jumprelu",
         "gate": selection == "gated",
@@ -56,19 +59,19 @@ def meaningful(selection: str, atoms: str, fit: str, penalty: str, normalise: st
         return False  # whitening mixes sources; a hull has no corner for one source alone
     if wiring == "cross_layer" and (normalise == "whiten" or penalty == "mutual"):
         return False  # whitening mixes layers; each layer has a decoder of its own
-    if wiring == "lorsa" and selection in ("pursuit", "omp", "switch"):
+    if wiring == "lorsa" and selection in (*PURSUING, "switch"):
         return False  # attention stands between what is read and the residual; a router reads one input
-    if wiring == "molt" and (selection in ("gated", "pursuit", "omp") or fit != "reconstruction"):
+    if wiring == "molt" and (selection in ("gated", *PURSUING) or fit != "reconstruction"):
         return False  # codes switch maps on; prefixes would cut maps apart
     if wiring in ("transcoder", "cross_layer", "lorsa", "molt") and (
-        atoms == "tied" or selection in ("omp", "codebook")
+        atoms == "tied" or selection in (*CUT, "codebook")
     ):  # one space for both ways
         return False
     if selection == "codebook" and (
         atoms != "tied" or fit == "hierarchical" or penalty not in ("none", "orthogonality", "mutual")
     ):
         return False  # codes are constants, and of one importance
-    if selection == "omp" and (atoms != "tied" or penalty in ("l1", "tanh", "p_annealed")):
+    if selection in CUT and (atoms != "tied" or penalty in ("l1", "tanh", "p_annealed")):
         return False
     return (fit != "hierarchical" or selection in RANKED) and allowed.get(penalty, True)
 
@@ -77,11 +80,13 @@ def make(selection: str, atoms: str, fit: str, penalty: str, normalise: str, wir
     terms = tuple(
         dict.fromkeys((fit, *([penalty] * (penalty != "none")), *(["gate"] * (selection == "gated"))))
     )
-    k = {"k": 4} if selection not in FREE_L0 or penalty in STEERED else {}
+    ranked = selection not in FREE_L0 | THRESHOLDED
+    k = {"k": 4} if ranked or (penalty in STEERED and selection in FREE_L0) else {}
     experts = {"experts": 4} if selection == "switch" else {}
+    weight = {"weight": 0.01} if selection in THRESHOLDED else {}  # some rows are as small, unnormalised
     return saekit.create(
         "topk", wiring=wiring, **WIDTHS[wiring], n_features=64, selection=selection, atoms=atoms, objective=terms, normalise=normalise,
-        seed=1, **k, **experts,
+        seed=1, **k, **experts, **weight,
     )  # fmt: skip
 
 
@@ -145,6 +150,6 @@ def test_a_meaningless_combination_is_refused_with_its_reason() -> None:
         else:
             with pytest.raises(
                 SaekitError,
-                match=f"objective '.*' with selection '{c[0]}'|selection '(omp|codebook)' (sends|reads)|atoms 'tied' read by|moves atoms|from one place|would cut them|has one for each layer|with wiring .lorsa.|with wiring .molt.|cuts features off",
+                match=f"objective '.*' with selection '{c[0]}'|selection '(omp|iterative|codebook)' (sends|reads)|atoms 'tied' read by|moves atoms|from one place|would cut them|has one for each layer|with wiring .lorsa.|with wiring .molt.|cuts features off",
             ):
                 make(*c)

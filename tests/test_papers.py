@@ -16,15 +16,18 @@ from typing import Any
 
 import pytest
 import torch
+from browser import Browser
 from commandline import Done
 from commandline import saekit as command
 
 import saekit
 from saekit import metrics
 from saekit.activations import DrawnSource
-from saekit.papers import PAPERS, row, training
+from saekit.papers import PAPERS, result, row, training
 from saekit.papers.claims import Claim, Reproduction, bars, figure
 from saekit.papers.controls import FROZEN, RANDOM, untrained
+from saekit.registry import Registry
+from saekit.report.papers import write_papers
 from saekit.verbs.reproduce import table
 
 
@@ -50,7 +53,7 @@ def test_a_reproduction_is_json_and_a_table() -> None:
     data = json.loads(json.dumps(found.to_json(), default=lambda a: a.tolist()))
     assert not data["holds"] and [c["holds"] for c in data["claims"]] == [True, False]
     assert data["claims"][0]["control"] == {"name": "control", "values": [2.0]}
-    text = table(found, 3.0, Path("x"))
+    text = table({"seconds": 3.0, **data}, Path("x"))
     assert (
         "HOLDS  error" in text
         and "DOES NOT HOLD  error" in text
@@ -64,7 +67,7 @@ def test_controls_are_json_and_a_table() -> None:
     controls = {"FVU": {"TopK": [0.1, 0.2], FROZEN: [0.5, 0.6], RANDOM: [2.0, 4.0]}, "dead": {"TopK": [0.0]}}
     found = Reproduction("title", "source", "setting", [claim(0.5)], {}, controls=controls)
     assert json.loads(json.dumps(found.to_json()))["controls"] == controls
-    lines = table(found, 3.0, Path("x")).splitlines()
+    lines = table({"seconds": 3.0, **found.to_json()}, Path("x")).splitlines()
     start = lines.index("means over seeds        FVU      dead")
     assert lines[start + 1 : start + 5] == [
         "TopK                   0.15         0",
@@ -96,6 +99,10 @@ OF_MODELS = (
     "neurons-dead-ngram-positional",
     "auto-interp",
     "single-direction",
+    "saebench-evals",
+    "sparse-probing",
+    "geometry",
+    "kernel-heterogeneity",
 )
 
 
@@ -190,6 +197,73 @@ def test_what_another_row_measured_is_not_taken(toy: Path) -> None:
     assert row.run(TOY, range(4), toy, lambda *_: None)[0].claims[0].ours == [0, 1, 4, 9]
 
 
+TOYS = {
+    "toy": TOY,
+    "shared": "toy_row:SHARED",
+    "broken": "toy_row:BROKEN",
+    "pair": "toy_row:PAIR",
+    "hours": "toy_row:HOURS",
+}
+
+
+def test_all_rows_go_on_where_they_were_stopped_and_none_stops_another(
+    toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(result, "PAPERS", Registry("paper", TOYS))
+    said: list[str] = []
+
+    def every() -> list[dict[str, Any]]:
+        return list(result.every(1, 1, toy, lambda name: lambda *_: None, said.append))
+
+    rows = every()
+    assert [row["name"] for row in rows] == ["toy", "shared", "broken", "pair"]  # that of hours is left out
+    assert rows[2]["failed"].startswith("ZeroDivisionError: ") and "toy_row.py" in rows[2]["failed"]
+    assert [row.get("seeds") for row in rows] == [1, 1, None, 2]
+    assert said[0].startswith("toy: 1 of 1 claims hold") and said[2].startswith("broken: failed")
+    before = ran(toy)
+    assert [row for row in every() if "failed" not in row] == [row for row in rows if "failed" not in row]
+    assert ran(toy) == before  # taken as they were
+    (toy / "toy" / result.RESULT).write_text("{")
+    every()
+    assert len(ran(toy)) == len(before) + 1
+    shown = write_papers(rows, toy / "index.html").read_text()
+    assert (
+        "4 papers, of 3 of which every claim holds; 3 of 3 claims hold." in shown
+        and "ZeroDivisionError" in shown
+    )
+
+
+@pytest.mark.browser
+def test_in_a_browser_a_paper_s_figure_is_drawn_when_it_is_opened(browser: Browser, tmp_path: Path) -> None:
+    drawn = figure("t", "x", "y", {"a": ([1, 2], [2.0, 3.0])})
+    found = Reproduction("<b>title</b>", "source", "setting", [claim(0.5), claim(5.0)], drawn, ["a note"])
+    row = {
+        "name": "one",
+        "seconds": 3.0,
+        "seeds": 1,
+        **json.loads(json.dumps(found.to_json(), default=lambda a: a.tolist())),
+    }
+    page = write_papers([row, {"name": "two", "failed": "why"}], tmp_path / "index.html")
+    browser.open(f"file://{page}")
+    assert browser.run("document.querySelectorAll('.main-svg').length") == 0
+    browser.run("document.querySelector('details').open = true")
+    until(lambda: browser.run("document.querySelectorAll('.main-svg').length") >= 1)
+    assert browser.run("document.querySelectorAll('tbody tr').length") == 2
+    assert browser.run("document.querySelectorAll('summary b').length") == 0
+    assert browser.complaints() == []
+
+
+def test_all_and_quick_are_asked_for_in_the_right_way(tmp_path: Path) -> None:
+    for arguments, words in (
+        (("--quick",), "--quick is given without --all"),
+        (("matryoshka", "--all"), "'matryoshka' is named beside --all"),
+        (("--all", "--peers", sys.executable), "--peers is given beside --all"),
+        (("archetypal", "--seeds", "1"), "give --seeds 2 or more"),
+    ):
+        bad = run(*arguments, "--out", str(tmp_path / "x"))
+        assert bad.returncode == 2 and words in bad.stderr and not (tmp_path / "x").exists()
+
+
 def run(*arguments: str) -> Done:
     return command("reproduce", *arguments)
 
@@ -236,6 +310,7 @@ FAILED = {
     ),
     "sparse-attention-decomposition": ("random head: directions in S",),
     "auto-interp": ("fuzzing won by the",),
+    "kernel-heterogeneity": ("active codes of homogeneous",),
     "topic-alignment": ("the same where clamping makes", "a trained dictionary: how many times"),
     "patch-free-othello": ("squares of which a feature", "of the squares' clearest features"),
 }

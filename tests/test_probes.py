@@ -1,5 +1,7 @@
 """Probes find planted directions and coordinates, whatever the units, and say so on rows they weren't fitted on."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,7 +9,19 @@ from torch import Tensor
 from saekit.hooks import intervene
 from saekit.models import Model, load_model
 from saekit.observer import Observer, localise, observe, pushed, read, split, strongest, without
-from saekit.probes import PENALTIES, RANKERS, Probe, auroc, auroc_error, linear, mean_difference, sparse
+from saekit.probes import (  # fmt: skip
+    PENALTIES,
+    RANKERS,
+    Probe,
+    auroc,
+    auroc_error,
+    f1,
+    halving,
+    linear,
+    mean_difference,
+    mutual_information,
+    sparse,
+)
 from saekit.testbed import context_qa
 from saekit.testbed.transformer import Transformer, TransformerConfig
 from saekit.types import Codes, SaekitError
@@ -143,6 +157,66 @@ def test_codes_and_their_dense_rows_are_ranked_alike() -> None:
     assert torch.allclose(mean_difference(Codes.from_dense(x), labels), mean_difference(x, labels), atol=1e-5)
     shift = (x[labels].mean(0) - x[~labels].mean(0)).abs() / x.std(0, correction=0)
     assert torch.allclose(mean_difference(x, labels), shift, atol=1e-5)
+
+
+def test_the_f_statistic_has_the_order_of_the_mean_difference() -> None:
+    from sklearn.feature_selection import f_classif
+
+    x, labels = counted(shift=0.5)
+    m, share = mean_difference(x, labels).double(), labels.double().mean()
+    part = share * (1 - share) * m.square()
+    f = torch.from_numpy(f_classif(x.double().numpy(), labels.numpy())[0])
+    assert torch.allclose((ROWS - 2) * part / (1 - part), f, rtol=1e-4)
+    assert torch.equal(f.argsort(), m.argsort())
+
+
+@pytest.mark.parametrize("as_codes", [False, True])
+def test_mutual_information_is_that_of_the_table(as_codes: bool) -> None:
+    from sklearn.metrics import mutual_info_score
+
+    labels = torch.rand(ROWS, generator=g()) < 0.3
+    x = (
+        torch.randint(5, (ROWS, 6), generator=g(1)).float()
+        - 2
+        + 3 * labels[:, None] * torch.linspace(0, 1, 6)
+    )
+    x = x.round()  # few values, so that the bins of those that are not 0 are the values themselves
+    x[:, 0] = labels.float()
+    x[:, 1] = 7.0
+    given = mutual_information(Codes.from_dense(x) if as_codes else x, labels)
+    p = labels.float().mean().item()
+    assert given[0].item() == pytest.approx(-p * math.log2(p) - (1 - p) * math.log2(1 - p), rel=1e-5)
+    assert given[1] == 0
+    for i in range(2, 6):
+        on = x[:, i] != 0
+        ranks = torch.zeros(ROWS)
+        own = x[on, i]
+        ranks[on] = 1 + ((own[:, None] > own).sum(1) * 8).div(len(own), rounding_mode="floor").float()
+        expected = mutual_info_score(labels.numpy(), ranks.numpy()) / math.log(2)
+        assert given[i].item() == pytest.approx(expected, rel=1e-5)
+    assert torch.allclose(mutual_information(x.abs() * 9, labels), mutual_information(x.abs(), labels))
+
+
+def test_halving_keeps_what_the_rest_doesn_t_tell() -> None:
+    x, labels = counted(shift=1.5)
+    x[:, 5] = x[:, 3] + 0.5 * torch.randn(
+        ROWS, generator=g(8)
+    )  # tells more than coordinate 7 alone, and nothing new
+    x[:, 7] = x[:, 7].where(~labels, x[:, 7] + 0.6)
+    scores = halving(x, labels)
+    assert (
+        set(scores.topk(2).indices.tolist())
+        == {3, 7}
+        != set(mean_difference(x, labels).topk(2).indices.tolist())
+    )
+    assert scores.max() == 1 and (scores.sort(descending=True).values[1:3] <= 1 / 3).all()  # 12, 6, 3, 1
+
+
+def test_f1_counts() -> None:
+    labels, said = torch.rand(80, generator=g()) < 0.4, torch.rand(80, generator=g(1)) < 0.5
+    precision, recall = labels[said].double().mean().item(), said[labels].double().mean().item()
+    assert f1(said, labels) == pytest.approx(2 * precision * recall / (precision + recall))
+    assert f1(labels, labels) == 1 and f1(~labels, labels) == 0 == f1(said & False, labels & False)
 
 
 def test_coordinates_that_never_vary_say_nothing() -> None:

@@ -5,14 +5,13 @@ import gc
 import itertools
 import json
 import re
-import shutil
 import socket
 import tracemalloc
 
 import numpy as np
 import pytest
 import torch
-from browser import HOSTILE, Browser, Page
+from browser import HOSTILE, Page
 
 from saekit.autointerp.explanation import Score
 from saekit.report.contexts import ContextCollector, _mix
@@ -334,15 +333,6 @@ def test_writing_is_whole_or_not_at_all(tmp_path):
     with pytest.raises(TypeError):
         write(dataclasses.replace(run_report(HOSTILE), metrics=(Metric("m", 1, low=1, high=object()),)), path)
     assert path.read_bytes() == before and [one.name for one in path.parent.iterdir()] == ["run.html"]
-
-
-@pytest.fixture
-def browser(tmp_path):
-    if shutil.which("chromium") is None:
-        pytest.skip("no chromium here: apt-get install chromium")
-    browser = Browser(tmp_path / "profile")
-    yield browser
-    browser.close()
 
 
 @pytest.mark.browser

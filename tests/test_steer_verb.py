@@ -2,8 +2,6 @@
 
 import json
 import math
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -129,15 +127,6 @@ def test_the_page_asks_for_nothing_and_shows_text_as_text(
     assert parsed.tags.count("script") == page.count("<script") and "img" not in parsed.tags
     assert parsed.tags.count("tr") == len(HOSTILE) + 1
     assert not [value for key, value in parsed.attributes if key in ("src", "href", "onerror")]
-
-
-@pytest.fixture
-def browser(tmp_path: Path) -> Iterator[Browser]:
-    if shutil.which("chromium") is None:
-        pytest.skip("no chromium here: apt-get install chromium")
-    browser = Browser(tmp_path / "profile")
-    yield browser
-    browser.close()
 
 
 @pytest.mark.browser

@@ -43,3 +43,6 @@ def measure_common(seed: int, tell: Tell, folder: Path) -> Found:
 
 ROW = Row(measure, judge)
 SHARED = Row(measure_common, judge, common=common)
+BROKEN = Row(lambda seed, tell: {"a": 1 / 0}, judge)
+PAIR = Row(measure, judge, least=2)
+HOURS = Row(measure, judge, slow=True)

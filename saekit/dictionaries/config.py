@@ -21,7 +21,7 @@ CONFIG = {
     "n_features": int, "wiring": _NAMED, "selection": _NAMED, "atoms": _NAMED, "objective": [_NAMED]
 }  # fmt: skip
 NEEDS = {  # what a term may need of a selection, in words
-    "dead": "looks for dead features among the pre-activations, and a pursuit has none",
+    "dead": "looks for dead features among the pre-activations, and what goes step by step has none",
     "values": "acts on codes, and this selection's carry no gradient",
     "on": "acts on learned thresholds, which only selection 'jumprelu' has",
     "gate": "trains a gate, which only selection 'gated' has",

@@ -102,6 +102,8 @@ class Rows(Dictionary):
         weight, bias = self._encoder_rows()[at], self.b_enc[at]
         if hasattr(self.selection, "read_by"):
             weight, bias = self.selection.read_by(codes, self._encoder_rows())
+        elif hasattr(self.selection, "tangent"):
+            weight, bias = self.selection.tangent(codes, self._inside(codes, x), self._encoder_rows())
         else:
             terms = weight * self._inside(codes, x)
             before = terms.sum(1) + bias

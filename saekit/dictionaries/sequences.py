@@ -246,7 +246,9 @@ def check_padding(batch: ActivationBatch) -> None:
 
 
 REFUSED = {
-    "pursuit": "it would look for atoms in what is read, and attention stands between the two",
-    "omp": "it would look for atoms in what is read, and attention stands between the two",
+    **dict.fromkeys(
+        ("pursuit", "omp", "iterative", "unrolled"),
+        "it would look for atoms in what is read, and attention stands between the two",
+    ),
     "switch": "its router reads one input, and every QK head gathers one",
 }

@@ -21,6 +21,8 @@ from saekit.types import SaekitError
 NOT_THRESHOLDS = {
     "abstopk": "its codes have signs, and a threshold lets none below 0 through",
     "omp": "its codes have signs, and a threshold lets none below 0 through",
+    "iterative": "its codes have signs, and a threshold lets none below 0 through",
+    "unrolled": "its codes have signs, and a threshold lets none below 0 through",
     "switch": "its codes depend on the router too",
     "codebook": "its codes are 1, and a threshold's are the pre-activations",
 }

@@ -28,7 +28,7 @@ class Transforms(Rows):
 
     def __init__(self, config: Config, seed: int = 0):
         check_terms([name for name, _ in config.objective])
-        if config.selection[0] in ("gated", "pursuit", "omp"):
+        if config.selection[0] in ("gated", "pursuit", "omp", "iterative", "unrolled"):
             raise SaekitError(
                 f"selection {config.selection[0]!r} with wiring {config.wiring[0]!r}: codes here switch maps on, and are no amounts of atoms; choose another"
             )

@@ -61,8 +61,9 @@ class Report(Mapping[str, Measure]):
         return {"about": self.about, "measures": {key: vars(m) for key, m in self.measures.items()}}
 
     def save(self, folder: "str | Path") -> Path:
-        """Write ``eval.json`` into a run's folder, where its page and its model card look for it."""
-        file = Path(folder) / "eval.json"
+        """Write ``eval.json`` into a run's folder, where its page and its model card look for it; ``eval_SUITE.json`` of others."""
+        suite = self.about.get("suite", "core")
+        file = Path(folder) / ("eval.json" if suite == "core" else f"eval_{suite}.json")
         write_atomic(file, json.dumps(finite(self.to_json()), indent=1).encode())
         return file
 
@@ -236,7 +237,7 @@ def evaluate(
     check_ablation(ablation)
     dictionary = dictionary_of(dictionary)
     view = load_model(model, device=device)
-    stream, reads, writes = _opened(
+    stream, reads, writes = opened(
         dictionary, view, text, hook_point, tokens=tokens, batch_rows=batch_rows, split=split,
         context=dictionary.context if context is None else context,
     )  # fmt: skip
@@ -302,7 +303,7 @@ def _check_together(hook_point: str | None, controls: Any) -> None:
         )
 
 
-def _opened(
+def opened(
     dictionary: Dictionary, view: Any, text: Any, hook_point: str | None, **options: Any
 ) -> tuple[Stream, tuple[str, ...], tuple[str, ...]]:
     """The stream of what the dictionary reads and writes, and the hook points of both."""

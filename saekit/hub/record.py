@@ -47,9 +47,10 @@ BY_THRESHOLDS = ("topk", "groupmax", "pursuit")  # what calibrate() can turn int
 KEPT = {  # fields of a selection's config that its rule at inference depends on
     "topk": ("k",), "abstopk": ("k",), "groupmax": ("k",), "omp": ("k",), "codebook": ("k", "groups"),
     "pursuit": ("k", "tolerance", "residual", "until_repeat"),
+    "iterative": ("penalty", "weight", "steps"), "unrolled": ("penalty", "weight", "steps"),
 }  # fmt: skip
 ROUTED = {"switch": "sends rows to experts by weights of its own, which a record doesn't hold"}
-SIGNED = ("abstopk", "omp", "codebook")  # what knows no ReLU
+SIGNED = ("abstopk", "omp", "iterative", "unrolled", "codebook")  # what knows no ReLU
 
 
 @dataclass(frozen=True)

@@ -85,25 +85,25 @@ def _induced(model: Any, seed: int) -> dict[str, dict[str, float]]:
     for name, d in {**ds, COPIED: copied, RANDOM: random}.items():
         report = evaluate(d, model, [held_out], tokens=held_out.numel(), controls=False)
         out[name] = {key: float(report[key]) for key in ("fvu", "ce_recovered", "kl", "l0")}
-        feature = _after_previous(d, some.activations[points[0]], first).argmax()
-        out[name]["attention after the previous occurrence"] = _after_previous(
-            d, batch.activations[points[0]], periods
-        )[feature].item()
+        looks, fired = _after_previous(d, some.activations[points[0]], first)
+        feature = looks.where(fired >= OFTEN, 0.0).argmax()
+        judged, _ = _after_previous(d, batch.activations[points[0]], periods)
+        out[name]["attention after the previous occurrence"] = judged[feature].item()
     return out
 
 
 @torch.no_grad()
-def _after_previous(d: Any, x: Tensor, periods: Tensor) -> Tensor:
+def _after_previous(d: Any, x: Tensor, periods: Tensor) -> tuple[Tensor, Tensor]:
     """Each feature's attention on the token behind the previous occurrence of the query's, mean over where it fires.
 
-    Of all queries whose token has occurred before; 0 for features that fire on fewer than OFTEN of them.
+    Of all queries whose token has occurred before; and on how many of them it fires (0 where it doesn't).
     """
     sequence, query = induction.known(periods).nonzero(as_tuple=True)
     active = d.encode(x).to_dense()[sequence, query] > 0
     mass = d.patterns(x)[sequence, :, query, query - periods[sequence] + 1]
     heads = torch.arange(d.n_features) // (d.n_features // d.n_qk)
     often = active.sum(0)
-    return (mass[:, heads] * active).sum(0) / often.clamp(min=1) * (often >= OFTEN)
+    return (mass[:, heads] * active).sum(0) / often.clamp(min=1), often
 
 
 def measure(seed: int, tell: Tell) -> Found:

@@ -76,7 +76,7 @@ def measure(seed: int, tell: Tell, peers: str) -> Found:
     return {"found": found, "plain": plain}
 
 
-def check(n_seeds: int, peers: str) -> None:
+def check(peers: str) -> None:
     """Raise unless the environment has every toolkit."""
     python = peers
     code = "from importlib.util import find_spec; print(*[m for m in ('sae_lens', 'dictionary_learning') if not find_spec(m)])"

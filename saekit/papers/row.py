@@ -45,14 +45,17 @@ class Row:
     draws a seed's progress. Seeds of a row that compares times (``timed``) have the machine to themselves. A row
     that compares with other toolkits also measures with ``peers``, the python of an environment they are in;
     ``common(folder)`` makes what all seeds read, as a store of activations, and ``measure`` then gets the ``folder``;
-    it is begun anew after a stop, and is to go on from what it finds. ``check`` gets the number of seeds and these options, and raises where the row can't be run so.
+    it is begun anew after a stop, and is to go on from what it finds. ``check`` gets the ``peers`` and raises where they
+    won't do. ``least`` seeds are needed; a ``slow`` row takes hours, and is run by its name alone.
     """
 
     measure: Callable[..., Found]
     judge: Callable[[Found], Reproduction]
     timed: bool = False
     common: Callable[[Path], None] | None = None
-    check: Callable[..., None] = lambda n_seeds: None
+    check: Callable[..., None] = lambda: None
+    least: int = 1
+    slow: bool = False
 
     @property
     def takes_peers(self) -> bool:
@@ -78,7 +81,7 @@ def run(
     row: Row = load(place)
     kept = folder / "seeds"
     kept.mkdir(parents=True, exist_ok=True)
-    mark = _mark(place, options)
+    mark = mark_of(place, options)
     left = [seed for seed in seeds if not _holds(_file(kept, seed), mark)]
     threads = torch.get_num_threads()
     if row.common is not None and left:
@@ -185,7 +188,7 @@ def _file(kept: Path, seed: int) -> Path:
     return kept / f"{seed}.json"
 
 
-def _mark(place: str, options: dict[str, str]) -> str:
+def mark_of(place: str, options: dict[str, str]) -> str:
     """What a seed's file must have been measured by: this row, these options, and this code."""
     digest = hashlib.sha256(repr((place, sorted(options.items()))).encode())
     for package in (place.split(":")[0], *CODE):

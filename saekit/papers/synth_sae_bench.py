@@ -105,4 +105,4 @@ def judge(size: Size, found: Found) -> Reproduction:
 
 
 ROW = Row(partial(measure, SMALL), partial(judge, SMALL))
-ROW_FULL = Row(partial(measure, FULL), partial(judge, FULL))
+ROW_FULL = Row(partial(measure, FULL), partial(judge, FULL), slow=True)

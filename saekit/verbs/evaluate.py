@@ -89,21 +89,51 @@ def evaluate(
     ablation: Annotated[
         str, typer.Option(help="What CE recovered is measured against: zero or mean.")
     ] = "zero",
+    suite: Annotated[
+        str,
+        typer.Option(
+            help="core, or one that asks about attributes of texts: sparse_probing, absorption, scr, tpp."
+        ),
+    ] = "core",
+    labels: Annotated[
+        str,
+        typer.Option(
+            help="Texts and attributes of the other suites: a file of JSON lines, families (of Python modules) or letters (first ones of tokens)."
+        ),
+    ] = "families",
+    attribute: Annotated[
+        str | None, typer.Option(help="Attribute that is asked about; default: the first of the texts.")
+    ] = None,
+    spurious: Annotated[
+        str | None,
+        typer.Option(
+            help="scr: attribute that goes with it where a biased probe is fitted; default: the second."
+        ),
+    ] = None,
+    pool: Annotated[
+        str | None, typer.Option(help="mean of a text's tokens, or its last one; default: the suite's.")
+    ] = None,
     device: Device = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Evaluate a dictionary on held-out text, beside random controls; writes eval.json into its folder.
 
-    Several together, as a replacement of the model: eval.json goes into the folder that holds them all.
+    Several together, as a replacement of the model: eval.json goes into the folder that holds them all. Suites other than
+    core write eval_SUITE.json.
 
-    Example: `saekit eval run --tokens 65536`
+    Example: `saekit eval run --tokens 65536` or `saekit eval run --suite tpp --labels texts.jsonl --attribute topic`
     """
     from saekit.evaluate import evaluate as run
     from saekit.harvest import check_writable
     from saekit.hub import load
     from saekit.hub.native import origin
 
+    if suite != "core":
+        if len(paths) > 1:
+            raise SaekitError(f"--suite {suite} is of one dictionary, and {len(paths)} are given; name one")
+        report = _asked(suite, paths[0], model, labels, (attribute, spurious), pool, controls, device, seed)
+        return result(report.to_json(), as_json, table(report))
     runs, folder = _runs(paths)
     found = [load(run, device=device) for run in runs]
     dictionary: Any = found[0] if len(paths) == 1 and runs == paths else found
@@ -121,3 +151,34 @@ def evaluate(
         )  # fmt: skip
     report.save(folder)
     result(report.to_json(), as_json, table(report))
+
+
+def _asked(
+    suite: str, path: str, model: str | None, labels: str, names: tuple[str | None, str | None], pool: str | None,
+    controls: bool, device: str | None, seed: int,
+) -> Any:  # fmt: skip
+    """The report of a suite that asks about attributes of texts, written into the dictionary's folder."""
+    from saekit.evaluate import SUITES
+    from saekit.evaluate.labelled import families, letters, read_texts
+    from saekit.harvest import check_writable
+    from saekit.hub import load
+    from saekit.hub.native import origin
+    from saekit.models import load_model
+
+    run, d = SUITES[suite], load(path, device=device)
+    check_writable(Path(path))
+    view = load_model(model or origin(d.card)[0], device=device)
+    texts = {"families": families, "letters": lambda: letters(view)}.get(labels, lambda: read_texts(labels))()
+    known = list(texts.attributes)
+    asked = [names[0] or known[0]]
+    if suite == "scr":
+        if names[1] is None and len(known) < 2:
+            raise SaekitError(
+                f"labels {labels!r} have the attribute {known[0]!r} alone, and scr takes two; give texts with another"
+            )
+        asked.append(names[1] or next(name for name in known if name != asked[0]))
+    options = {"controls": controls, "seed": seed, **({} if pool is None else {"pool": pool})}
+    with progress("evaluate", "texts") as draw:
+        report = run(d, view, texts, *asked, **options, on_batch=lambda done, total: draw(done, total, suite))
+    report.save(path)
+    return report

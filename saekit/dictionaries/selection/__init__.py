@@ -16,7 +16,8 @@ It may also have ``prepare(x, W_enc, b_enc)``, called once with rows of the data
 a JumpReLU ``(W_enc, b_enc, threshold)``; ``fold(weight)`` where it reads x by weights of its own;
 ``reset(dead)``, for features that are resampled; ``begin(b_enc, threshold)``, which takes over what another dictionary ended with; ``elementwise`` (true
 where at inference each feature decides by itself); ``unit_encoder`` (true where it needs encoder rows of norm 1, and no biases); ``tied_only`` (true where it
-sends the encoder no gradient); ``biased`` (false where ``b_enc`` is not used); ``mask(n_features, d_in)``, the columns that each feature has; and ``requires``, the term without which a part of it isn't trained.
+sends the encoder no gradient); ``biased`` (false where ``b_enc`` is not used); ``mask(n_features, d_in)``, the columns that each feature has;
+``read_by(codes, W_enc)`` or, where it takes the rows to say, ``tangent(codes, x, W_enc)``: what each code reads, ``value = w x + b``; and ``requires``, the term without which a part of it isn't trained.
 """
 
 from saekit.registry import Registry
@@ -33,6 +34,8 @@ SELECTIONS = Registry(
         "gated": "saekit.dictionaries.selection.gated:Gated",
         "pursuit": "saekit.dictionaries.selection.pursuit:Pursuit",
         "omp": "saekit.dictionaries.selection.omp:OMP",
+        "iterative": "saekit.dictionaries.selection.iterative:Iterative",
+        "unrolled": "saekit.dictionaries.selection.unrolled:Unrolled",
         "codebook": "saekit.dictionaries.selection.codebook:Codebook",
         "switch": "saekit.dictionaries.selection.switch:Switch",
     },

@@ -1,0 +1,126 @@
+"""SAEBench's evaluations on dictionaries with planted faults: what is measured is what was planted (2503.09532)."""
+
+import torch
+
+from saekit.evaluate.absorption import concept, measures, probed
+from saekit.evaluate.core import controls_for
+from saekit.evaluate.labelled import Labelled, atoms_of
+from saekit.evaluate.probing import told
+from saekit.evaluate.scr_tpp import RANDOM as DRAWN
+from saekit.evaluate.scr_tpp import mended, perturbed, scr_measures, tpp_measures
+from saekit.papers.claims import Claim, Reproduction, Tell, figure
+from saekit.papers.controls import RANDOM
+from saekit.papers.row import Found, Row
+from saekit.testbed.labelled import CLASSES, CONCEPTS, WORDS, World, absorbing, classes, spurious
+
+ROWS = 8000
+RATES = (0.0, 0.25, 0.5, 1.0)
+ABLATED = "5"  # features: the attributes have two, or four with both, and the others do nothing to probes
+FEW = ("2", "5")  # random ones, among which those of the classes are rare
+
+
+@torch.no_grad()
+def _read(world: World, seed: int) -> dict[str, Labelled]:
+    """What the planted dictionary and a random one make of a world's rows."""
+    codes = world.dictionary.encode(world.x)
+    random = controls_for(world.dictionary, codes, seed)["random"]
+    return {
+        "": Labelled(world.dictionary, world.x, codes),
+        RANDOM: Labelled(random, world.x, random.encode(world.x)),
+    }
+
+
+def _absorption(seed: int) -> Found:
+    out: Found = {"planted": {}, RANDOM: {}, "fraction": {}}
+    for rate in RATES:
+        world = absorbing(rate, ROWS, seed)
+        of = probed(world.x, world.labels[0], seed)
+        found = {
+            name: [concept(one, atoms_of(one.dictionary, "absorption"), of, seed)]
+            for name, one in _read(world, seed).items()
+        }
+        said = measures(found, seed)
+        out["planted"][str(rate)] = float(said["absorption_full"])
+        out["fraction"][str(rate)] = float(said["absorption_fraction"])
+        out[RANDOM][str(rate)] = said["absorption_full"].control[RANDOM]
+    return out
+
+
+def _removal(seed: int) -> Found:
+    out: Found = {}
+    for name, entangled in (("isolated", False), ("entangled", True)):
+        world = spurious(entangled, ROWS, seed)
+        pair = (world.labels[0], world.labels[1])
+        runs = {
+            key: mended(one, atoms_of(one.dictionary, "scr"), pair, seed)
+            for key, one in _read(world, seed).items()
+        }
+        said = scr_measures(runs, seed)[f"scr_{ABLATED}"]
+        out[name] = {"planted": float(said), RANDOM: said.control[RANDOM]}
+    return out
+
+
+def _perturbation(seed: int) -> Found:
+    world = classes(ROWS // 2, seed)
+    read = _read(world, seed)
+    runs = {
+        key: perturbed(one, atoms_of(one.dictionary, "tpp"), world.labels, seed) for key, one in read.items()
+    }
+    runs[DRAWN] = perturbed(read[""], atoms_of(world.dictionary, "tpp"), world.labels, seed, drawn=True)
+    said = tpp_measures(runs, seed)
+    drawn = [abs(said[f"tpp_{n}"].control[DRAWN]) for n in FEW]
+    return {"planted": float(said["tpp_2"]), RANDOM: said["tpp_2"].control[RANDOM], DRAWN: max(drawn)}
+
+
+def _probing(seed: int) -> Found:
+    world = classes(ROWS // 2, seed)
+    found = {}
+    for name, one in _read(world, seed).items():
+        hits = told(one, world.labels[0], seed)
+        found[name or "planted"] = hits["features_1"].double().mean().item()
+        found["one coordinate"] = hits["coordinates_1"].double().mean().item()
+    return found
+
+
+def measure(seed: int, tell: Tell) -> Found:
+    """Each evaluation on a world of its own."""
+    parts = {"absorption": _absorption, "SCR": _removal, "TPP": _perturbation, "probing": _probing}
+    out: Found = {}
+    for i, (name, part) in enumerate(parts.items()):
+        tell(i, len(parts), name)
+        out[name] = part(seed)
+    return out
+
+
+def judge(found: Found) -> Reproduction:
+    """What each evaluation says, beside a random dictionary, and how far it is from what was planted."""
+    absorbed, scr, tpp, probing = (found[name] for name in ("absorption", "SCR", "TPP", "probing"))
+
+    def mean(values: list[float]) -> float:
+        return sum(values) / len(values)
+
+    off = [max(abs(absorbed["planted"][str(r)][i] - r) for r in RATES) for i in range(len(tpp["planted"]))]
+    return Reproduction(
+        title="SAEBench's evaluations find what was planted in dictionaries",
+        source="Karvonen et al. 2025, arXiv 2503.09532",
+        setting=f"ReLU dictionaries with planted weights, a world a seed, {ROWS} rows: {CONCEPTS} concepts of {WORDS} words each, some absorbed; two attributes with features of their own or one for each pair of values; {CLASSES} classes. Probes are judged on a fifth of the rows; {ABLATED} features are ablated for SCR, 2 for TPP",
+        claims=[
+            Claim("absorption: how far it is from the planted rate, the worst of 0, .25, .5 and 1", "-", off, "<=", 0.05, absorbed[RANDOM]["0.5"], f"{RANDOM}'s absorption at .5"),
+            Claim("SCR where the spurious attribute has features of its own", "1 is best", scr["isolated"]["planted"], ">=", 0.95, scr["isolated"][RANDOM], RANDOM),
+            Claim("SCR where every feature is of a pair of values", "no part of the bias can be removed", scr["entangled"]["planted"], "<=", 0.05, scr["entangled"][RANDOM], RANDOM),
+            Claim("TPP where classes have features of their own", "probes of one class fall to chance", tpp["planted"], ">=", 0.4, tpp[RANDOM], RANDOM),
+            Claim("TPP of random features, the larger size of 2 and of 5", "none", tpp[DRAWN], "<=", 0.02, tpp["planted"], "features of the classes"),
+            Claim("sparse probing: accuracy of the best single feature", "-", probing["planted"], ">=", 0.95, probing["one coordinate"], "one coordinate"),
+        ],
+        figure=figure("Absorption, planted and found", "planted rate", "found", {"full": (list(RATES), [mean(absorbed["planted"][str(r)]) for r in RATES]), "fraction": (list(RATES), [mean(absorbed["fraction"][str(r)]) for r in RATES]), RANDOM: (list(RATES), [mean(absorbed[RANDOM][str(r)]) for r in RATES])}),
+        notes=["Formulas are SAEBench's own to 1e-6 on the same tensors (tests/test_labelled_suites.py, with the package beside), but for its negatives of TPP, which are drawn anew for each accuracy."],
+        controls={
+            "absorption at rate .5": {"planted": absorbed["planted"]["0.5"], RANDOM: absorbed[RANDOM]["0.5"]},
+            "SCR": {"isolated": scr["isolated"]["planted"], "entangled": scr["entangled"]["planted"], RANDOM: scr["isolated"][RANDOM]},
+            "TPP": {"planted": tpp["planted"], RANDOM: tpp[RANDOM], DRAWN: tpp[DRAWN]},
+            "accuracy of one feature": probing,
+        },
+    )  # fmt: skip
+
+
+ROW = Row(measure, judge)

@@ -1,0 +1,270 @@
+"""Suites on texts of which something is said: probing, absorption, spurious correlations, targeted perturbations.
+
+``SAEKIT_SAEBENCH`` names the python of an environment with sae-bench 0.6 for the test marked ``peer``.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import exports
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import saekit
+from saekit.evaluate import SUITES, labelled
+from saekit.evaluate.absorption import absorbed, concept, probed, splits
+from saekit.evaluate.labelled import (
+    Labelled,
+    Texts,
+    atoms_of,
+    balanced,
+    gather,
+    halves,
+    read_texts,
+)
+from saekit.evaluate.scr_tpp import (
+    ablated,
+    mended,
+    removed,
+    scr_measures,
+    spurious_effects,
+    strongest,
+    targeted,
+    targeted_effects,
+)
+from saekit.models import Model
+from saekit.testbed.labelled import absorbing, spurious
+from saekit.types import Codes, SaekitError
+
+
+def g(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def drawn(rows: int = 60, d: int = 6, n: int = 12, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Rows, codes and atoms of which nothing is particular."""
+    codes = torch.randn(rows, n, generator=g(seed)).relu() * (
+        torch.rand(rows, n, generator=g(seed + 1)) < 0.5
+    )
+    atoms = torch.nn.functional.normalize(torch.randn(n, d, generator=g(seed + 2)), dim=1)
+    noise = 0.3 * torch.randn(rows, d, generator=g(seed + 3))
+    return {
+        "x": codes @ atoms + noise, "codes": codes, "atoms": atoms, "direction": torch.randn(d, generator=g(seed + 4)),
+        "labels": (torch.arange(rows) % 3 == 0).int(), "own": torch.tensor([1, 4]),
+        "accuracies": torch.tensor([0.95, 0.6, 0.8]), "clean": torch.tensor([0.9, 0.8, 0.95]),
+        "changed": torch.tensor([[0.5, 0.8, 0.9], [0.85, 0.6, 0.95], [0.9, 0.7, 0.55]]),
+    }  # fmt: skip
+
+
+def told(given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same by saekit."""
+    codes, labels = Codes.from_dense(given["codes"]), given["labels"].bool()
+    found = absorbed(given["x"], codes, given["atoms"], given["direction"], given["own"].tolist())
+    out = {"full": found.full, "fraction": found.fraction}
+    for name, effects in (("scr", spurious_effects), ("tpp", targeted_effects)):
+        e = effects(codes, labels, given["atoms"], given["direction"])
+        chosen = strongest(e, 2)
+        out[f"{name}.effects"] = e
+        out[f"{name}.chosen"] = torch.zeros(len(e), dtype=torch.bool).index_fill(0, chosen, True)
+        out[f"{name}.rows"] = ablated(given["x"], codes, given["atoms"], chosen)
+    out["scr"] = torch.tensor(removed(*given["accuracies"].tolist()))
+    out["tpp"] = torch.tensor(targeted(given["clean"].tolist(), given["changed"].tolist()))
+    return out
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("seed", range(3))
+def test_formulas_are_saebench_s_own(seed: int, tmp_path: Path) -> None:
+    given = drawn(seed=10 * seed)
+    save_file(given, tmp_path / "given.safetensors")
+    exports.run(
+        "saebench_formulas",
+        str(tmp_path / "given.safetensors"),
+        tmp_path,
+        python=os.environ["SAEKIT_SAEBENCH"],
+    )
+    theirs = load_file(tmp_path / "found.safetensors")
+    mine = told(given)
+    # with fewer effects above 0 than are ablated the peer fills up by features of none
+    assert all((mine[f"{name}.effects"] > 0).sum() >= 2 for name in ("scr", "tpp"))
+    assert mine.keys() == theirs.keys() and 0 < mine["full"].float().mean() < 1
+    for name, value in mine.items():
+        assert (value.double() - theirs[name].double()).abs().max() < 1e-6, name
+
+
+def test_absorption_by_hand() -> None:
+    atoms = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0], [-1.0, 0.0]])
+    codes = torch.tensor([
+        [1.0, 0, 0, 0],  # its own feature says all
+        [0, 1.0, 0, 0],  # another says all
+        [0.5, 0.5, 0, 0],  # half and half
+        [0, 0, 1.0, 0],  # nobody says it
+        [0, 0.3, 1.0, 0],  # another, less than two fifths
+        [0, 0, 0, 0],
+    ])  # fmt: skip
+    x = torch.tensor([[1.0, 0.0]]).expand(6, 2)
+    found = absorbed(x, Codes.from_dense(codes), atoms, torch.tensor([7.0, 0.0]), [0])
+    assert found.full.tolist() == [False, True, False, False, False, False]
+    assert torch.allclose(found.fraction, torch.tensor([0.0, 1.0, 0.5, 0.0, 0.0, 0.0]))
+
+
+def test_atoms_may_have_any_norm() -> None:
+    given = drawn(seed=5)
+    by = 0.3 + 3 * torch.rand(12, generator=g(9))
+    scaled = told({**given, "codes": given["codes"] / by, "atoms": given["atoms"] * by[:, None]})
+    for name, value in told(given).items():
+        assert torch.allclose(value.float(), scaled[name].float(), atol=1e-5), name
+
+
+def test_pooled_ablations_are_the_mean_of_ablated_tokens() -> None:
+    given = drawn()
+    codes, features = Codes.from_dense(given["codes"]), torch.tensor([0, 3, 7])
+    tokens = ablated(given["x"], codes, given["atoms"], features)
+    mean = Codes.from_dense(given["codes"].view(6, 10, 12).mean(1))
+    pooled = ablated(given["x"].view(6, 10, 6).mean(1), mean, given["atoms"], features)
+    assert torch.allclose(pooled, tokens.view(6, 10, 6).mean(1), atol=1e-6)
+
+
+def test_shares_and_differences_of_accuracies() -> None:
+    assert removed(0.9, 0.5, 0.9) == pytest.approx(1) and removed(0.9, 0.5, 0.5) == 0
+    assert removed(0.7, 0.7, 0.9) == 0 == removed(0.6, 0.7, 0.9)
+    # ablations for a class take its probe to chance, and leave the others
+    assert targeted([0.9, 0.8], [[0.5, 0.8], [0.9, 0.5]]) == pytest.approx([0.4, 0.3])
+    assert targeted([0.9] * 3, [[0.5] * 3] * 3) == pytest.approx([0, 0, 0])  # of no class in particular
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_planted_absorption_is_found(rate: float) -> None:
+    world = absorbing(rate, 3000, 1)
+    one = Labelled(world.dictionary, world.x, world.dictionary.encode(world.x).detach())
+    found = concept(one, atoms_of(world.dictionary, "absorption"), probed(world.x, world.labels[0], 1), 1)
+    assert found.own == [0]
+    assert found.absorbed.full.float().mean().item() == pytest.approx(rate, abs=0.08)
+
+
+@pytest.mark.parametrize("entangled", [False, True])
+def test_a_planted_bias_is_removed_where_it_can_be(entangled: bool) -> None:
+    world = spurious(entangled, 4000, 2)
+    one = Labelled(world.dictionary, world.x, world.dictionary.encode(world.x).detach())
+    ways = mended(one, atoms_of(world.dictionary, "scr"), (world.labels[0], world.labels[1]), 0)
+    found = scr_measures({"": ways}, 0)["scr_5"]
+    assert float(found) <= 0.05 if entangled else float(found) >= 0.95
+    assert found.interval is not None and found.interval[0] <= float(found) <= found.interval[1]
+
+
+def test_features_of_the_other_value_are_none_of_a_concept_s() -> None:
+    labels = torch.arange(200) % 2 == 0
+    dense = torch.zeros(200, 5)
+    dense[~labels, 0] = 1.0  # tells all, by its absence
+    dense[labels, 3] = (torch.rand(100, generator=g()) < 0.7).float()
+    codes = Codes.from_dense(dense)
+    assert splits(codes, labels, (codes, labels)) == [3]
+
+
+# texts
+
+
+WORDS = {"law": "court judge law trial", "sea": "wave ship sail storm"}
+
+
+def file_of(folder: Path, n: int = 20) -> Path:
+    lines = []
+    for i in range(2 * n):
+        topic = list(WORDS)[i % 2]
+        own = WORDS[topic].split()
+        lines.append(
+            json.dumps(
+                {"text": f"{own[i % 4]} {own[(i + 1) % 4]} x{i}", "topic": topic, "even": (i // 2) % 2 == 0}
+            )
+        )
+    path = folder / "texts.jsonl"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def small(code_lm: Model) -> saekit.Dictionary:
+    d = saekit.create("topk", d_in=256, n_features=64, k=8)
+    d.reads = d.writes = ("blocks.1.hook_resid_post",)
+    d.prepare(torch.randn(200, 256, generator=g()))
+    return d
+
+
+def test_what_is_gathered_is_the_mean_over_a_text_s_own_tokens(code_lm: Model) -> None:
+    d, texts = small(code_lm), ["def main(self):", "x = 1", "import os, sys\nprint(os)"]
+    for pool in ("mean", "last"):
+        found = gather(d, code_lm, texts, pool, controls=False)[""]
+        for i, text in enumerate(texts):
+            x = next(iter(saekit.harvest(code_lm, [text], list(d.reads), tokens=None, context=64))).rows(
+                d.reads[0]
+            )
+            codes = d.encode(x).to_dense()
+            mine = (x.mean(0), codes.mean(0)) if pool == "mean" else (x[-1], codes[-1])
+            assert torch.allclose(found.x[i], mine[0], atol=1e-4)
+            assert torch.allclose(found.codes.to_dense()[i], mine[1], atol=1e-4)
+
+
+@pytest.mark.parametrize("suite", [name for name in SUITES if name != "core"])
+def test_every_suite_gives_measures_with_controls(suite: str, code_lm: Model, tmp_path: Path) -> None:
+    texts = read_texts(file_of(tmp_path))
+    asked = ("topic", "even") if suite == "scr" else ("topic",)
+    report = SUITES[suite](small(code_lm), code_lm, texts, *asked)
+    assert report.about["suite"] == suite and report.about["text"] == {"name": str(tmp_path / "texts.jsonl")}
+    first = next(iter(report.values()))
+    assert first.n > 0 and first.interval is not None and {"random", "random_omp"} <= first.control.keys()
+
+
+def test_rows_are_drawn_within_classes() -> None:
+    labels = torch.arange(100) % 4 == 0
+    train, test = halves(labels, 0)
+    assert sorted(torch.cat([train, test]).tolist()) == list(range(100)) and labels[train].sum() == 20
+    some = balanced(labels, train, 0)
+    assert labels[some].sum() == 20 == (~labels[some]).sum() and set(some.tolist()) <= set(train.tolist())
+
+
+def test_built_in_texts(code_lm: Model) -> None:
+    texts = labelled.families(20)
+    assert len(texts.texts) == 20 * labelled.FAMILIES and len(texts.values("family")) == labelled.FAMILIES
+    words = labelled.letters(code_lm)
+    assert len(set(words.texts)) == len(words.texts) > 1000
+    assert all(
+        a.strip()[0].lower() == b for a, b in zip(words.texts, words.attributes["letter"], strict=True)
+    )
+
+
+MISTAKES = {
+    "no JSON": ("nonsense", "line 1 of .* is no JSON"),
+    "no attribute": ('{"text": "a"}', "must hold .*at least one attribute"),
+    "other fields": ('{"text": "a", "b": 1}\n{"text": "a", "c": 1}', "line 2 of .* has fields"),
+    "nothing": ("\n", "holds no line"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_files_that_say_nothing_are_refused(name: str, tmp_path: Path) -> None:
+    content, said = MISTAKES[name]
+    (tmp_path / "t.jsonl").write_text(content)
+    with pytest.raises(SaekitError, match=said):
+        read_texts(tmp_path / "t.jsonl")
+
+
+def test_questions_that_cant_be_asked_are_refused(code_lm: Model) -> None:
+    texts = Texts("t", ["a"] * 30, {"one": ["x"] * 30, "two": ["y"] * 15 + ["z"] * 15})
+    d = small(code_lm)
+    for call, said in (
+        (lambda: SUITES["sparse_probing"](d, code_lm, texts), "texts have 2 attributes .one, two.; name the one"),
+        (lambda: SUITES["tpp"](d, code_lm, texts, "one"), "attribute 'one' has 1 value of at least 10 texts"),
+        (lambda: SUITES["tpp"](d, code_lm, texts, "tow"), "did you mean 'two'"),
+        (lambda: SUITES["tpp"](d, code_lm, texts, "two", pool="max"), "pool 'max' is unknown"),
+        (lambda: gather(d, code_lm, ["a", ""], controls=False), "text 1 has no token that counts"),
+        (lambda: absorbed(torch.zeros(1, 2), Codes.from_dense(torch.ones(1, 1)), torch.ones(1, 2), torch.ones(2), []), "own is empty"),
+        (lambda: targeted([0.5], [[0.5]]), "1 class is there"),
+    ):  # fmt: skip
+        with pytest.raises(SaekitError, match=said):
+            call()
+    clt = saekit.create("clt", d_in=8, n_layers=2, n_features=16, k=2)
+    with pytest.raises(SaekitError, match="'cross_layer' writes otherwise; choose 'sparse_probing'"):
+        atoms_of(clt, "tpp")
+    with pytest.raises(SaekitError, match="'row_norm' scales each row by itself"):
+        atoms_of(saekit.create("topk", d_in=8, n_features=16, k=2, normalise="row_norm"), "tpp")
