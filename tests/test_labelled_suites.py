@@ -10,6 +10,7 @@ from pathlib import Path
 import exports
 import pytest
 import torch
+from commandline import saekit as command
 from safetensors.torch import load_file, save_file
 
 import saekit
@@ -34,6 +35,8 @@ from saekit.evaluate.scr_tpp import (
     targeted,
     targeted_effects,
 )
+from saekit.evaluate.unlearning import losses
+from saekit.interventions import Edit, When
 from saekit.models import Model
 from saekit.testbed.labelled import absorbing, spurious
 from saekit.types import Codes, SaekitError
@@ -212,7 +215,33 @@ def test_every_suite_gives_measures_with_controls(suite: str, code_lm: Model, tm
     report = SUITES[suite](small(code_lm), code_lm, texts, *asked)
     assert report.about["suite"] == suite and report.about["text"] == {"name": str(tmp_path / "texts.jsonl")}
     first = next(iter(report.values()))
-    assert first.n > 0 and first.interval is not None and {"random", "random_omp"} <= first.control.keys()
+    beside = {"random", "random features"} if suite == "unlearning" else {"random", "random_omp"}
+    assert first.n > 0 and first.interval is not None and beside <= first.control.keys()
+
+
+def test_losses_are_the_model_s_own_where_nothing_that_fires_is_edited(code_lm: Model) -> None:
+    d, texts = small(code_lm), ["def main(self):\n    return self", "import os\nimport sys"]
+    found = losses(code_lm, d, texts, [])
+    for i, text in enumerate(texts):
+        ids = code_lm.tokenizer(text, return_tensors="pt")["input_ids"]
+        ids = torch.cat([torch.tensor([[code_lm.tokenizer.bos_token_id]]), ids], 1)
+        with torch.no_grad():
+            logits = code_lm.logits(code_lm.inputs(ids, torch.ones_like(ids)))[0]
+        by_hand = torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:], reduction="sum")
+        assert (
+            found.nats[i].item() == pytest.approx(by_hand.item(), rel=1e-4)
+            and found.tokens[i] == ids.shape[1] - 1
+        )
+    fires = _fires(code_lm, d, texts)
+    silent, loud = int((~fires).nonzero()[0]), int(fires.nonzero()[0])
+    same = losses(code_lm, d, texts, [Edit(silent, set=-9.0, when=When(silent))])
+    assert torch.allclose(same.nats, found.nats, rtol=1e-5)
+    assert not torch.allclose(losses(code_lm, d, texts, [Edit(loud, set=-90.0, when=When(loud))]).nats, found.nats, rtol=1e-2)  # fmt: skip
+
+
+def _fires(model: Model, d: saekit.Dictionary, texts: list[str]) -> torch.Tensor:
+    found = gather(d, model, texts, controls=False)[""]
+    return found.codes.firing_counts() > 0
 
 
 def test_rows_are_drawn_within_classes() -> None:
@@ -257,6 +286,7 @@ def test_questions_that_cant_be_asked_are_refused(code_lm: Model) -> None:
         (lambda: SUITES["tpp"](d, code_lm, texts, "one"), "attribute 'one' has 1 value of at least 10 texts"),
         (lambda: SUITES["tpp"](d, code_lm, texts, "tow"), "did you mean 'two'"),
         (lambda: SUITES["tpp"](d, code_lm, texts, "two", pool="max"), "pool 'max' is unknown"),
+        (lambda: SUITES["unlearning"](d, code_lm, texts, "two", value="x"), "value 'x' of attribute 'two' is that of 0 of 30 texts"),
         (lambda: gather(d, code_lm, ["a", ""], controls=False), "text 1 has no token that counts"),
         (lambda: absorbed(torch.zeros(1, 2), Codes.from_dense(torch.ones(1, 1)), torch.ones(1, 2), torch.ones(2), []), "own is empty"),
         (lambda: targeted([0.5], [[0.5]]), "1 class is there"),
@@ -268,3 +298,23 @@ def test_questions_that_cant_be_asked_are_refused(code_lm: Model) -> None:
         atoms_of(clt, "tpp")
     with pytest.raises(SaekitError, match="'row_norm' scales each row by itself"):
         atoms_of(saekit.create("topk", d_in=8, n_features=16, k=2, normalise="row_norm"), "tpp")
+
+
+def test_the_verb_writes_a_report_and_refuses_what_a_suite_does_not_ask_for(
+    code_lm: Model, tmp_path: Path
+) -> None:
+    d = small(code_lm)
+    d.card["data"] = {"model": {"name": "code-lm"}, "text": {"name": "stdlib"}}
+    saekit.save(d, tmp_path / "run")
+    texts = str(file_of(tmp_path))
+    done = command("eval", str(tmp_path / "run"), "--suite", "sparse_probing", "--labels", texts, "--json")
+    assert done.returncode == 0, done.stderr
+    written = json.loads((tmp_path / "run" / "eval_sparse_probing.json").read_text())
+    assert written == json.loads(done.stdout) and written["about"]["attribute"] == "topic"
+    for words, said in (
+        (("--suite", "tpp", "--value", "law"), "--value 'law' is nothing that suite 'tpp' asks for"),
+        (("--suite", "tppp"), "did you mean 'tpp'"),
+        (("--suite", "tpp", "--labels", "nowhere"), "labels 'nowhere' can't be read"),
+    ):
+        bad = command("eval", str(tmp_path / "run"), "--labels", texts, *words)
+        assert bad.returncode == 2 and said in bad.stderr

@@ -17,6 +17,7 @@ SUITES = Registry(
         "sparse_probing": "saekit.evaluate.probing:sparse_probing",
         "absorption": "saekit.evaluate.absorption:absorption",
         "scr": "saekit.evaluate.scr_tpp:spurious_removal",
+        "unlearning": "saekit.evaluate.unlearning:unlearning",
         "tpp": "saekit.evaluate.scr_tpp:targeted_perturbation",
     },
 )

@@ -40,6 +40,10 @@ class Texts:
     texts: list[str]
     attributes: dict[str, list[str]]
 
+    def at(self, rows: Int[Tensor, " some"]) -> list[str]:
+        """Some of the texts."""
+        return [self.texts[i] for i in rows.tolist()]
+
     def only(self, attribute: str | None) -> str:
         """The attribute that is named, or the only one."""
         names = list(self.attributes)

@@ -1,5 +1,6 @@
 """``saekit eval``: the metric table of a dictionary."""
 
+import inspect
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -92,7 +93,7 @@ def evaluate(
     suite: Annotated[
         str,
         typer.Option(
-            help="core, or one that asks about attributes of texts: sparse_probing, absorption, scr, tpp."
+            help="core, or one that asks about attributes of texts: sparse_probing, absorption, scr, tpp, unlearning."
         ),
     ] = "core",
     labels: Annotated[
@@ -108,6 +109,12 @@ def evaluate(
         str | None,
         typer.Option(
             help="scr: attribute that goes with it where a biased probe is fitted; default: the second."
+        ),
+    ] = None,
+    value: Annotated[
+        str | None,
+        typer.Option(
+            help="unlearning: value of the attribute that is to be forgotten; default: the most frequent."
         ),
     ] = None,
     pool: Annotated[
@@ -132,7 +139,9 @@ def evaluate(
     if suite != "core":
         if len(paths) > 1:
             raise SaekitError(f"--suite {suite} is of one dictionary, and {len(paths)} are given; name one")
-        report = _asked(suite, paths[0], model, labels, (attribute, spurious), pool, controls, device, seed)
+        report = _asked(
+            suite, paths[0], model, labels, (attribute, spurious), {"pool": pool, "value": value}, controls, device, seed
+        )  # fmt: skip
         return result(report.to_json(), as_json, table(report))
     runs, folder = _runs(paths)
     found = [load(run, device=device) for run in runs]
@@ -154,8 +163,8 @@ def evaluate(
 
 
 def _asked(
-    suite: str, path: str, model: str | None, labels: str, names: tuple[str | None, str | None], pool: str | None,
-    controls: bool, device: str | None, seed: int,
+    suite: str, path: str, model: str | None, labels: str, names: tuple[str | None, str | None],
+    given: dict[str, str | None],     controls: bool, device: str | None, seed: int,
 ) -> Any:  # fmt: skip
     """The report of a suite that asks about attributes of texts, written into the dictionary's folder."""
     from saekit.evaluate import SUITES
@@ -164,7 +173,10 @@ def _asked(
     from saekit.hub import load
     from saekit.hub.native import origin
     from saekit.models import load_model
+    from saekit.registry import nearest
 
+    if suite not in SUITES:
+        raise SaekitError(f"suite {suite!r} is unknown{nearest(suite, SUITES.table)}")
     run, d = SUITES[suite], load(path, device=device)
     check_writable(Path(path))
     view = load_model(model or origin(d.card)[0], device=device)
@@ -177,7 +189,13 @@ def _asked(
                 f"labels {labels!r} have the attribute {known[0]!r} alone, and scr takes two; give texts with another"
             )
         asked.append(names[1] or next(name for name in known if name != asked[0]))
-    options = {"controls": controls, "seed": seed, **({} if pool is None else {"pool": pool})}
+    options: dict[str, Any] = {name: chosen for name, chosen in given.items() if chosen is not None}
+    for name in options:
+        if name not in inspect.signature(run).parameters:
+            raise SaekitError(
+                f"--{name} {options[name]!r} is nothing that suite {suite!r} asks for; leave it out"
+            )
+    options |= {"controls": controls, "seed": seed}
     with progress("evaluate", "texts") as draw:
         report = run(d, view, texts, *asked, **options, on_batch=lambda done, total: draw(done, total, suite))
     report.save(path)
