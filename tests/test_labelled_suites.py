@@ -25,6 +25,7 @@ from saekit.evaluate.labelled import (
     halves,
     read_texts,
 )
+from saekit.evaluate.saebench_json import SHAPES, to_saebench, write_saebench
 from saekit.evaluate.scr_tpp import (
     ablated,
     mended,
@@ -169,7 +170,7 @@ def test_features_of_the_other_value_are_none_of_a_concept_s() -> None:
 # texts
 
 
-WORDS = {"law": "court judge law trial", "sea": "wave ship sail storm"}
+WORDS = {"l": "court judge law trial", "s": "wave ship sail storm"}
 
 
 def file_of(folder: Path, n: int = 20) -> Path:
@@ -208,6 +209,16 @@ def test_what_is_gathered_is_the_mean_over_a_text_s_own_tokens(code_lm: Model) -
             assert torch.allclose(found.codes.to_dense()[i], mine[1], atol=1e-4)
 
 
+@pytest.mark.peer
+@pytest.mark.parametrize("suite", SHAPES)
+def test_results_are_of_saebench_s_schema(suite: str, code_lm: Model, tmp_path: Path) -> None:
+    texts = read_texts(file_of(tmp_path))
+    d = small(code_lm)
+    report = SUITES[suite](d, code_lm, texts, *(("topic", "even") if suite == "scr" else ("topic",)))
+    file = write_saebench(report, d, "mine", tmp_path / "out")
+    exports.run("saebench_outputs", str(file), tmp_path, python=os.environ["SAEKIT_SAEBENCH"])
+
+
 @pytest.mark.parametrize("suite", [name for name in SUITES if name != "core"])
 def test_every_suite_gives_measures_with_controls(suite: str, code_lm: Model, tmp_path: Path) -> None:
     texts = read_texts(file_of(tmp_path))
@@ -215,6 +226,19 @@ def test_every_suite_gives_measures_with_controls(suite: str, code_lm: Model, tm
     report = SUITES[suite](small(code_lm), code_lm, texts, *asked)
     assert report.about["suite"] == suite and report.about["text"] == {"name": str(tmp_path / "texts.jsonl")}
     first = next(iter(report.values()))
+    if suite in SHAPES:
+        file = write_saebench(report, small(code_lm), "mine", tmp_path / "out")
+        data = json.loads(file.read_text())
+        assert file.parent.name == data["eval_type_id"] and data["sae_lens_release_id"] == "mine"
+        numbers = [v for category in data["eval_result_metrics"].values() for v in category.values()]
+        spreads = {
+            v for name, v in data["eval_result_metrics"].get("mean", {}).items() if name.startswith("std_dev")
+        }
+        known = [*spreads, *map(float, report.values())]
+        assert numbers and all(min(abs(v - w) for w in known) < 1e-12 for v in numbers)
+    else:
+        with pytest.raises(SaekitError, match="has no place in SAEBench's results"):
+            to_saebench(report, small(code_lm), "mine")
     beside = {"random", "random features"} if suite == "unlearning" else {"random", "random_omp"}
     assert first.n > 0 and first.interval is not None and beside <= first.control.keys()
 
@@ -312,8 +336,13 @@ def test_the_verb_writes_a_report_and_refuses_what_a_suite_does_not_ask_for(
     written = json.loads((tmp_path / "run" / "eval_sparse_probing.json").read_text())
     assert written == json.loads(done.stdout) and written["about"]["attribute"] == "topic"
     for words, said in (
-        (("--suite", "tpp", "--value", "law"), "--value 'law' is nothing that suite 'tpp' asks for"),
+        (("--suite", "tpp", "--value", "l"), "--value 'l' is nothing that suite 'tpp' asks for"),
         (("--suite", "tppp"), "did you mean 'tpp'"),
+        (("--suite", "unlearning", "--saebench", "x"), "'unlearning' has no place in SAEBench's results"),
+        (
+            ("--suite", "absorption", "--attribute", "even", "--saebench", "x"),
+            "is none; leave saebench out",
+        ),
         (("--suite", "tpp", "--labels", "nowhere"), "labels 'nowhere' can't be read"),
     ):
         bad = command("eval", str(tmp_path / "run"), "--labels", texts, *words)

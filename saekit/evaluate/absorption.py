@@ -60,9 +60,9 @@ def absorption(
     judged = {
         name: [concept(one, atoms_of(one.dictionary, "absorption"), probes[v], seed) for v in kept] for name, one in found.items()
     }  # fmt: skip
-    facts = {
-        "attribute": asked, "values": kept, "left_out": [v for v in values if v not in kept], "pool": pool, "seed": seed
-    }  # fmt: skip
+    each = {value: one.to_json() for value, one in zip(kept, judged[""], strict=True)}
+    left_out = [value for value in values if value not in kept]
+    facts = {"attribute": asked, "each": each, "left_out": left_out, "pool": pool, "seed": seed}
     return Report(measures(judged, seed), about("absorption", dictionary, model, texts, facts))
 
 
@@ -162,6 +162,14 @@ class Concept:
 
     absorbed: Absorbed
     own: list[int]
+
+    def to_json(self) -> dict[str, float]:
+        """Means over its texts, how many these are, and over how many features it is split."""
+        n = len(self.absorbed.full)
+        full, fraction = (
+            float(one.double().mean()) if n else 0.0 for one in (self.absorbed.full, self.absorbed.fraction)
+        )
+        return {"full": full, "fraction": fraction, "texts": n, "splits": len(self.own)}
 
 
 @dataclass(frozen=True)

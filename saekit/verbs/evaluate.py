@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from saekit.errors import SaekitError
-from saekit.verbs.console import Device, Json, Seed, progress, result
+from saekit.verbs.console import Device, Json, Seed, progress, result, say
 
 
 def table(report: Any) -> str:
@@ -120,6 +120,12 @@ def evaluate(
     pool: Annotated[
         str | None, typer.Option(help="mean of a text's tokens, or its last one; default: the suite's.")
     ] = None,
+    saebench: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder to write the result to as SAEBench does too, as EVAL/NAME_custom_sae_eval_results.json."
+        ),
+    ] = None,
     device: Device = None,
     seed: Seed = 0,
     as_json: Json = False,
@@ -140,7 +146,7 @@ def evaluate(
         if len(paths) > 1:
             raise SaekitError(f"--suite {suite} is of one dictionary, and {len(paths)} are given; name one")
         report = _asked(
-            suite, paths[0], model, labels, (attribute, spurious), {"pool": pool, "value": value}, controls, device, seed
+            suite, paths[0], model, labels, (attribute, spurious), {"pool": pool, "value": value}, controls, device, seed, saebench
         )  # fmt: skip
         return result(report.to_json(), as_json, table(report))
     runs, folder = _runs(paths)
@@ -164,11 +170,12 @@ def evaluate(
 
 def _asked(
     suite: str, path: str, model: str | None, labels: str, names: tuple[str | None, str | None],
-    given: dict[str, str | None],     controls: bool, device: str | None, seed: int,
+    given: dict[str, str | None],     controls: bool, device: str | None, seed: int, saebench: str | None,
 ) -> Any:  # fmt: skip
     """The report of a suite that asks about attributes of texts, written into the dictionary's folder."""
     from saekit.evaluate import SUITES
     from saekit.evaluate.labelled import families, letters, read_texts
+    from saekit.evaluate.saebench_json import check_saebench, write_saebench
     from saekit.harvest import check_writable
     from saekit.hub import load
     from saekit.hub.native import origin
@@ -189,6 +196,9 @@ def _asked(
                 f"labels {labels!r} have the attribute {known[0]!r} alone, and scr takes two; give texts with another"
             )
         asked.append(names[1] or next(name for name in known if name != asked[0]))
+    if saebench is not None:
+        check_saebench(suite, texts.values(asked[0]))
+        check_writable(Path(saebench))
     options: dict[str, Any] = {name: chosen for name, chosen in given.items() if chosen is not None}
     for name in options:
         if name not in inspect.signature(run).parameters:
@@ -199,4 +209,6 @@ def _asked(
     with progress("evaluate", "texts") as draw:
         report = run(d, view, texts, *asked, **options, on_batch=lambda done, total: draw(done, total, suite))
     report.save(path)
+    if saebench is not None:
+        say(f"SAEBench's result: {write_saebench(report, d, Path(path).resolve().name, Path(saebench))}")
     return report
