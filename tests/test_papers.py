@@ -103,6 +103,8 @@ OF_MODELS = (
     "sparse-probing",
     "geometry",
     "kernel-heterogeneity",
+    "moe-x",
+    "neural-operators",
 )
 
 
@@ -311,6 +313,8 @@ FAILED = {
     "sparse-attention-decomposition": ("random head: directions in S",),
     "auto-interp": ("fuzzing won by the",),
     "kernel-heterogeneity": ("active codes of homogeneous",),
+    "moe-x": ("coverage above that of the dense", "loss above that of the same"),
+    "neural-operators": ("R2 at twice the resolution over R2 at that of training, convolution",),
     "topic-alignment": ("the same where clamping makes", "a trained dictionary: how many times"),
     "patch-free-othello": ("squares of which a feature", "of the squares' clearest features"),
 }

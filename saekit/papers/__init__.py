@@ -51,5 +51,8 @@ PAPERS = Registry(
         "kernel-heterogeneity": "saekit.papers.kernel_heterogeneity:ROW",
         "latent-dynamics": "saekit.papers.latent_dynamics:ROW",
         "saebench-evals": "saekit.papers.saebench_evals:ROW",
+        "blindspots": "saekit.papers.blindspots:ROW",
+        "moe-x": "saekit.papers.moe_x:ROW",
+        "neural-operators": "saekit.papers.neural_operators:ROW",
     },
 )

@@ -1,0 +1,115 @@
+"""Experts that are routed to by how sparse they will be, and how well their neurons tell of factors (MoE-X, 2503.07639)."""
+
+import torch
+from torch import Tensor, nn
+
+from saekit.analyses.coverage import coverage
+from saekit.papers.claims import Claim, Reproduction, Tell, bars
+from saekit.papers.row import Found, Row
+from saekit.testbed.moe import BITS, FACTORS, STEPS, WORDS, Drawn, Mixture, World, active_share, learn
+
+EXPERTS, UNITS, K = 8, 32, 2
+CHOSEN, JUDGED = 4000, 20_000  # rows
+INPUTS, WIDE, D = 200, 1024, 64  # of the router's check on Gaussian weights
+MOE, SOFTMAX, GELU, RELU, UNTRAINED = "MoE-X", "softmax router", "dense GELU", "dense ReLU", "untrained"
+SMALL = "dense GELU of as many active units"
+MEASURES = ("loss", "coverage", "reconstruction", "active")
+
+
+def _made(name: str, seed: int) -> Mixture:
+    if name in (GELU, RELU, SMALL):
+        return Mixture(seed, 1, K * UNITS if name == SMALL else EXPERTS * UNITS, 1, "sparsity", name != RELU)
+    return Mixture(seed, EXPERTS, UNITS, K, "softmax" if name == SOFTMAX else "sparsity")
+
+
+def _ranks(predicted: Tensor, true: Tensor) -> float:
+    """Spearman of the experts' shares, mean over inputs; experts that tie share their rank."""
+    from scipy.stats import rankdata
+
+    a, b = (torch.from_numpy(rankdata(one.numpy(), axis=1)) for one in (predicted, true))
+    a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
+    return nn.functional.cosine_similarity(a, b).mean().item()
+
+
+def _shares(w_in: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    return active_share(w_in, x), (torch.einsum("rd,eud->reu", x, w_in) > 0).float().mean(2)
+
+
+def _gaussian(g: torch.Generator) -> Found:
+    """The router's estimate against the truth, for experts of Gaussian weights, and for experts in another order."""
+    mu, sigma = torch.randn(EXPERTS, 1, D, generator=g), 0.5 + torch.rand(EXPERTS, 1, D, generator=g)
+    w_in = mu + sigma * torch.randn(EXPERTS, WIDE, D, generator=g)
+    predicted, true = _shares(w_in, torch.randn(INPUTS, D, generator=g))
+    other = predicted.roll(1, 1)
+    return {
+        "error": (predicted - true).abs().mean().item(), "largest": (predicted - true).abs().max().item(),
+        "half": (0.5 - true).abs().mean().item(), "ranks": _ranks(predicted, true), "others": _ranks(other, true),
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def _measured(model: Mixture, some: Drawn, other: Drawn) -> Found:
+    a, b = (model.hidden(model.stream(one.bits)) for one in (some, other))
+    found = coverage(a, some.factors, b, other.factors)
+    predicted, true = _shares(model.w_in, model.stream(other.bits))
+    return {
+        "loss": nn.functional.cross_entropy(model(other.bits), other.words).item(), "coverage": found.coverage,
+        "reconstruction": found.reconstruction, "active": (b > 0).float().sum(1).mean().item(),
+        "error": (predicted - true).abs().mean().item(), "ranks": _ranks(predicted, true) if len(model.w_in) > 1 else 1.0,
+    }  # fmt: skip
+
+
+def measure(seed: int, tell: Tell) -> Found:
+    """The router on Gaussian weights, and models that learnt the same world."""
+    world, g = World(seed), torch.Generator().manual_seed(1000 + seed)
+    some, other = world.draw(CHOSEN, g), world.draw(JUDGED, g)
+    out: Found = {"gaussian": _gaussian(g), "entropy": world.entropy(other), "models": {}}
+    names = (MOE, SOFTMAX, GELU, SMALL, RELU, UNTRAINED)
+    for i, name in enumerate(names):
+        tell(i, len(names), name)
+        model = _made(name, seed)
+        if name != UNTRAINED:
+            learn(model, world, seed)
+        out["models"][name] = _measured(model, some, other)
+    return out
+
+
+def judge(found: Found) -> Reproduction:
+    """The router's two claims, and coverage and loss beside the dense model's."""
+    gaussian, models = found["gaussian"], found["models"]
+    own, dense = models[MOE], models[GELU]
+
+    def above(name: str, other: str) -> list[float]:
+        return [a - b for a, b in zip(models[name]["coverage"], models[other]["coverage"], strict=True)]
+
+    def worse(name: str) -> list[float]:
+        return [a / b - 1 for a, b in zip(models[name]["loss"], dense["loss"], strict=True)]
+
+    def mean(values: list[float]) -> float:
+        return sum(values) / len(values)
+
+    short = [text for text, is_short in (
+        (f"coverage is {mean(above(MOE, GELU)):+.3f} of the dense model's, where 0.05 above it is demanded", mean(above(MOE, GELU)) < 0.05),
+        (f"the loss is {mean(worse(MOE)):+.1%} of the dense model's, where 3 % at most is demanded", mean(worse(MOE)) > 0.03),
+    ) if is_short]  # fmt: skip
+    return Reproduction(
+        title="Experts that are routed to by their predicted sparsity have neurons that tell of factors",
+        source="Yang, Venhoff, Khakzar et al. 2025, ICML, arXiv 2503.07639",
+        setting=f"{FACTORS} conjunctions of {BITS} bits set the next of {WORDS} words; {EXPERTS} experts of {UNITS} units, {K} a row, against dense layers of as many units in total; {STEPS} steps each; neurons and thresholds chosen by {CHOSEN:,} rows, judged on {JUDGED:,} others. The router's check: {EXPERTS} experts of {WIDE} Gaussian units",
+        claims=[
+            Claim("error of the predicted active share, Gaussian weights, mean over inputs and experts", "none given", gaussian["error"], "<=", 0.03, gaussian["half"], "one half"),
+            Claim("Spearman of predicted and true active shares of the experts", "none given", gaussian["ranks"], ">=", 0.9, gaussian["others"], "another expert's prediction"),
+            Claim("coverage above that of the dense GELU model of as many parameters", "above dense (chess)", above(MOE, GELU), ">=", 0.05, above(SOFTMAX, GELU), SOFTMAX),
+            Claim("loss above that of the same model, as a share of it", "comparable to dense", worse(MOE), "<=", 0.03, worse(SOFTMAX), SOFTMAX),
+        ],
+        figure=bars("Single neurons and factors, on rows that nothing was chosen by", "F1", {m: {name: models[name][m] for name in models} for m in ("coverage", "reconstruction")}),
+        notes=[
+            *(["The claim of coverage at an equal loss does not hold here: " + "; ".join(short) + "."] if short else []),
+            f"After training, the prediction's error is {mean(own['error']):.3f}, and its Spearman {mean(own['ranks']):.2f}: the units are no longer Gaussian.",
+            f"The largest error of Gaussian weights is {mean(gaussian['largest']):.3f}; the words' entropy is {mean(found['entropy']):.3f} nats, which losses include.",
+        ],
+        controls={m if m != "active" else "active units a row": {name: models[name][m] for name in models} for m in MEASURES},
+    )  # fmt: skip
+
+
+ROW = Row(measure, judge)
