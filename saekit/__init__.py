@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from saekit.interventions import When as When
     from saekit.interventions import intervened as intervened
     from saekit.models import load_model as load_model
+    from saekit.report import concepts as concepts
     from saekit.report import dashboard as dashboard
     from saekit.report import fires as fires
     from saekit.report import graph_contexts as graph_contexts
@@ -67,6 +68,7 @@ _LAZY = {
     "Trainer": "saekit.trainers",
     "average": "saekit.graph.align",
     "calibrate": "saekit.dictionaries",
+    "concepts": "saekit.report",
     "constrained": "saekit.circuits.constrained",
     "create": "saekit.dictionaries",
     "dashboard": "saekit.report",

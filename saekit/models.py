@@ -5,10 +5,11 @@ import hashlib
 import inspect
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ CODE_LM = Path(__file__).parent / "code_lm"
 # names of the two halves of a block, as the families of transformers call them
 ATTENTION = ("attn", "self_attn", "attention", "self_attention")
 MLP = ("mlp", "feed_forward", "ffn")
+Processor = Callable[[list[Any]], Any]
 BEFORE_MLP = ("ln_2", "post_attention_layernorm", "layernorm_after", "ln2", "norm2")
 
 
@@ -57,14 +59,20 @@ def _inside_block(block: nn.Module) -> dict[str, str]:
 
 
 class Model:
-    """A model with named hook points and, where it has one, its tokenizer.
+    """A model with named hook points and, where it has one, its tokenizer, or ``processor`` of images (see :func:`load_model`).
 
     Hook points are TransformerLens names (``blocks.3.hook_resid_post``) where the model is a stack
     of blocks, and module paths (``model.layers.3.mlp``, with ``:in`` or ``:out``) always.
     """
 
-    def __init__(self, module: nn.Module, tokenizer: Any = None, name: str = "module"):
-        self.module, self.tokenizer, self.name = module.eval(), tokenizer, name
+    def __init__(
+        self,
+        module: nn.Module,
+        tokenizer: Any = None,
+        name: str = "module",
+        processor: Processor | None = None,
+    ):
+        self.module, self.tokenizer, self.name, self.processor = module.eval(), tokenizer, name, processor
         self._modules = dict(module.named_modules())
         self._aliases = self._block_names() | self._bridge_names()
         takes = inspect.signature(self.module.forward).parameters
@@ -217,8 +225,10 @@ class Model:
         }
 
 
-def _load_folder(source: str, name: str, dtype: torch.dtype | None) -> tuple[nn.Module, Any]:
-    """A Hugging Face folder or hub id: the class its config names, and its tokenizer where it has one."""
+def _load_folder(
+    source: str, name: str, dtype: torch.dtype | None
+) -> tuple[nn.Module, Any, Processor | None]:
+    """A Hugging Face folder or hub id: the class its config names, its tokenizer and its image processor where it has one."""
     import transformers
     from safetensors import SafetensorError
 
@@ -245,7 +255,26 @@ def _load_folder(source: str, name: str, dtype: torch.dtype | None) -> tuple[nn.
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError):
         tokenizer = None  # vision models and bare folders have none
-    return module, tokenizer
+    pixels = getattr(module, "main_input_name", "") == "pixel_values"
+    return module, tokenizer, _processor(source, config) if pixels else None
+
+
+def _processor(source: str, config: Any) -> Processor | None:
+    """The image processor beside a vision model; grey images for a model of one channel."""
+    import transformers
+
+    try:
+        own: Any = transformers.AutoImageProcessor.from_pretrained(source)
+    except (OSError, ValueError, KeyError, ImportError):
+        return None
+    grey = getattr(config, "num_channels", 3) == 1
+
+    def process(images: list[Any]) -> Any:
+        given = [np.asarray(image.convert("L"))[..., None] for image in images] if grey else images
+        more = {"input_data_format": "channels_last"} if grey else {}
+        return dict(own(images=given, return_tensors="pt", **more))
+
+    return process
 
 
 def _sentence_transformer(path: Path) -> Path:
@@ -264,11 +293,13 @@ def load_model(
     device: "str | torch.device | None" = None,
     dtype: torch.dtype | None = None,
     name: str | None = None,
+    processor: Processor | None = None,
 ) -> Model:
     """``code-lm``, a local Hugging Face folder, a hub id, a TransformerBridge or any ``nn.Module``.
 
     Weights are float32 unless ``dtype`` says otherwise; ``device`` defaults to the CPU. A hub id is
-    looked for locally first, and answered within 3 s when it can't be had.
+    looked for locally first, and answered within 3 s when it can't be had. ``processor`` makes a list of PIL images
+    what the module takes (pixels, or keyword arguments); a Hugging Face vision model brings its own.
     """
     if isinstance(source, Model):
         source.module.to(device=device, dtype=dtype)
@@ -277,7 +308,8 @@ def load_model(
         module = source.to(device) if device else source
         module = module.to(dtype) if dtype else module
         found = tokenizer if tokenizer is not None else getattr(source, "tokenizer", None)
-        return Model(module, found, name or getattr(source, "name_or_path", "") or type(source).__name__)
+        name = name or getattr(source, "name_or_path", "") or type(source).__name__
+        return Model(module, found, name, processor)
     spec = str(source)
     path = CODE_LM if spec == "code-lm" else _package_folder(spec) or Path(spec)
     if path.is_dir():
@@ -295,8 +327,8 @@ def load_model(
         if not _cached(spec):
             probe_hub(spec, "model")
         location = spec
-    module, own = _load_folder(location, spec, dtype)
-    return Model(module.to(device) if device else module, tokenizer or own, name or spec)
+    module, own, images = _load_folder(location, spec, dtype)
+    return Model(module.to(device) if device else module, tokenizer or own, name or spec, processor or images)
 
 
 def _package_folder(spec: str) -> Path | None:

@@ -40,7 +40,8 @@ class TokenRows:
     keep: np.ndarray
 
 
-def _held_out(name: str) -> bool:
+def is_held_out(name: str) -> bool:
+    """Whether a document or an image of this name is on the held-out side of the split."""
     return hashlib.sha256(name.encode()).digest()[0] % stdlib.HELD_OUT_SHARE == 0
 
 
@@ -218,7 +219,7 @@ def documents(text: "str | os.PathLike | Iterable[Any]", split: str = "train") -
         found = _dataset(spec)
     for i, document in enumerate(found):
         name = document.name if isinstance(document, Document) else f"{path.name}[{i}]"
-        if split == "all" or _held_out(name) == (split == "held_out"):
+        if split == "all" or is_held_out(name) == (split == "held_out"):
             yield document
 
 

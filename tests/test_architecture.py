@@ -17,7 +17,7 @@ RANKS = {
     "saekit.errors": 0, "saekit.types": 1, "saekit.registry": 1, "saekit.stdlib": 1,
     "saekit.records": 2, "saekit.pages": 2,
     "saekit.metrics": 3, "saekit.probes": 3, "saekit.hooks": 3, "saekit.tokens": 3, "saekit.activations": 3, "saekit.attention": 3,
-    "saekit.dictionaries": 4, "saekit.models": 4, "saekit.code_lm": 4,
+    "saekit.dictionaries": 4, "saekit.images": 4, "saekit.models": 4, "saekit.code_lm": 4,
     "saekit.graph": 5, "saekit.harvest": 5, "saekit.hub": 5, "saekit.interventions": 5, "saekit.layers": 5, "saekit.replacement": 5,
     "saekit.trainers": 6, "saekit.evaluate": 6, "saekit.analyses": 6, "saekit.topics": 6, "saekit.circuits": 6, "saekit.autointerp": 6, "saekit.testbed": 6, "saekit.steer": 6, "saekit.observer": 6,
     "saekit.contract": 7, "saekit.papers": 7, "saekit.report": 7,

@@ -16,6 +16,7 @@ from saekit.activations import (
     DTYPES,
 )
 from saekit.hooks import capture
+from saekit.images import ImageFolder, image_files
 from saekit.models import Model
 from saekit.records import check_types
 from saekit.registry import nearest
@@ -76,7 +77,12 @@ class Stream:
         self.done_tokens = 0  # of the batches skipped
         self.norm_limits: dict[str, float] = {}
         self.named = isinstance(text, str | os.PathLike)
-        self.text, self.raw = (text, False) if self.named else _given(text, config.batch_rows)
+        images = self.named and model.tokenizer is None and image_files(text)
+        if images:
+            self.text, self.raw = _images(model, text, config), True
+        else:
+            self.text, self.raw = (text, False) if self.named else _given(text, config.batch_rows)
+        self.source = text
         if self.raw:
             return
         check_text(self.text)
@@ -230,7 +236,11 @@ class Stream:
     def text_identity(self) -> dict[str, Any]:
         """What the text is: its name, or a digest of what was given."""
         if self.named:
-            return {"name": os.fspath(self.text), "split": self.config.split, "state": fingerprint(self.text)}
+            return {
+                "name": os.fspath(self.source),
+                "split": self.config.split,
+                "state": fingerprint(self.source),
+            }
         if isinstance(self.text, Given):
             return self.text.identity()
         digest = hashlib.sha256()
@@ -246,6 +256,14 @@ class Stream:
                     f"{getattr(part, 'dtype', '')} {tuple(getattr(part, 'shape', ()))} ".encode() + data
                 )
         return {"name": GIVEN, "items": len(self.text), "sha256": digest.hexdigest()}
+
+
+def _images(model: Model, folder: Any, config: HarvestConfig) -> ImageFolder:
+    if model.processor is None:
+        raise SaekitError(
+            f"text {os.fspath(folder)!r} holds images and model {model.name!r} has no image processor; give processor= to load_model, or pixels as tensors"
+        )
+    return ImageFolder(folder, model.processor, config.batch_rows, config.split)
 
 
 def _given(text: Any, batch_rows: int) -> tuple[Any, bool]:

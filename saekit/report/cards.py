@@ -2,7 +2,7 @@
 
 import mmap
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
@@ -29,6 +29,7 @@ from saekit.types import ActivationBatch, SaekitError
 
 Logits = tuple[list[tuple[str, Number]], list[tuple[str, Number]]]
 N_LOGITS = 10
+DENSITY_TOKENS = 65_536  # that tell which features fire, where no evaluation does
 BATCH_ROWS = 4  # of a forward pass: a page needs no speed that costs memory
 CELLS = 1 << 24  # of logits at once: 64 MiB
 
@@ -270,6 +271,18 @@ def _ranked(best: Any, spell: Callable[[int], str]) -> list[list[tuple[str, Numb
         [(spell(token), value) for token, value in zip(*row, strict=True)]
         for row in zip(tokens, values, strict=True)
     ]
+
+
+def density_over(dictionary: Dictionary, source: Iterable[ActivationBatch]) -> Tensor:
+    """How often each feature fires over the first ``DENSITY_TOKENS`` unmasked positions."""
+    counts, n = torch.zeros(dictionary.n_features, dtype=torch.float64), 0
+    for batch in source:
+        codes = dictionary.codes_of(batch)
+        n += codes.rows
+        counts += codes.firing_counts().cpu()
+        if n >= DENSITY_TOKENS:
+            break
+    return counts / max(n, 1)
 
 
 def spread(density: Tensor, n: int, first: Collection[int] = ()) -> list[int]:

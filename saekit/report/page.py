@@ -117,7 +117,7 @@ class RunReport:
     ``facts`` are (label, value) pairs: what was trained, on what. ``curves`` maps a name to (steps,
     values), None where nothing was measured; names that agree up to a "/" share a chart:
     "loss/reconstruction", "loss/auxk". ``density`` holds the share of tokens that each feature of the dictionary fires on.
-    ``elsewhere`` says in words what features are that have no card and are named as neighbours.
+    ``pictures`` are figures of features on images, as HTML. ``elsewhere`` says in words what features are that have no card and are named as neighbours.
     """
 
     title: str
@@ -126,6 +126,7 @@ class RunReport:
     density: Sequence[Number] = ()
     metrics: tuple[Metric, ...] = ()
     features: tuple[FeatureCard, ...] = ()
+    pictures: tuple[str, ...] = ()
     elsewhere: Mapping[int, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)

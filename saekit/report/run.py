@@ -14,14 +14,16 @@ from saekit.dictionaries.sequences import Sequences
 from saekit.evaluate import read_report
 from saekit.harvest import check_writable
 from saekit.hub import native
-from saekit.report.cards import Reading, cards, explained, reading, spread
+from saekit.images import image_files
+from saekit.report.cards import Reading, cards, density_over, explained, reading, spread
 from saekit.report.cards import codes_of as codes_of  # the graph's contexts take it from here
+from saekit.report.concepts import of_reading
 from saekit.report.page import Explained, FeatureCard, Metric, RunReport, write
 from saekit.trainers import read_config
 from saekit.trainers.log import read as read_log
 from saekit.types import SaekitError
 
-DENSITY_TOKENS = 65_536  # that tell which features fire, where no evaluation does
+PICTURED = 100  # features of a vision dictionary at most, each with its images
 EXPLAIN: dict[str, tuple[Literal["higher", "lower"] | None, str]] = {
     "l0": (None, "active features per token"),
     "fvu": ("lower", "squared error over the variance about the mean, both summed over all tokens; 1 predicts the mean"),
@@ -52,7 +54,8 @@ def dashboard(
 ) -> Path:
     """Write the report of a finished run (or of any saved dictionary) as one HTML file; returns its path.
 
-    Shown are ``features``, or else all that fire, of which ``n_features`` are taken at even steps of density where
+    A dictionary of a vision model is shown on images (at most ``PICTURED`` features), any other on text. Shown are
+    ``features``, or else all that fire, of which ``n_features`` are taken at even steps of density where
     there are more, those with an explanation first; with contexts from ``tokens`` tokens: those of the store it was trained on, where that is still
     there, else harvested anew. The metric table is there once ``saekit eval`` has written eval.json, explanations
     once explanations.json lies beside the dictionary.
@@ -76,6 +79,12 @@ def dashboard(
         raise SaekitError(f"feature {outside[0]} is not in a dictionary of {dictionary.n_features} features")
     check_writable(target.parent)
     density = _density(dictionary, source, evaluation)
+    if source.view.tokenizer is None and isinstance(source.text, str) and image_files(source.text):
+        few = min(n_features, PICTURED)
+        own = of_reading(source, sorted(set(features)) if features else None, few, said, on_batch=on_batch)
+        page = _page(config, read_log(folder), dictionary, card, evaluation, density, [])
+        write(replace(page, pictures=tuple(own.figures())), target)
+        return target
     chosen = sorted(set(features)) if features else spread(density, n_features, said)
     found, counted = cards(source, chosen, seed, said, on_batch)
     page = _page(config, read_log(folder), dictionary, card, evaluation, density, found)
@@ -98,14 +107,7 @@ def _density(dictionary: Dictionary, source: Reading, evaluation: dict[str, Any]
                 "the density in eval.json is not one number for each feature; run `saekit eval` again"
             )
         return torch.tensor(measured["value"], dtype=torch.float64)
-    counts, n = torch.zeros(dictionary.n_features, dtype=torch.float64), 0
-    for batch in source:
-        codes = dictionary.codes_of(batch)
-        n += codes.rows
-        counts += codes.firing_counts().cpu()
-        if n >= DENSITY_TOKENS:
-            break
-    return counts / max(n, 1)
+    return density_over(dictionary, source)
 
 
 def _explained_notes(found: Sequence[FeatureCard]) -> list[str]:
