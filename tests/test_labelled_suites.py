@@ -6,6 +6,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import exports
 import pytest
@@ -39,6 +40,7 @@ from saekit.evaluate.scr_tpp import (
 from saekit.evaluate.unlearning import losses
 from saekit.interventions import Edit, When
 from saekit.models import Model
+from saekit.testbed.facts import facts
 from saekit.testbed.labelled import absorbing, spurious
 from saekit.types import Codes, SaekitError
 
@@ -209,25 +211,34 @@ def test_what_is_gathered_is_the_mean_over_a_text_s_own_tokens(code_lm: Model) -
             assert torch.allclose(found.codes.to_dense()[i], mine[1], atol=1e-4)
 
 
+def question(suite: str, code_lm: Model, folder: Path) -> tuple[Any, ...]:
+    """A dictionary, its model, texts, and what a suite is to ask about them."""
+    if suite == "ravel":
+        world = facts(0)
+        (folder / "texts.jsonl").write_text("\n".join(map(json.dumps, world.lines())))
+        model = saekit.load_model(world.model, tokenizer=world.tokenizer)
+        return world.of_values(), model, read_texts(folder / "texts.jsonl"), "a0"
+    texts = read_texts(file_of(folder))
+    return small(code_lm), code_lm, texts, *(("topic", "even") if suite == "scr" else ("topic",))
+
+
 @pytest.mark.peer
 @pytest.mark.parametrize("suite", SHAPES)
 def test_results_are_of_saebench_s_schema(suite: str, code_lm: Model, tmp_path: Path) -> None:
-    texts = read_texts(file_of(tmp_path))
-    d = small(code_lm)
-    report = SUITES[suite](d, code_lm, texts, *(("topic", "even") if suite == "scr" else ("topic",)))
+    d, *asked = question(suite, code_lm, tmp_path)
+    report = SUITES[suite](d, *asked)
     file = write_saebench(report, d, "mine", tmp_path / "out")
     exports.run("saebench_outputs", str(file), tmp_path, python=os.environ["SAEKIT_SAEBENCH"])
 
 
 @pytest.mark.parametrize("suite", [name for name in SUITES if name != "core"])
 def test_every_suite_gives_measures_with_controls(suite: str, code_lm: Model, tmp_path: Path) -> None:
-    texts = read_texts(file_of(tmp_path))
-    asked = ("topic", "even") if suite == "scr" else ("topic",)
-    report = SUITES[suite](small(code_lm), code_lm, texts, *asked)
+    d, *asked = question(suite, code_lm, tmp_path)
+    report = SUITES[suite](d, *asked)
     assert report.about["suite"] == suite and report.about["text"] == {"name": str(tmp_path / "texts.jsonl")}
     first = next(iter(report.values()))
     if suite in SHAPES:
-        file = write_saebench(report, small(code_lm), "mine", tmp_path / "out")
+        file = write_saebench(report, d, "mine", tmp_path / "out")
         data = json.loads(file.read_text())
         assert file.parent.name == data["eval_type_id"] and data["sae_lens_release_id"] == "mine"
         numbers = [v for category in data["eval_result_metrics"].values() for v in category.values()]
@@ -238,8 +249,9 @@ def test_every_suite_gives_measures_with_controls(suite: str, code_lm: Model, tm
         assert numbers and all(min(abs(v - w) for w in known) < 1e-12 for v in numbers)
     else:
         with pytest.raises(SaekitError, match="has no place in SAEBench's results"):
-            to_saebench(report, small(code_lm), "mine")
-    beside = {"random", "random features"} if suite == "unlearning" else {"random", "random_omp"}
+            to_saebench(report, d, "mine")
+    others = {"unlearning": "random features", "ravel": "coordinates"}
+    beside = {"random", others.get(suite, "random_omp")}
     assert first.n > 0 and first.interval is not None and beside <= first.control.keys()
 
 

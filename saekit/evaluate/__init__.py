@@ -18,6 +18,7 @@ SUITES = Registry(
         "absorption": "saekit.evaluate.absorption:absorption",
         "scr": "saekit.evaluate.scr_tpp:spurious_removal",
         "unlearning": "saekit.evaluate.unlearning:unlearning",
+        "ravel": "saekit.evaluate.ravel:disentanglement",
         "tpp": "saekit.evaluate.scr_tpp:targeted_perturbation",
     },
 )

@@ -72,8 +72,18 @@ def _tpp(report: Report) -> Shape:
     return "tpp", {"tpp_metrics": metrics}, [{"dataset_name": report.about["text"]["name"], **metrics}]
 
 
+def _ravel(report: Report) -> Shape:
+    names = {
+        "disentanglement_score": "disentanglement",
+        "cause_score": "cause",
+        "isolation_score": "isolation",
+    }
+    metrics = {name: float(report[own]) for name, own in names.items()}
+    return "ravel", {"ravel": metrics}, []
+
+
 SHAPES: dict[str, Callable[[Report], Shape]] = {
-    "sparse_probing": _probing, "absorption": _absorption, "scr": _scr, "tpp": _tpp
+    "sparse_probing": _probing, "absorption": _absorption, "scr": _scr, "tpp": _tpp, "ravel": _ravel
 }  # fmt: skip
 
 

@@ -93,7 +93,7 @@ def evaluate(
     suite: Annotated[
         str,
         typer.Option(
-            help="core, or one that asks about attributes of texts: sparse_probing, absorption, scr, tpp, unlearning."
+            help="core, or one that asks about attributes of texts: sparse_probing, absorption, scr, tpp, ravel, unlearning."
         ),
     ] = "core",
     labels: Annotated[
@@ -189,7 +189,7 @@ def _asked(
     view = load_model(model or origin(d.card)[0], device=device)
     texts = {"families": families, "letters": lambda: letters(view)}.get(labels, lambda: read_texts(labels))()
     known = list(texts.attributes)
-    asked = [names[0] or known[0]]
+    asked = [names[0] or (known[0] if suite != "ravel" else None)]  # which asks for all that prompts ask for
     if suite == "scr":
         if names[1] is None and len(known) < 2:
             raise SaekitError(
@@ -197,7 +197,7 @@ def _asked(
             )
         asked.append(names[1] or next(name for name in known if name != asked[0]))
     if saebench is not None:
-        check_saebench(suite, texts.values(asked[0]))
+        check_saebench(suite, texts.values(asked[0]) if suite == "absorption" else ())
         check_writable(Path(saebench))
     options: dict[str, Any] = {name: chosen for name, chosen in given.items() if chosen is not None}
     for name in options:

@@ -6,12 +6,13 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 from sae_bench.evals.absorption.eval_output import AbsorptionEvalOutput
+from sae_bench.evals.ravel.eval_output import RAVELEvalOutput
 from sae_bench.evals.scr_and_tpp.eval_output import ScrEvalOutput, TppEvalOutput
 from sae_bench.evals.sparse_probing.eval_output import SparseProbingEvalOutput
 
 OUTPUTS = {
     "absorption_first_letter": AbsorptionEvalOutput, "scr": ScrEvalOutput, "tpp": TppEvalOutput,
-    "sparse_probing": SparseProbingEvalOutput,
+    "sparse_probing": SparseProbingEvalOutput, "ravel": RAVELEvalOutput,
 }  # fmt: skip
 
 if __name__ == "__main__":
