@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import torch
 
 import saekit
 from saekit.dictionaries.objective import OBJECTIVES
@@ -63,12 +64,32 @@ def test_every_term_that_has_a_weight_is_in_the_tables() -> None:
     assert {term for term, _ in WARMUPS} == having("warmup")
 
 
+def test_a_fixed_penalty_needs_no_end() -> None:
+    d = saekit.create("jumprelu", d_in=16, n_features=64, coefficient=0.1)
+    assert torch.isfinite(saekit.Trainer(d).step(torch.randn(64, 16))["loss"])
+
+
+@pytest.mark.parametrize("alpha", [math.nan, math.inf, 0.0])
+def test_a_support_that_is_no_number_is_refused(alpha: float) -> None:
+    with pytest.raises(SaekitError, match=f"alpha = {alpha} must be a number above 0"):
+        saekit.create("topk", d_in=8, n_features=16, k=2, alpha=alpha)
+
+
+def test_budgets_above_k_are_refused() -> None:
+    with pytest.raises(SaekitError, match=r"budgets = \(4, 64\) end above the 8 codes of a row"):
+        saekit.create("hierarchical_topk", d_in=8, n_features=128, k=8, budgets=(4, 64))
+    saekit.create("hierarchical_topk", d_in=8, n_features=128, k=8, budgets=(4, 8))
+
+
 def test_create_refuses_them_too() -> None:
     with pytest.raises(SaekitError, match=r"coefficient = -1\.0 must"):
         saekit.create("topk", d_in=8, n_features=16, k=2, **{"auxk.coefficient": -1.0})
 
 
-@pytest.mark.parametrize(("preset", "options"), [("p_annealing", {}), ("topk", {"k_start": 16})])
+STEERED = [(name, {}) for name in ("relu", "jumprelu", "gated", "tanh")]
+
+
+@pytest.mark.parametrize(("preset", "options"), [("p_annealing", {}), ("topk", {"k_start": 16}), *STEERED])
 def test_what_falls_over_a_run_needs_its_length(preset: str, options: dict[str, int]) -> None:
     d = saekit.create(preset, d_in=16, n_features=64, k=4, **options)
     with pytest.raises(SaekitError, match="steps is not given"):

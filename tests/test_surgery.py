@@ -43,6 +43,19 @@ def test_calibration_gives_the_wanted_l0_exactly(name: str, rows: torch.Tensor) 
         assert (codes.values > 0).all()
 
 
+@pytest.mark.parametrize("name", ["groupmax", "switch", "codebook"])
+def test_groups_of_equal_size_are_not_cut(name: str, rows: torch.Tensor) -> None:
+    d = make(name, **{"switch": {"experts": 4}, "codebook": {"groups": 4}}.get(name, {}))
+    d.prepare(rows)
+    keep = torch.arange(128) >= 10
+    with pytest.raises(SaekitError, match="of equal size, which pruning would break"):
+        prune(d, keep)
+    if name == "codebook":
+        whole = make(name)
+        whole.prepare(rows)
+        assert prune(whole, keep)[0].n_features == 118
+
+
 def test_calibration_of_a_topk_keeps_its_values(rows: torch.Tensor) -> None:
     d = make("topk")
     d.prepare(rows)
@@ -199,6 +212,29 @@ def test_a_warm_start_is_the_same_function(
         assert saekit.metrics.fvu(rows, run.dictionary(rows)) == pytest.approx(
             saekit.metrics.fvu(rows, other(rows)), rel=1e-3
         )
+
+
+def test_it_begins_at_a_checkpoint_of_a_run_that_is_not_finished(rows: torch.Tensor, tmp_path: Path) -> None:
+    saekit.train(make("topk"), rows, steps=20, batch_size=256, lr=2e-3, checkpoint_every=10, out=tmp_path)
+    whole = saekit.load(tmp_path)
+    (tmp_path / "dictionary.safetensors").unlink()
+    (tmp_path / "card.json").unlink()
+    begun = {}
+    for name in ("", "checkpoints/step-00000010", "checkpoints/step-00000020"):
+        d = make("topk", seed=1)
+        saekit.train(d, rows, steps=1, batch_size=256, lr=1e-9, init=str(tmp_path / name))
+        begun[name] = d
+    assert torch.equal(begun[""].W_dec, begun["checkpoints/step-00000020"].W_dec)
+    torch.testing.assert_close(begun[""](rows), whole(rows), rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(begun["checkpoints/step-00000010"](rows), whole(rows), rtol=1e-2, atol=1e-2)
+    for name in ("checkpoints/step-00000015", "checkpoints/step-00000010"):
+        file = tmp_path / name / "state.safetensors"
+        if file.exists():
+            file.write_bytes(file.read_bytes()[:-1])
+        else:
+            file.parent.mkdir()
+        with pytest.raises(SaekitError, match="holds no intact checkpoint"):
+            saekit.train(make("topk"), rows, steps=1, batch_size=256, init=str(tmp_path / name))
 
 
 def test_a_warm_start_takes_the_normalisation_or_says_what_is_missing(rows: torch.Tensor) -> None:

@@ -43,6 +43,40 @@ def test_requested_l0_is_met_and_few_features_die_far_off_centre(name: str, rows
         assert run.metrics["dead_share"] < 0.05
 
 
+@pytest.mark.parametrize("name", ["switch", "codebook", "archetypal"])
+def test_seeds_begin_apart_and_draw_from_no_one_else(name: str, rows: torch.Tensor) -> None:
+    def begun(seed: int) -> list[torch.Tensor]:
+        d = saekit.create(name, d_in=32, n_features=128, k=4, seed=seed)
+        d.prepare(rows)
+        parts = {"switch": lambda: d.selection.router, "archetypal": lambda: d.atoms.points}
+        return [parts.get(name, lambda: d.W_dec)().detach().clone(), d.W_dec.detach().clone()]
+
+    torch.manual_seed(5)
+    after = torch.rand(3)
+    torch.manual_seed(5)
+    first, again, other = begun(0), begun(0), begun(1)
+    assert all(map(torch.equal, first, again)) and not any(map(torch.equal, first, other))
+    assert torch.equal(torch.rand(3), after)
+
+
+def test_resampling_clears_the_moments_of_features_alone(rows: torch.Tensor) -> None:
+    """Where there are as many features as dimensions too."""
+    d = saekit.create("topk", d_in=32, n_features=32, k=4)
+    trainer = saekit.Trainer(d, lr=1e-3, resample_every=3)
+    for _ in range(2):
+        trainer.step(rows[:256])
+    at = next(i for i, p in enumerate(trainer.optimizer.parameters) if p is d.b_dec)
+    with torch.no_grad():
+        d.b_enc[:8] = -1e3  # silent ones
+    trainer.silent[:8] = trainer.dead_after
+    kept = trainer.optimizer.moments[at][1].clone()
+    trainer.step(rows[:256])
+    assert (trainer.optimizer.moments[at][1] > 0.9 * kept).all() and (kept > 0).all()
+    which = next(i for i, p in enumerate(trainer.optimizer.parameters) if p is d.b_enc)
+    cleared = trainer.optimizer.moments[which][1] == 0
+    assert cleared.any() and not cleared.all()
+
+
 def test_a_dial_that_saturates_says_so(rows: torch.Tensor) -> None:
     """What 64 features can't give is said after a run in which a possible L0 is met in silence."""
     with pytest.warns(UserWarning, match="k = 60 was asked for and L0 is"):
@@ -60,22 +94,26 @@ def test_a_threshold_that_has_not_settled_says_so() -> None:
 
 
 @pytest.mark.parametrize(
-    ("latents", "steps"),
+    ("name", "latents", "steps"),
     [
-        (512, 700),
-        pytest.param(1024, 1000, marks=pytest.mark.slow),
-        pytest.param(1024, 300, marks=pytest.mark.slow),
+        ("topk", 512, 700),
+        ("jumprelu", 512, 1200),
+        pytest.param("topk", 1024, 1000, marks=pytest.mark.slow),
+        pytest.param("topk", 1024, 300, marks=pytest.mark.slow),
+        pytest.param("batchtopk", 512, 2000, marks=pytest.mark.slow),
+        pytest.param("jumprelu", 512, 2000, marks=pytest.mark.slow),
     ],
 )
-def test_few_features_die_where_there_are_more_than_the_data_has(latents: int, steps: int) -> None:
+def test_few_features_die_where_there_are_more_than_the_data_has(name: str, latents: int, steps: int) -> None:
     """256 true features 30 standard deviations off centre, two and four times as many latents, short runs."""
     g = torch.Generator().manual_seed(0)
     true = torch.nn.functional.normalize(torch.randn(256, 64, generator=g), dim=1)
     on = (torch.rand(40_000, 256, generator=g) < 8 / 256) * (1 + torch.rand(40_000, 256, generator=g))
     x = on @ true
     x = x + 30 * x.std()
-    d = saekit.create("topk", d_in=64, n_features=latents, k=8)
+    d = saekit.create(name, d_in=64, n_features=latents, k=8)
     saekit.train(d, x, steps=steps, batch_size=512)
+    assert saekit.metrics.l0(d.encode(x)) == pytest.approx(8, rel=0.1)
     assert (d.encode(x).firing_counts() == 0).float().mean() < 0.05
 
 

@@ -80,4 +80,5 @@ def resample(
     dictionary.b_enc[dead] = 0
     if hasattr(dictionary.selection, "reset"):
         dictionary.selection.reset(dead)
-    optimizer.forget(dead)
+    learnt = [p for p in dictionary.selection.parameters() if len(p) == len(dead)]
+    optimizer.forget(dead, [dictionary.atoms.weight, dictionary.b_enc, dictionary.encoder, *learnt])

@@ -1,5 +1,7 @@
 """Where a dictionary's atoms begin, when not at random directions: one function and one line each, or where another ended."""
 
+import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,12 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from saekit.dictionaries import Dictionary, warm_start
+from saekit.dictionaries.config import Config
+from saekit.dictionaries.kinds import build
 from saekit.dictionaries.rows import as_rows
 from saekit.hub import load
 from saekit.registry import nearest
+from saekit.trainers import checkpoint
 from saekit.types import SaekitError
 
 VARIANCE = 0.99  # share of the data's variance that the active subspace holds
@@ -33,7 +38,7 @@ def initialise(dictionary: Dictionary, name: str, batch: Any) -> None:
     ``batch`` is what ``dictionary.gather`` gives.
     """
     if name not in INITS:
-        warm_start(dictionary, load(name))
+        warm_start(dictionary, unfinished(Path(name)) or load(name))
         return
     weight = getattr(dictionary.atoms, "weight", None)
     if not isinstance(weight, torch.nn.Parameter):
@@ -43,6 +48,29 @@ def initialise(dictionary: Dictionary, name: str, batch: Any) -> None:
     INITS[name](dictionary, as_rows(dictionary, f"init = {name!r}", alike=False).pairs(batch)[1])
     if dictionary.encoder is not None and dictionary.wiring.same_space:
         dictionary.encoder.copy_(weight)
+
+
+def unfinished(path: Path) -> Dictionary | None:
+    """The dictionary of the newest checkpoint of a run that isn't finished, or of the checkpoint that is named; else None."""
+    from saekit.trainers.config import read_config  # which checks what is named here
+
+    named = re.fullmatch(r"step-(\d+)", path.name)
+    run, step = (path.parent.parent, int(named[1])) if named else (path, None)
+    if (step is None and (run / "dictionary.safetensors").exists()) or not (run / "checkpoints").is_dir():
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of last bits on another machine
+        found = checkpoint.latest(run / "checkpoints", step)
+    if found is None or step not in (None, found[1]["step"]):
+        raise SaekitError(
+            f"init {str(path)!r} holds no intact checkpoint; name a run, or one of its checkpoints"
+        )
+    config = read_config(run / "config.json")
+    d = build(Config.from_json(config["dictionary"]), config["init_seed"])
+    d.load_state_dict(
+        {k.removeprefix("dictionary."): v for k, v in found[0].items() if k.startswith("dictionary.")}
+    )
+    return d
 
 
 def active_subspace(dictionary: Dictionary, y: Float[Tensor, "batch d_out"]) -> None:

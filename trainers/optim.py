@@ -111,10 +111,11 @@ class Adam:
             )  # fmt: skip
             p.grad = None
 
-    def forget(self, which: Tensor) -> None:
-        """Clear the moments of some features, in every parameter that has a row or an entry for each."""
+    def forget(self, which: Tensor, of: Iterable[Tensor]) -> None:
+        """Clear the moments of some features in parameters that have a row or an entry for each."""
+        own = {id(p) for p in of}
         for p, moments in zip(self.parameters, self.moments, strict=True):
-            if len(p) == len(which):
+            if id(p) in own:
                 for moment in moments:
                     moment[which] = 0
 

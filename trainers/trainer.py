@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saekit.dictionaries import Dictionary, TrainState
+from saekit.dictionaries.objective.coefficient import PenaltyConfig
 from saekit.harvest import ContinuedBatch
 from saekit.kernels import serial
 from saekit.trainers import dead, optim
@@ -22,9 +23,16 @@ def _check_endless(dictionary: Dictionary) -> None:
     """Raise where something would fall over a run whose length is unknown."""
     names = [name for name, _ in dictionary.config.objective]
     k_start = getattr(dictionary.config.selection[1], "k_start", None)
-    if k_start is not None or "p_annealed" in names:
-        what = f"k_start = {k_start}" if k_start is not None else "objective 'p_annealed'"
-        raise SaekitError(f"steps is not given, and {what} falls over the run; give steps=...")
+    steered = [
+        name for name, c in dictionary.config.objective if isinstance(c, PenaltyConfig) and c.k is not None
+    ]
+    found = [
+        *([f"k_start = {k_start}"] if k_start is not None else []),
+        *(["objective 'p_annealed'"] if "p_annealed" in names else []),
+        *(f"the L0 that {name!r} steers to" for name in steered),
+    ]
+    if found:
+        raise SaekitError(f"steps is not given, and {found[0]} falls over the run; give steps=...")
 
 
 class Trainer:

@@ -72,6 +72,8 @@ class Config:
         for _, config in (self.wiring, self.selection, *self.objective):
             if hasattr(config, "check"):
                 config.check(self.n_features)
+            if hasattr(config, "check_beside"):
+                config.check_beside(self.selection[1])
         self._check_fit()
         self._check_needs()
         self._check_encoder()

@@ -13,7 +13,7 @@ from saekit.dictionaries.config import Config
 from saekit.dictionaries.dictionary import Dictionary
 from saekit.dictionaries.objective import OBJECTIVES
 from saekit.dictionaries.selection import SELECTIONS
-from saekit.dictionaries.training import Forward, Selected, TrainState
+from saekit.dictionaries.training import Forward, Selected, TrainState, drawn_by
 from saekit.kernels import sparse_decode
 from saekit.types import ActivationBatch, Codes, Loss, SaekitError
 
@@ -34,7 +34,8 @@ class Rows(Dictionary):
     def __init__(self, config: Config, seed: int = 0):
         super().__init__(config, seed)
         n, d_out = config.n_features, self.d_out
-        self.selection = SELECTIONS[config.selection[0]](config.selection[1], n, self.d_in)
+        with drawn_by(seed):
+            self.selection = SELECTIONS[config.selection[0]](config.selection[1], n, self.d_in)
         self.terms = nn.ModuleDict({name: OBJECTIVES[name](c, n) for name, c in config.objective})
         generator = torch.Generator().manual_seed(seed)
         own = self.selection.mask(n, self.d_in) if hasattr(self.selection, "mask") else None
@@ -219,13 +220,14 @@ class Rows(Dictionary):
         if not self.normalised:
             self.set_normalisation(batch)
         x, y = self.pairs(batch)
-        if hasattr(self.atoms, "prepare"):
-            self.atoms.prepare(y)
-            if self.encoder is not None and self.wiring.same_space:
-                self.encoder.copy_(nn.functional.normalize(self.atoms.rows(), dim=-1))
-        if hasattr(self.selection, "prepare"):
-            self.selection.prepare(x, self._encoder_rows(), self.b_enc)
-            self.after_step()
+        with drawn_by(self.seed):
+            if hasattr(self.atoms, "prepare"):
+                self.atoms.prepare(y)
+                if self.encoder is not None and self.wiring.same_space:
+                    self.encoder.copy_(nn.functional.normalize(self.atoms.rows(), dim=-1))
+            if hasattr(self.selection, "prepare"):
+                self.selection.prepare(x, self._encoder_rows(), self.b_enc)
+                self.after_step()
         self.prepared.fill_(True)
 
     @torch.no_grad()

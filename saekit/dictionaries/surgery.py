@@ -27,7 +27,11 @@ NOT_THRESHOLDS = {
     "codebook": "its codes are 1, and a threshold's are the pre-activations",
 }
 NEAR = 0.05  # relative difference of the offsets at which two features still fire together
-GROUPED = {"groupmax": "groups", "switch": "experts"}  # of equal size, which dropping features breaks
+GROUPED = {
+    "groupmax": "k",
+    "switch": "experts",
+    "codebook": "groups",
+}  # of equal size, which dropping features breaks
 
 
 def with_objective(dictionary: Dictionary, objective: "str | tuple[str, ...]", **options: Any) -> Dictionary:
@@ -170,8 +174,11 @@ def prune(
             f"keep is {keep.dtype} of shape {tuple(keep.shape)}; give one bool for each of n_features = {n_old}"
         )
     name = dictionary.config.selection[0]
-    if name in GROUPED:
-        raise SaekitError(f"selection {name!r} has {GROUPED[name]} of equal size, which pruning would break")
+    groups = getattr(dictionary.config.selection[1], GROUPED[name]) if name in GROUPED else 1
+    if groups > 1:
+        raise SaekitError(
+            f"selection {name!r} has {GROUPED[name]} = {groups} groups of equal size, which pruning would break"
+        )
     n_new = int(keep.sum())
     if n_new == 0:
         raise SaekitError("keep holds no feature; a dictionary needs one")

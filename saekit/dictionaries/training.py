@@ -1,6 +1,7 @@
 """What crosses between the four choices in training: what is known, what was selected, one forward pass."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +12,17 @@ from saekit.kernels import sparse_decode
 from saekit.types import Codes
 
 Downstream = Callable[[Tensor, bool], Mapping[str, Tensor]]
+
+
+@contextmanager
+def drawn_by(seed: int) -> Iterator[None]:
+    """Within it torch's own generator on the CPU begins at ``seed``; afterwards it goes on as if nothing had been drawn."""
+    before = torch.default_generator.get_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(before)
 
 
 @dataclass(frozen=True)
@@ -107,7 +119,9 @@ class Forward:
 
         Where several sources are written, the norms in them are added up: ``|z| * sum_s ||d_s||``.
         """
-        values, lengths = codes.values.abs(), self.selected.lengths
+        # of slope 1 at 0, where abs() has 0: silent entries just below a threshold teach it
+        values = torch.where(codes.values < 0, -codes.values, codes.values)
+        lengths = self.selected.lengths
         if lengths is not None:
             return values * lengths[codes.indices.long()]
         if self.unit and len(self.parts) < 2:

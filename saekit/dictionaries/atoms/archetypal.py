@@ -97,7 +97,8 @@ class Archetypal(nn.Module):
             )
         from sklearn.cluster import MiniBatchKMeans
 
-        means = MiniBatchKMeans(candidates, random_state=0, n_init=1, batch_size=4096)
+        seed = int(torch.randint(1 << 31, ()))
+        means = MiniBatchKMeans(candidates, random_state=seed, n_init=1, batch_size=4096)
         means.fit(y.cpu().numpy())
         self.set_points(torch.from_numpy(means.cluster_centers_).to(self.points))
 

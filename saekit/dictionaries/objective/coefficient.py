@@ -83,7 +83,7 @@ class Coefficient(nn.Module):
     @torch.no_grad()
     def observe(self, codes: Codes, state: TrainState) -> None:
         """Take a batch's L0 into account."""
-        now = ((codes.values != 0).sum() / max(1, codes.rows)).clamp(min=1e-3)
+        now = ((codes.values != 0).sum() / max(1, codes.rows)).to(self.l0).clamp(min=1e-3)
         fresh = self.l0 == 0
         self.l0.copy_(torch.where(fresh, now, torch.lerp(self.l0, now, 1 / AVERAGE)))
         if self.config.k is None:

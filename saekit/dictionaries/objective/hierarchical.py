@@ -5,6 +5,7 @@ with: ``encode`` with the largest and cut rows short.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -26,6 +27,14 @@ class HierarchicalConfig:
         if b is not None and (not b or b[0] < 1 or sorted(set(b)) != list(b)):
             raise SaekitError(f"budgets = {b} must rise from at least 1")
 
+    def check_beside(self, selection: Any) -> None:
+        """Raise unless rows have so many codes."""
+        k = getattr(selection, "k", 0) * getattr(selection, "groups", 1)
+        if self.budgets is not None and self.budgets[-1] > k:
+            raise SaekitError(
+                f"budgets = {self.budgets} end above the {k} codes of a row; end them at {k} or below"
+            )
+
 
 class Hierarchical(nn.Module):
     """``mean over budgets of mean_rows ||y - y_hat_budget||^2``."""
@@ -43,7 +52,7 @@ class Hierarchical(nn.Module):
         indices, values = forward.codes.rectangular()
         shares, k = None, values.shape[1]
         if self.config.budgets is not None:
-            chosen = {min(b, k) for b in self.config.budgets}
+            chosen = self.config.budgets
             shares = [1 / len(chosen) if j in chosen else 0.0 for j in range(1, k + 1)]
         total, squared = budget_error(indices, values, forward.atoms, forward.b_dec, forward.y, shares)
         forward.squared = squared[:, -1]

@@ -54,7 +54,7 @@ class L0Target(nn.Module):
     @torch.no_grad()
     def observe(self, codes: Codes, state: TrainState) -> None:
         """Follow L0."""
-        now = (codes.values != 0).sum() / max(1, codes.rows)
+        now = ((codes.values != 0).sum() / max(1, codes.rows)).to(self.l0)
         self.l0.copy_(torch.where(self.l0 == 0, now, torch.lerp(self.l0, now, 1 / AVERAGE)))
 
     def missed(self) -> str | None:

@@ -35,6 +35,10 @@ class PAnnealedConfig(PenaltyConfig):
             )
 
 
+def _powered(size: Tensor, p: float) -> Tensor:
+    return size if p == 1 else torch.where(size > 0, (size + SOFT) ** p, 0.0)
+
+
 class PAnnealed(nn.Module):
     """``coefficient * mean_rows sum_i (z_i ||d_i||)^p``."""
 
@@ -62,15 +66,14 @@ class PAnnealed(nn.Module):
         codes, p = forward.penalised, self.power(int(self.stage))
         size = forward.sizes(codes)
         self.sizes = size.detach()
-        size = size if p == 1 else torch.where(size > 0, (size + SOFT) ** p, 0.0)
-        return self.coefficient(forward.state) * size.sum() / max(1, codes.rows)
+        return self.coefficient(forward.state) * _powered(size, p).sum() / max(1, codes.rows)
 
     @torch.no_grad()
     def observe(self, codes: Codes, state: TrainState) -> None:
         """Steer the coefficient; change p where it is time."""
         self.coefficient.observe(codes, state)
         sizes, stage, c = self.sizes[self.sizes > 0], int(self.stage), self.config
-        now = torch.stack([((sizes + SOFT) ** self.power(s)).sum() for s in (stage, stage + 1)])
+        now = torch.stack([_powered(sizes, self.power(s)).sum() for s in (stage, stage + 1)])
         fresh = not bool(self.sums.any())
         self.sums.copy_(now if fresh else torch.lerp(self.sums, now, 1 / MEMORY))
         # the last value of p gets as long as the others
@@ -80,7 +83,7 @@ class PAnnealed(nn.Module):
         if due > stage and self.sums[1] > 0:
             ratio = self.sums[0] / self.sums[1]
             if due > stage + 1:  # steps of so short a run skip values of p
-                ratio = ratio * now[1] / ((sizes + SOFT) ** self.power(due)).sum()
+                ratio = ratio * now[1] / _powered(sizes, self.power(due)).sum()
             self.coefficient.value.mul_(ratio)
             self.stage.fill_(due)
             self.sums.zero_()

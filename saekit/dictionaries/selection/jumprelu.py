@@ -1,7 +1,8 @@
 """JumpReLU: a pre-activation counts where it exceeds its feature's threshold, which is learned.
 
 Rajamanoharan et al. 2024 (2407.14435). The threshold is stored as it is, not as a logarithm, and its
-pseudo-gradients look at pre-activations, so both halves of the kernel's window teach it.
+pseudo-gradients look at pre-activations, so both halves of the kernel's window teach it. Where a feature has
+died, AuxK teaches it what the others leave, and its threshold sinks until that is enough to fire.
 """
 
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ from saekit.dictionaries.training import Selected, TrainState
 from saekit.kernels import KERNELS, jumprelu, threshold_encode
 from saekit.registry import nearest
 from saekit.types import Codes, SaekitError
+
+
+SINKING = 0.95  # of a dead feature's threshold, a step: no row is near it, so that no gradient lowers it
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,9 @@ class JumpReLU(nn.Module):
 
     @torch.no_grad()
     def observe(self, codes: Codes, state: TrainState) -> None:
-        """Keep thresholds from falling below 0, where codes would turn negative."""
+        """Let thresholds of dead features sink until they fire, and none below 0, where codes would turn negative."""
+        if state.dead is not None:
+            self.threshold.mul_(torch.where(state.dead, SINKING, 1.0))
         self.threshold.clamp_(min=0)
 
     def thresholds(self, W_enc: Tensor, b_enc: Tensor) -> tuple[Tensor, Tensor, Tensor]:

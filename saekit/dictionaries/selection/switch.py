@@ -51,8 +51,7 @@ class Switch(nn.Module):
     def __init__(self, config: SwitchConfig, n_features: int, d_in: int):
         super().__init__()
         self.config = config
-        generator = torch.Generator().manual_seed(0)
-        self.router = nn.Parameter(torch.randn(config.experts, d_in, generator=generator) * d_in**-0.5)
+        self.router = nn.Parameter(torch.randn(config.experts, d_in) * d_in**-0.5)
         self.b_router = nn.Parameter(torch.zeros(config.experts))
 
     def forward(

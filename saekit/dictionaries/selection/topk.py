@@ -4,6 +4,7 @@ With ``relu=False``, ``alpha`` and ``k_start`` it is the k-sparse autoencoder (M
 1312.5663): linear units, a slightly larger support at inference, and a k that falls in training.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -63,8 +64,10 @@ class TopKConfig:
         """Raise unless the choice is possible for a dictionary of this width."""
         check_k(self.k, n_features)
         check_annealing(self.k_start, self.anneal, n_features)
-        if self.alpha <= 0:
-            raise SaekitError(f"alpha = {self.alpha} must be above 0; 1 keeps k entries at inference")
+        if not 0 < self.alpha < math.inf:
+            raise SaekitError(
+                f"alpha = {self.alpha} must be a number above 0; 1 keeps k entries at inference"
+            )
 
 
 class TopK(nn.Module):
