@@ -4,13 +4,16 @@ import torch
 
 from saekit.evaluate.absorption import concept, measures, probed
 from saekit.evaluate.core import controls_for
-from saekit.evaluate.labelled import Labelled, atoms_of
+from saekit.evaluate.labelled import Labelled, Texts, atoms_of
 from saekit.evaluate.probing import told
+from saekit.evaluate.ravel import WHOLE, disentanglement
 from saekit.evaluate.scr_tpp import RANDOM as DRAWN
 from saekit.evaluate.scr_tpp import mended, perturbed, scr_measures, tpp_measures
+from saekit.models import load_model
 from saekit.papers.claims import Claim, Reproduction, Tell, figure
 from saekit.papers.controls import RANDOM
 from saekit.papers.row import Found, Row
+from saekit.testbed.facts import ATTRIBUTES, ENTITIES, facts
 from saekit.testbed.labelled import CLASSES, CONCEPTS, WORDS, World, absorbing, classes, spurious
 
 ROWS = 8000
@@ -82,9 +85,29 @@ def _probing(seed: int) -> Found:
     return found
 
 
+def _disentangling(seed: int) -> Found:
+    world = facts(seed)
+    lines, model = world.lines(), load_model(world.model, tokenizer=world.tokenizer)
+    names = [name for name in lines[0] if name != "text"]
+    attributes = {name: [line[name] for line in lines] for name in names}
+    texts = Texts("facts", [line["text"] for line in lines], attributes)
+    said = {
+        name: disentanglement(d, model, texts, "a0", seed=seed)["disentanglement"]
+        for name, d in (("values", world.of_values()), ("entities", world.of_entities()))
+    }
+    own = said["values"].control
+    return {**{name: float(one) for name, one in said.items()}, RANDOM: own["random"], WHOLE: own[WHOLE]}
+
+
 def measure(seed: int, tell: Tell) -> Found:
     """Each evaluation on a world of its own."""
-    parts = {"absorption": _absorption, "SCR": _removal, "TPP": _perturbation, "probing": _probing}
+    parts = {
+        "absorption": _absorption,
+        "SCR": _removal,
+        "TPP": _perturbation,
+        "probing": _probing,
+        "RAVEL": _disentangling,
+    }
     out: Found = {}
     for i, (name, part) in enumerate(parts.items()):
         tell(i, len(parts), name)
@@ -94,7 +117,9 @@ def measure(seed: int, tell: Tell) -> Found:
 
 def judge(found: Found) -> Reproduction:
     """What each evaluation says, beside a random dictionary, and how far it is from what was planted."""
-    absorbed, scr, tpp, probing = (found[name] for name in ("absorption", "SCR", "TPP", "probing"))
+    absorbed, scr, tpp, probing, ravel = (
+        found[name] for name in ("absorption", "SCR", "TPP", "probing", "RAVEL")
+    )
 
     def mean(values: list[float]) -> float:
         return sum(values) / len(values)
@@ -103,7 +128,7 @@ def judge(found: Found) -> Reproduction:
     return Reproduction(
         title="SAEBench's evaluations find what was planted in dictionaries",
         source="Karvonen et al. 2025, arXiv 2503.09532",
-        setting=f"ReLU dictionaries with planted weights, a world a seed, {ROWS} rows: {CONCEPTS} concepts of {WORDS} words each, some absorbed; two attributes with features of their own or one for each pair of values; {CLASSES} classes. Probes are judged on a fifth of the rows; {ABLATED} features are ablated for SCR, 2 for TPP",
+        setting=f"ReLU dictionaries with planted weights, a world a seed, {ROWS} rows: {CONCEPTS} concepts of {WORDS} words each, some absorbed; two attributes with features of their own or one for each pair of values; {CLASSES} classes; {ENTITIES} entities of {ATTRIBUTES} attributes. Probes are judged on a fifth of the rows; {ABLATED} features are ablated for SCR, 2 for TPP",
         claims=[
             Claim("absorption: how far it is from the planted rate, the worst of 0, .25, .5 and 1", "-", off, "<=", 0.05, absorbed[RANDOM]["0.5"], f"{RANDOM}'s absorption at .5"),
             Claim("SCR where the spurious attribute has features of its own", "1 is best", scr["isolated"]["planted"], ">=", 0.95, scr["isolated"][RANDOM], RANDOM),
@@ -111,6 +136,8 @@ def judge(found: Found) -> Reproduction:
             Claim("TPP where classes have features of their own", "probes of one class fall to chance", tpp["planted"], ">=", 0.4, tpp[RANDOM], RANDOM),
             Claim("TPP of random features, the larger size of 2 and of 5", "none", tpp[DRAWN], "<=", 0.02, tpp["planted"], "features of the classes"),
             Claim("sparse probing: accuracy of the best single feature", "-", probing["planted"], ">=", 0.95, probing["one coordinate"], "one coordinate"),
+            Claim("RAVEL where values of attributes have features of their own", "1 is best", ravel["values"], ">=", 0.95, ravel[RANDOM], RANDOM),
+            Claim("RAVEL where every feature is of an entity", "attributes can't be told apart", ravel["entities"], "<=", 0.6, ravel[WHOLE], "the whole activation"),
         ],
         figure=figure("Absorption, planted and found", "planted rate", "found", {"full": (list(RATES), [mean(absorbed["planted"][str(r)]) for r in RATES]), "fraction": (list(RATES), [mean(absorbed["fraction"][str(r)]) for r in RATES]), RANDOM: (list(RATES), [mean(absorbed[RANDOM][str(r)]) for r in RATES])}),
         notes=["Formulas are SAEBench's own to 1e-6 on the same tensors (tests/test_labelled_suites.py, with the package beside), but for its negatives of TPP, which are drawn anew for each accuracy."],
@@ -119,6 +146,7 @@ def judge(found: Found) -> Reproduction:
             "SCR": {"isolated": scr["isolated"]["planted"], "entangled": scr["entangled"]["planted"], RANDOM: scr["isolated"][RANDOM]},
             "TPP": {"planted": tpp["planted"], RANDOM: tpp[RANDOM], DRAWN: tpp[DRAWN]},
             "accuracy of one feature": probing,
+            "RAVEL": ravel,
         },
     )  # fmt: skip
 
