@@ -13,8 +13,8 @@ from saekit.testbed.planted import PlantedConfig, PlantedWorld
 from saekit.testbed.recovery import mcc
 
 WIDTH, STEPS, BATCH = 50, 1500, 512
-KS = (4, 6, 8, 10, 12, 14, 16, 18)  # the truth is 9.6
-RANK = 15  # of the 50 latents: where the projection is read
+KS = (4, 6, 8, 10, 12, 14, 16, 18)  # the truth is 9.5
+RANK = 12  # a little above the true L0: where the projection is read
 SAME = 1e-3  # FVU: errors no farther apart say nothing
 
 
