@@ -105,6 +105,7 @@ OF_MODELS = (
     "kernel-heterogeneity",
     "moe-x",
     "neural-operators",
+    "clip-second-order",
 )
 
 
@@ -312,6 +313,10 @@ FAILED = {
     ),
     "sparse-attention-decomposition": ("random head: directions in S",),
     "auto-interp": ("fuzzing won by the",),
+    "clip-second-order": (
+        "points of accuracy lost with one component for the top 2% of images, layer 0",
+        "points of accuracy lost with one component for the top 2% of images, both layers",
+    ),
     "kernel-heterogeneity": ("active codes of homogeneous",),
     "moe-x": ("coverage above that of the dense", "loss above that of the same"),
     "neural-operators": ("R2 at twice the resolution over R2 at that of training, convolution",),

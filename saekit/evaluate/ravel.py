@@ -7,6 +7,7 @@ entity. Where the mask is of what is asked for, the other entity's answer should
 attribute, the entity's own (isolation). Masks are learnt on other pairs of prompts than the score is of.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -316,7 +317,7 @@ def _mask(
     """Which parts carry the attribute: sigmoids that become a step as they cool, by cross entropy with what should follow."""
     logit = nn.Parameter(torch.zeros(len(change[1])))
     optimizer = torch.optim.Adam([logit], lr=RATE)
-    temperatures = torch.logspace(*(np.log10(t) for t in COOLED), STEPS)
+    temperatures = torch.logspace(math.log10(COOLED[0]), math.log10(COOLED[1]), STEPS)
     kept = [p for p in model.module.parameters() if p.requires_grad]
     for p in kept:
         p.requires_grad_(False)

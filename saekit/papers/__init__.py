@@ -54,5 +54,7 @@ PAPERS = Registry(
         "blindspots": "saekit.papers.blindspots:ROW",
         "moe-x": "saekit.papers.moe_x:ROW",
         "neural-operators": "saekit.papers.neural_operators:ROW",
+        "clip-second-order": "saekit.papers.clip_second_order:ROW",
+        "maze-world-models": "saekit.papers.maze_world_models:ROW",
     },
 )

@@ -189,7 +189,8 @@ def _asked(
     view = load_model(model or origin(d.card)[0], device=device)
     texts = {"families": families, "letters": lambda: letters(view)}.get(labels, lambda: read_texts(labels))()
     known = list(texts.attributes)
-    asked = [names[0] or (known[0] if suite != "ravel" else None)]  # which asks for all that prompts ask for
+    # ravel asks for all that prompts ask for
+    asked: list[Any] = [names[0] or (known[0] if suite != "ravel" else None)]
     if suite == "scr":
         if names[1] is None and len(known) < 2:
             raise SaekitError(

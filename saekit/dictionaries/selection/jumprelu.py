@@ -18,7 +18,6 @@ from saekit.kernels import KERNELS, jumprelu, threshold_encode
 from saekit.registry import nearest
 from saekit.types import Codes, SaekitError
 
-
 SINKING = 0.95  # of a dead feature's threshold, a step: no row is near it, so that no gradient lowers it
 
 
