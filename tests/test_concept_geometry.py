@@ -190,6 +190,10 @@ RELATIONS = torch.arange(20) % 2
         (lambda: clustering_entropy(X, 7), "components = 7 must lie in 1..6"),
         (lambda: clustering_entropy(torch.cat([X[:3]] * 30), 2), "rows that are equal"),
         (lambda: clustering_entropy(nan(X), 3), "atoms holds NaN"),
+        (
+            lambda: cooccurrence([Codes.from_dense(torch.eye(4))], 1),
+            "no two of 4 features fire in the same of 4 blocks",
+        ),
         (lambda: cooccurrence([Codes.from_dense(X.relu())]), "0 feature.s. fire in 0 whole blocks of 256"),
         (lambda: cooccurrence([Codes.from_dense(0 * X)], 4), "0 feature.s. fire in 5 whole blocks"),
         (lambda: cooccurrence([], 4), "0 feature.s. fire in 0 whole blocks"),

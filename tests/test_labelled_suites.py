@@ -26,6 +26,7 @@ from saekit.evaluate.labelled import (
     halves,
     read_texts,
 )
+from saekit.evaluate.probing import told as probed_by
 from saekit.evaluate.saebench_json import SHAPES, to_saebench, write_saebench
 from saekit.evaluate.scr_tpp import (
     ablated,
@@ -323,6 +324,7 @@ def test_questions_that_cant_be_asked_are_refused(code_lm: Model) -> None:
         (lambda: SUITES["tpp"](d, code_lm, texts, "tow"), "did you mean 'two'"),
         (lambda: SUITES["tpp"](d, code_lm, texts, "two", pool="max"), "pool 'max' is unknown"),
         (lambda: SUITES["unlearning"](d, code_lm, texts, "two", value="x"), "value 'x' of attribute 'two' is that of 0 of 30 texts"),
+        (lambda: probed_by(Labelled(d, torch.zeros(40, 3), Codes.from_dense(torch.zeros(40, 8))), torch.arange(40) % 2 == 0, 0), "no feature fires on the 32 texts"),
         (lambda: gather(d, code_lm, ["a", ""], controls=False), "text 1 has no token that counts"),
         (lambda: absorbed(torch.zeros(1, 2), Codes.from_dense(torch.ones(1, 1)), torch.ones(1, 2), torch.ones(2), []), "own is empty"),
         (lambda: targeted([0.5], [[0.5]]), "1 class is there"),
@@ -350,6 +352,7 @@ def test_the_verb_writes_a_report_and_refuses_what_a_suite_does_not_ask_for(
     for words, said in (
         (("--suite", "tpp", "--value", "l"), "--value 'l' is nothing that suite 'tpp' asks for"),
         (("--suite", "tppp"), "did you mean 'tpp'"),
+        (("--suite", "tpp", "--spurious", "even"), "--spurious 'even' is nothing that suite 'tpp' asks for"),
         (("--suite", "unlearning", "--saebench", "x"), "'unlearning' has no place in SAEBench's results"),
         (
             ("--suite", "absorption", "--attribute", "even", "--saebench", "x"),

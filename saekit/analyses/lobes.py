@@ -67,6 +67,8 @@ def cooccurrence(codes: Iterable[Codes], block: int = BLOCK, above: float = 0.0)
     features = np.flatnonzero(own)
     if len(features) < 2:
         raise SaekitError(f"{len(features)} feature(s) fire in {blocks} whole blocks of {block} tokens; give more tokens, or smaller blocks")  # fmt: skip
+    if total.nnz == len(features):
+        raise SaekitError(f"no two of {len(features)} features fire in the same of {blocks} blocks of {block} tokens; give more tokens, or larger blocks")  # fmt: skip
     return Cooccurrence(total.tocsr()[features][:, features], own[features].astype(float), blocks, torch.from_numpy(features))  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from saekit.evaluate.labelled import Labelled, Texts, about, balanced, gather, h
 from saekit.evaluate.measure import Measure, Resampler
 from saekit.models import Model
 from saekit.probes import columns, linear, sparse
-from saekit.types import Codes
+from saekit.types import Codes, SaekitError
 
 KS = (1, 2, 5)
 ALL = "all"
@@ -52,6 +52,10 @@ def told(one: Labelled, labels: Bool[Tensor, " texts"], seed: int) -> Hits:
         for k in KS:
             out[f"{name}_{k}"] = (sparse(a, known, min(k, width), seed=seed)(b) > 0) == true
     used = fitted.codes.firing_counts().nonzero()[:, 0]
+    if not len(used):
+        raise SaekitError(
+            f"no feature fires on the {len(train)} texts that probes are fitted to; give texts like those that the dictionary was trained on"
+        )
     every = linear(columns(fitted.codes, used), known, seed=seed)
     out[f"features_{ALL}"] = (every(columns(judged.codes, used)) > 0) == true
     out[f"coordinates_{ALL}"] = (linear(fitted.x, known, seed=seed)(judged.x) > 0) == true

@@ -116,6 +116,7 @@ def judge(found: Found) -> Reproduction:
             kind + ("" if name == TRAINED else f", {name}"): (layers, curve(name, kind)) for name in (TRAINED, UNTRAINED) for kind in ORDER
         }, xaxis={"dtick": 1}),
         notes=[
+            "In the untrained network the order of complexity goes with the time of learning as well (see the control): the claim says what is learnt first, and not that training made it complex.",
             "Half learnt at step: " + ", ".join(f"{kind} {mean(found['times'][kind]):.0f}" for kind in ORDER) + ". An XOR lies in what one block adds, and a parity in what two do: with the embedding K of an XOR is about 1/5 wherever one block finds it.",
             f"Features of dictionaries of the last stream ({FEATURES}, k = {K}) that fire in 2 % of rows and more: mean K, and Spearman of K and importance (gradient x input, over all outputs). It is negative, as the paper finds, and so is that of atoms that nothing was learnt by: what varies for no target is both unimportant and nowhere linear.",
         ],

@@ -14,14 +14,14 @@ from saekit.testbed.recovery import mcc
 
 WIDTH, STEPS, BATCH = 50, 1500, 512
 KS = (4, 6, 8, 10, 12, 14, 16, 18)  # the truth is 9.5
-RANK = 12  # a little above the true L0: where the projection is read
+RANK = 11  # a little above the true L0, where the projection is read (chosen on seeds 11 and 12)
 SAME = 1e-3  # FVU: errors no farther apart say nothing
 
 
 def _world() -> tuple[PlantedWorld, list[int]]:
     """Correlated features, and the k around their true L0."""
     world = PlantedWorld(
-        PlantedConfig(n_features=50, d_in=100, exponent=0.1, p_max=0.34, p_min=0.15, rank=10, correlation=0.2, roots=0, magnitude_mean=(1.0, 1.0), magnitude_std=(0.0, 0.0), bias=0.0, seed=3)
+        PlantedConfig(n_features=50, d_in=100, exponent=0.1, p_max=0.34, p_min=0.15, rank=10, correlation=0.2, roots=0, orthogonal_steps=1000, magnitude_mean=(1.0, 1.0), magnitude_std=(0.0, 0.0), bias=0.0, seed=3)
     )  # fmt: skip
     return world, list(KS)
 

@@ -191,6 +191,8 @@ def _asked(
     known = list(texts.attributes)
     # ravel asks for all that prompts ask for
     asked: list[Any] = [names[0] or (known[0] if suite != "ravel" else None)]
+    if names[1] is not None and suite != "scr":
+        raise SaekitError(f"--spurious {names[1]!r} is nothing that suite {suite!r} asks for; leave it out")
     if suite == "scr":
         if names[1] is None and len(known) < 2:
             raise SaekitError(
