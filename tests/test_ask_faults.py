@@ -248,7 +248,7 @@ def test_killed_at_20_moments_it_ends_where_it_would_have(tmp_path: Path) -> Non
             kept.append((committed(path) if path.exists() else set(), judge.counts()["keys"]))
         child.communicate()
         sizes = [len(keys) for keys, _ in kept]
-        assert sizes == sorted(sizes) and len(set(sizes)) > kills / 2 and 0 < sizes[-1] < n  # killed at work
+        assert sizes == sorted(sizes) and len(set(sizes)) > kills / 4 and 0 < sizes[-1] < n  # killed at work
         with Ledger(path) as ledger:
             resumed = ask(
                 [question(i) for i in range(n)], judge.endpoint, ledger, concurrency=64, progress=False

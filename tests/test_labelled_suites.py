@@ -304,6 +304,8 @@ MISTAKES = {
     "no attribute": ('{"text": "a"}', "must hold .*at least one attribute"),
     "other fields": ('{"text": "a", "b": 1}\n{"text": "a", "c": 1}', "line 2 of .* has fields"),
     "nothing": ("\n", "holds no line"),
+    "null": ('{"text": "a", "b": null}', "line 1 of .* has None for 'b'"),
+    "an object": ('{"text": "a", "b": {"c": 1}}', "line 1 of .* for 'b'; give a short string"),
 }
 
 

@@ -45,6 +45,11 @@ def crystals(
     _check_finite("differences", differences)
     if len(own) != len(x) or len(counts) < 2 or counts.min() < LEAST:
         raise SaekitError(f"relations name {dict(enumerate(counts.tolist()))} of {len(x)} pairs; give one each, 2 relations or more, and {LEAST} pairs or more of each")  # fmt: skip
+    most = min(len(counts) - 1, x.shape[1])
+    if components is not None and not 1 <= components <= most:
+        raise SaekitError(f"components = {components} must lie in 1..{most}, one fewer than relations; choose fewer")  # fmt: skip
+    if not x.std(0).any():
+        raise SaekitError("differences are the same for all pairs; give pairs that differ")
     half, random = np.zeros(len(x), dtype=bool), np.random.default_rng(seed)
     for relation in np.unique(own):
         pairs = random.permutation(np.flatnonzero(own == relation))
@@ -114,6 +119,7 @@ def power_law(
     the mean of ``draws``, and at least 0. It is told least well near 0, where such fits are lowest and change least.
     """
     first, last = ranks
+    _check_draws(draws)
     values = spectrum(atoms).double()
     size = int((values > 1e-9 * values[0]).sum())
     if not 1 <= first < last <= size:
@@ -163,6 +169,7 @@ def clustering_entropy(
     compares with. Each of ``draws`` is of half of the atoms, without replacement: a bootstrap has copies, at distance 0.
     """
     _check_finite("atoms", atoms)
+    _check_draws(draws)
     x = atoms.detach().double() - atoms.detach().double().mean(0)
     basis, values = _principal(x, components)
     x, g = x @ basis / values.sqrt(), torch.Generator().manual_seed(seed)
@@ -172,6 +179,11 @@ def clustering_entropy(
         normal = torch.randn(n, components, generator=g, dtype=torch.float64)
         found.append(components * (_log_distance(normal) - _log_distance(half)))
     return Deficit(float(np.mean(found)), float(np.std(found)))
+
+
+def _check_draws(draws: int) -> None:
+    if draws < 1:
+        raise SaekitError(f"draws = {draws} must be at least 1; choose more")
 
 
 def _principal(x: Tensor, components: int) -> tuple[Tensor, Tensor]:

@@ -113,6 +113,8 @@ def one_to_one(scores: Float[Tensor, "n m"]) -> Matching:
     """The pairs of units, each in one pair at most, whose scores have the largest sum (the Hungarian method)."""
     from scipy.optimize import linear_sum_assignment
 
+    if not scores.isfinite().all():
+        raise SaekitError("scores hold NaN or Inf; leave those units out")
     partner = torch.full((len(scores),), -1)
     own, other = linear_sum_assignment(scores.cpu().numpy(), maximize=True)
     partner[torch.from_numpy(own)] = torch.from_numpy(other)
@@ -172,6 +174,8 @@ def lasso(related: Related, penalties: Sequence[float]) -> list[Prediction]:
 
     if not penalties or min(penalties) <= 0:
         raise SaekitError(f"penalties = {list(penalties)} must all be above 0; give some in (0, 1)")
+    if not (related.a.diagonal() > 0).any():
+        raise SaekitError("no unit of a varies, so that none predicts anything; give others, or more rows")
     gram, moment = _standard(related)
     # as many rows as directions that vary stand for all: they have the same second moments
     values, vectors = np.linalg.eigh(gram)

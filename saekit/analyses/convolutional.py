@@ -93,7 +93,9 @@ def log_gabors(
     In the Fourier domain ``exp(-log(f / frequency)^2 / (2 octaves^2)) exp(cos(2 (theta - theta_0)) / (4 B^2))``, with
     ``frequency`` in cycles a pixel and the orientation bandwidth B in radians; the window cuts off what is farther than half its size.
     """
-    if size < 3 or orientations < 1 or not bandwidths or min(bandwidths) <= 0:
+    if not (0 < frequency <= 0.5 and 0 < octaves < math.inf):
+        raise SaekitError(f"frequency = {frequency} must lie in (0, 0.5] cycles a pixel, and octaves = {octaves} be above 0")  # fmt: skip
+    if size < 3 or orientations < 1 or not bandwidths or not all(0 < b < math.inf for b in bandwidths):
         raise SaekitError(f"size = {size}, orientations = {orientations} and bandwidths = {tuple(bandwidths)} must be at least 3, 1 and above 0")  # fmt: skip
     n = 4 * size
     fy, fx = torch.fft.fftfreq(n)[:, None], torch.fft.fftfreq(n)[None]
@@ -120,6 +122,8 @@ def bandwidths(kernels: Float[Tensor, "kernel a b"]) -> Float[Tensor, " kernel"]
 
     ``1/2 sqrt(-2 log |sum P e^(2 i theta)| / sum P)``: 0 of one orientation, large where all are alike.
     """
+    if not kernels.isfinite().all() or not kernels.flatten(1).any(1).all():
+        raise SaekitError("kernels hold NaN or Inf, or one that is 0 everywhere; leave those out")
     size = max(PADDED, *kernels.shape[1:])
     power = torch.fft.fft2(kernels.double(), s=(size, size)).abs().square()
     f = torch.fft.fftfreq(size, dtype=torch.float64)

@@ -28,13 +28,15 @@ class Coverage:
 
 def coverage(
     chosen: Float[Tensor, "rows neurons"], labels: Bool[Tensor, "rows factors"],
-    judged: Float[Tensor, "others neurons"], truth: Bool[Tensor, "others factors"],
+    judged: Float[Tensor, "others _"], truth: Bool[Tensor, "others _"],
 ) -> Coverage:  # fmt: skip
     """Neurons and thresholds are ``chosen`` by some rows, and ``judged`` on others.
 
     A neuron fires above t times its maximum over the rows chosen by, t in 0, .1, ... .9. Raises SaekitError for non-finite
     activations and for a factor that always or never holds.
     """
+    if chosen.shape[1] != judged.shape[1] or labels.shape[1] != truth.shape[1]:
+        raise SaekitError(f"chosen and judged have {chosen.shape[1]} and {judged.shape[1]} neurons, labels and truth {labels.shape[1]} and {truth.shape[1]} factors; give the same of both")  # fmt: skip
     for name, x in (("chosen", chosen), ("judged", judged)):
         if not x.isfinite().all():
             raise SaekitError(f"{name} has non-finite activations: leave those rows out")

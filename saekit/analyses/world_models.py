@@ -88,6 +88,8 @@ def gathered(
     """
     if not len(at) or not len(back):
         raise SaekitError("at and back must name a position and a distance; give one or more of each")
+    if not patterns.isfinite().all():
+        raise SaekitError("patterns hold NaN or Inf; leave those texts out")
     far, seq = max(back), patterns.shape[2]
     if min(back) < 0 or int(at.min()) < far or int(at.max()) >= seq:
         raise SaekitError(f"back = {list(back)} from positions {int(at.min())}..{int(at.max())} must stay within the {seq} tokens; leave out the first {far} positions")  # fmt: skip

@@ -84,6 +84,11 @@ def read_texts(path: "str | Path") -> Texts:
             raise SaekitError(
                 f'line {number} of {str(path)!r} must hold "text" and at least one attribute, as {{"text": "...", "topic": "law"}}'
             )
+        odd = next((name for name in row if not isinstance(row[name], str | int | float)), None)
+        if odd is not None:
+            raise SaekitError(
+                f"line {number} of {str(path)!r} has {row[odd]!r} for {odd!r}; give a short string, a number, or true or false"
+            )
         if rows and row.keys() != rows[0].keys():
             raise SaekitError(
                 f"line {number} of {str(path)!r} has fields {sorted(row)}, and line 1 {sorted(rows[0])}; give all lines the same"
