@@ -240,7 +240,9 @@ def test_killed_at_20_moments_it_ends_where_it_would_have(tmp_path: Path) -> Non
             print("go", file=child.stdin, flush=True)
             pid = int(child.stdout.readline())
             begun, wanted = judge.served(), generator.randint(1, 25)
-            while judge.served() - begun < wanted:
+            # three of four are killed behind a commit, however slow the machine commits; the others at any moment
+            least = len(kept[-1][0]) if kept and kept[-1][0] and generator.random() < 0.75 else -1
+            while judge.served() - begun < wanted or (least >= 0 and len(committed(path)) <= least):
                 time.sleep(generator.uniform(0.0, 0.02))
             os.kill(pid, signal.SIGKILL)
             assert int(child.stdout.readline()) == -signal.SIGKILL
@@ -248,7 +250,7 @@ def test_killed_at_20_moments_it_ends_where_it_would_have(tmp_path: Path) -> Non
             kept.append((committed(path) if path.exists() else set(), judge.counts()["keys"]))
         child.communicate()
         sizes = [len(keys) for keys, _ in kept]
-        assert sizes == sorted(sizes) and len(set(sizes)) > kills / 4 and 0 < sizes[-1] < n  # killed at work
+        assert sizes == sorted(sizes) and len(set(sizes)) > kills / 2 and 0 < sizes[-1] < n  # killed at work
         with Ledger(path) as ledger:
             resumed = ask(
                 [question(i) for i in range(n)], judge.endpoint, ledger, concurrency=64, progress=False
