@@ -29,7 +29,9 @@ def peak(*arguments: str) -> int:
     return highest
 
 
-SMALL = ("--n-features", "1024", "--k", "8", "--batch-size", "1024")
+# as many steps of both, without AuxK, whose memory begins with the first dead feature
+PLAIN = ("--steps", "390", "--k", "8", "--set", 'objective=["reconstruction"]')
+SMALL = (*PLAIN, "--n-features", "1024", "--batch-size", "1024")
 MLP = ("--hook-point", "blocks.1.mlp:in", "--hook-point", "blocks.1.mlp:out")
 RESID = ("--hook-point", "blocks.1.hook_resid_post")
 # hook points to harvest, how many stores of them a training reads, and the training
@@ -39,7 +41,7 @@ JOBS: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
     "sequences": (
         ("--hook-point", "blocks.1.attn:in", "--hook-point", "blocks.1.attn:out"),
         1,
-        ("lorsa", "--n-features", "256", "--k", "8", "--batch-size", "4"),
+        ("lorsa", *PLAIN, "--n-features", "256", "--batch-size", "4"),
     ),
     "two stores": (RESID, 2, ("crosscoder", *SMALL)),
 }
