@@ -108,7 +108,7 @@ def linear(
     The penalty is the one with the least loss on ``held_out``, rows and labels; by default on a fifth of each class,
     drawn by ``seed``, after which the probe is fitted on all. Give rows of other texts where rows of one text are alike.
     """
-    _check_rows(x, labels)
+    check_rows(x, labels)
     return _fitted(x, labels, _held_out(held_out, None), seed, None)
 
 
@@ -119,7 +119,7 @@ def sparse(
 
     The ranker sees ``x`` only, never ``held_out``. Of equal scores the lower coordinate is taken.
     """
-    _check_rows(x, labels)
+    check_rows(x, labels)
     width = x.n_features if isinstance(x, Codes) else x.shape[1]
     if not 1 <= k <= width:
         raise SaekitError(f"k = {k} must lie in 1..{width}, the number of coordinates; choose a smaller k")
@@ -134,7 +134,7 @@ def mean_difference(x: Rows, labels: Bool[Tensor, " rows"]) -> Float[Tensor, " d
     The F statistic puts coordinates in the same order: F = (n - 2) p q m^2 / (1 - p q m^2), with m this, n the rows, and
     p and q the classes' shares.
     """
-    _check_rows(x, labels)
+    check_rows(x, labels)
     means = [_mean(x, on.double() / on.sum()) for on in (labels, ~labels)]
     even = torch.full((len(labels),), 1 / len(labels), dtype=torch.float64, device=labels.device)
     centre = _mean(x, even)
@@ -170,7 +170,7 @@ def mutual_information(x: Rows, labels: Bool[Tensor, " rows"]) -> Float[Tensor, 
     Equal values lie in one bin. The estimate is of the rows' own frequencies, which tell about BINS / (2 n ln 2) bits too
     much of a coordinate that is nowhere 0.
     """
-    _check_rows(x, labels)
+    check_rows(x, labels)
     codes = x if isinstance(x, Codes) else Codes.from_dense(x)
     on = codes.values != 0
     feature, value, own = codes.indices[on].long(), codes.values[on].detach(), labels[codes.row_ids()[on]]
@@ -245,7 +245,7 @@ def _fitted(
         kept = _drawn(own, seed)
         penalty = _penalty((rows[~kept], own[~kept]), (rows[kept], own[kept]))
     else:
-        _check_rows(*held_out)
+        check_rows(*held_out)
         if held_out[0].shape[1] != rows.shape[1]:
             raise SaekitError(f"held_out is {held_out[0].shape[1]} wide, and x {rows.shape[1]}; give the same coordinates")  # fmt: skip
         penalty = _penalty((rows, own), (held_out[0].detach().cpu().double(), held_out[1].cpu()))
@@ -296,7 +296,8 @@ def _check_labels(labels: Tensor, rows: int, least: int) -> None:
             raise SaekitError(f"labels are {name} in {n} rows; give at least {least} of each class")
 
 
-def _check_rows(x: Rows, labels: Tensor) -> None:
+def check_rows(x: Rows, labels: Tensor) -> None:
+    """Raise unless all values are finite and each class has two rows or more."""
     _check_labels(labels, x.rows if isinstance(x, Codes) else len(x), 2)
     values = x.values if isinstance(x, Codes) else x
     if not values.isfinite().all():

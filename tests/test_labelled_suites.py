@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import exports
+import numpy as np
 import pytest
 import torch
 from commandline import saekit as command
@@ -77,7 +78,8 @@ def told(given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         out[f"{name}.chosen"] = torch.zeros(len(e), dtype=torch.bool).index_fill(0, chosen, True)
         out[f"{name}.rows"] = ablated(given["x"], codes, given["atoms"], chosen)
     out["scr"] = torch.tensor(removed(*given["accuracies"].tolist()))
-    out["tpp"] = torch.tensor(targeted(given["clean"].tolist(), given["changed"].tolist()))
+    lost = given["clean"] - given["changed"]  # of probes across, without features for classes down
+    out["tpp"] = torch.from_numpy(targeted(lost.numpy()))
     return out
 
 
@@ -138,8 +140,9 @@ def test_shares_and_differences_of_accuracies() -> None:
     assert removed(0.9, 0.5, 0.9) == pytest.approx(1) and removed(0.9, 0.5, 0.5) == 0
     assert removed(0.7, 0.7, 0.9) == 0 == removed(0.6, 0.7, 0.9)
     # ablations for a class take its probe to chance, and leave the others
-    assert targeted([0.9, 0.8], [[0.5, 0.8], [0.9, 0.5]]) == pytest.approx([0.4, 0.3])
-    assert targeted([0.9] * 3, [[0.5] * 3] * 3) == pytest.approx([0, 0, 0])  # of no class in particular
+    assert targeted(np.diag([0.4, 0.3])) == pytest.approx([0.4, 0.3])
+    assert targeted(np.array([[0.0, 0.4], [0.0, 0.0]])) == pytest.approx([-0.4, 0])  # another's is lost
+    assert targeted(np.full((3, 3), 0.4)) == pytest.approx([0, 0, 0])  # of no class in particular
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.5])
@@ -329,7 +332,7 @@ def test_questions_that_cant_be_asked_are_refused(code_lm: Model) -> None:
         (lambda: probed_by(Labelled(d, torch.zeros(40, 3), Codes.from_dense(torch.zeros(40, 8))), torch.arange(40) % 2 == 0, 0), "no feature fires on the 32 texts"),
         (lambda: gather(d, code_lm, ["a", ""], controls=False), "text 1 has no token that counts"),
         (lambda: absorbed(torch.zeros(1, 2), Codes.from_dense(torch.ones(1, 1)), torch.ones(1, 2), torch.ones(2), []), "own is empty"),
-        (lambda: targeted([0.5], [[0.5]]), "1 class is there"),
+        (lambda: targeted(np.array([[0.4]])), "1 class is there"),
     ):  # fmt: skip
         with pytest.raises(SaekitError, match=said):
             call()
@@ -352,6 +355,9 @@ def test_the_verb_writes_a_report_and_refuses_what_a_suite_does_not_ask_for(
     written = json.loads((tmp_path / "run" / "eval_sparse_probing.json").read_text())
     assert written == json.loads(done.stdout) and written["about"]["attribute"] == "topic"
     for words, said in (
+        (("--suite", "tpp", "--tokens", "100"), "--tokens 100 is nothing that suite 'tpp' asks for"),
+        (("--suite", "tpp", "--hook-point", "x"), "--hook-point 'x' is nothing that suite 'tpp' asks for"),
+        (("--pool", "mean"), "--pool 'mean' is nothing that suite 'core' asks for"),
         (("--suite", "tpp", "--value", "l"), "--value 'l' is nothing that suite 'tpp' asks for"),
         (("--suite", "tppp"), "did you mean 'tpp'"),
         (("--suite", "tpp", "--spurious", "even"), "--spurious 'even' is nothing that suite 'tpp' asks for"),

@@ -15,8 +15,8 @@ from saekit.evaluate.scr_tpp import (
     perturbed,
     scr_measures,
     strongest,
-    targeted,
     targeted_effects,
+    tpp_measures,
 )
 from saekit.models import Model
 from saekit.probes import linear
@@ -34,7 +34,7 @@ def of_classes(rows: int = 1200, seed: int = 3) -> tuple[Labelled, list[torch.Te
     )
 
 
-def test_what_texts_add_is_the_difference_of_accuracies() -> None:
+def test_tpp_is_what_a_probe_loses_less_what_the_others_lose() -> None:
     one, labels, atoms = of_classes()
     sets = [[balanced(own, rows, 0) for rows in halves(own, 0)] for own in labels]
     probes = [linear(one.x[train], own[train], seed=0) for own, (train, _) in zip(labels, sets, strict=True)]
@@ -43,27 +43,34 @@ def test_what_texts_add_is_the_difference_of_accuracies() -> None:
     def accuracy(j: int, x: torch.Tensor) -> float:
         return ((probes[j](x) > 0) == labels[j][sets[j][1]]).double().mean().item()
 
-    clean = [accuracy(j, own.x) for j, own in enumerate(judged)]
-    found = perturbed(one, atoms, labels, 0)
+    found = tpp_measures({"": perturbed(one, atoms, labels, 0)}, 0)
+    n = len(labels)
     for k in ABLATED[:3]:
-        changed = []
+        by_hand = 0.0
         for i, own in enumerate(labels):
             fitted = one.at(sets[i][0])
             effect = targeted_effects(fitted.codes, own[sets[i][0]], atoms, probes[i].weight)
             features = strongest(effect, k)
-            changed.append(
-                [accuracy(j, ablated(o.x, o.codes, atoms, features)) for j, o in enumerate(judged)]
-            )
-        by_hand = sum(targeted(clean, changed)) / len(labels)
-        assert float(sum(adds.sum() for adds in found[str(k)])) == pytest.approx(by_hand, abs=1e-9)
-        assert by_hand > 0.3
+            for j, of in enumerate(judged):
+                lost = accuracy(j, of.x) - accuracy(j, ablated(of.x, of.codes, atoms, features))
+                by_hand += lost / n if i == j else -lost / (n * (n - 1))
+        assert float(found[f"tpp_{k}"]) == pytest.approx(by_hand, abs=1e-9)
+        low, high = found[f"tpp_{k}"].interval or (1.0, 0.0)
+        assert 0.3 < low <= by_hand <= high
+
+
+def test_a_loss_of_other_probes_counts_against_it() -> None:
+    """The first class's features take both probes to chance, on 4 texts of the one class and 2 of the other."""
+    both, none = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 0.0]])
+    lost = {str(k): [both.repeat(4, 1), torch.cat([both, none])] for k in ABLATED}
+    assert float(tpp_measures({"": lost}, 0)["tpp_2"]) == pytest.approx((1.0 - 0.5) / 2)
 
 
 def test_drawn_features_perturb_no_class_in_particular() -> None:
     one, labels, atoms = of_classes()
-    drawn = perturbed(one, atoms, labels, 0, drawn=True)
+    drawn = tpp_measures({"": perturbed(one, atoms, labels, 0, drawn=True)}, 0)
     for k in ("2", "5"):
-        assert abs(float(sum(adds.sum() for adds in drawn[k]))) < 0.06
+        assert abs(float(drawn[f"tpp_{k}"])) < 0.06
 
 
 def test_the_direction_of_the_worse_biased_probe_counts() -> None:

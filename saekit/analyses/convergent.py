@@ -28,11 +28,12 @@ FLOOR = 1e-12  # of a unit's mean square: a variance below it is rounding
 
 @dataclass(frozen=True)
 class Related:
-    """Covariances of the units of two networks over the same rows, in float64: ``a`` and ``b`` within, ``between`` across."""
+    """Covariances of the units of two networks over the same ``rows``, in float64: ``a`` and ``b`` within, ``between`` across."""
 
     a: Float[Tensor, "n n"]
     b: Float[Tensor, "m m"]
     between: Float[Tensor, "n m"]
+    rows: int
 
     @cached_property
     def correlations(self) -> Float[Tensor, "n m"]:
@@ -54,7 +55,7 @@ def relate(a: Float[Tensor, "rows n"] | Codes, b: Float[Tensor, "_ m"] | Codes) 
     """
     _check(a, b)
     x, y = _units(a), _units(b)
-    return Related(_covariance(x, x), _covariance(y, y), _covariance(x, y))
+    return Related(_covariance(x, x), _covariance(y, y), _covariance(x, y), _rows(a))
 
 
 def correlations(a: Float[Tensor, "rows n"] | Codes, b: Float[Tensor, "_ m"] | Codes) -> Float[Tensor, "n m"]:
@@ -106,6 +107,7 @@ class Matching:
 
 def semi_matching(scores: Float[Tensor, "n m"]) -> Matching:
     """The best of b for each unit of a, by correlations, mutual information, or any score; one may be several's."""
+    _check_scores(scores)
     return Matching(scores.argmax(1))
 
 
@@ -113,12 +115,16 @@ def one_to_one(scores: Float[Tensor, "n m"]) -> Matching:
     """The pairs of units, each in one pair at most, whose scores have the largest sum (the Hungarian method)."""
     from scipy.optimize import linear_sum_assignment
 
-    if not scores.isfinite().all():
-        raise SaekitError("scores hold NaN or Inf; leave those units out")
+    _check_scores(scores)
     partner = torch.full((len(scores),), -1)
     own, other = linear_sum_assignment(scores.cpu().numpy(), maximize=True)
     partner[torch.from_numpy(own)] = torch.from_numpy(other)
     return Matching(partner)
+
+
+def _check_scores(scores: Tensor) -> None:
+    if not scores.isfinite().all():
+        raise SaekitError("scores hold NaN or Inf; leave those units out")
 
 
 @dataclass(frozen=True)
@@ -142,7 +148,7 @@ class Prediction:
 def greedy(related: Related, k: int) -> Prediction:
     """Each unit of b by ``k`` of a: at each step the one that lowers the squared error most (forward selection)."""
     gram, moment, chosen = *_standard(related), list[np.ndarray]()
-    _check_k(k, len(gram))
+    _check_k(k, len(gram), related.rows)
     for first in range(0, moment.shape[1], TARGETS):
         chosen.append(_forward(gram, moment[:, first : first + TARGETS], k))
     return _fitted(related, gram, moment, np.concatenate(chosen))
@@ -155,7 +161,7 @@ def exact(related: Related, k: int, candidates: int = 16) -> Prediction:
     """
     gram, moment = _standard(related)
     candidates = min(candidates, len(gram))
-    _check_k(k, candidates)
+    _check_k(k, candidates, related.rows)
     sets = np.array(list(combinations(range(candidates), k)))
     chosen = []
     for target in moment.T:
@@ -325,7 +331,11 @@ def _with_rest(counts: np.ndarray, rows: int) -> np.ndarray:
     return np.concatenate([counts, rows - counts.sum(1, keepdims=True)], 1)
 
 
-def _check_k(k: int, most: int) -> None:
+def _check_k(k: int, most: int, rows: int) -> None:
+    if rows < k + 2:
+        raise SaekitError(
+            f"{rows} rows are explained by any {k} units; give at least {k + 2}, or choose a smaller k"
+        )
     if not 1 <= k <= most:
         raise SaekitError(f"k = {k} must lie in 1..{most}, the number of units to choose from; choose another k")  # fmt: skip
 

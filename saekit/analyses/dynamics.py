@@ -130,8 +130,9 @@ def nearest(
 
     Of decoded attractors and training data it is how much is memorised; see that other data of the kind are less near.
     """
-    if not len(known):
-        raise SaekitError("known holds no rows; give at least one")
+    for name, rows in (("x", x), ("known", known)):
+        if rows.shape[1:] != known.shape[1:] or not len(rows) or not rows.isfinite().all():
+            raise SaekitError(f"{name} has shape {list(rows.shape)}, or holds NaN or Inf; give at least one finite row of both, of one width")  # fmt: skip
     own, others = (torch.nn.functional.normalize(one, dim=1) for one in (x, known))
     best = (own @ others.T).max(1)
     return best.values, best.indices
@@ -141,6 +142,8 @@ def nearest(
 def trajectories(step: Step, starts: Float[Tensor, "rows d"], steps: int) -> Float[Tensor, "points rows d"]:
     """The starts, and where they are after 1..``steps`` steps."""
     _check(step, starts)
+    if steps < 0:
+        raise SaekitError(f"steps = {steps} must be at least 0; choose more")
     out = [starts]
     for _ in range(steps):
         out.append(step(out[-1]))
@@ -148,7 +151,7 @@ def trajectories(step: Step, starts: Float[Tensor, "rows d"], steps: int) -> Flo
 
 
 def outlier_scores(
-    step: Step, known: Float[Tensor, "known d"], new: Float[Tensor, "rows d"], steps: int, neighbours: int = NEIGHBOURS
+    step: Step, known: Float[Tensor, "known d"], new: Float[Tensor, "rows _"], steps: int, neighbours: int = NEIGHBOURS
 ) -> Float[Tensor, " rows"]:  # fmt: skip
     """How far the trajectories of new codes lie from those of known ones; higher is stranger.
 
@@ -157,6 +160,8 @@ def outlier_scores(
     """
     if not 1 <= neighbours <= len(known):
         raise SaekitError(f"neighbours = {neighbours} must lie in 1..{len(known)}, the number of known rows; choose fewer")  # fmt: skip
+    if known.shape[1] != new.shape[1]:
+        raise SaekitError(f"known codes are {known.shape[1]} wide, and new ones {new.shape[1]}; give codes of one autoencoder")  # fmt: skip
     paths = (trajectories(step, one, steps) for one in (known, new))
     each = [torch.cdist(b, a).kthvalue(neighbours, 1).values for a, b in zip(*paths, strict=True)]
     return torch.stack(each).mean(0)

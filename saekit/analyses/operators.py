@@ -59,6 +59,7 @@ class Convolutional(_Convolving):
 
     def __init__(self, kernels: Float[Tensor, "atom width"], weight: float, steps: int):
         super().__init__(weight, steps)
+        _check_atoms("kernels", kernels)
         self.kernels = nn.Parameter(kernels.clone())
 
     def spectrum(self, n: int) -> Complex[Tensor, "atom f"]:
@@ -81,6 +82,7 @@ class Fourier(_Convolving):
 
     def __init__(self, kernels: Float[Tensor, "atom n"], modes: int, weight: float, steps: int):
         super().__init__(weight, steps)
+        _check_atoms("kernels", kernels)
         if not 0 <= modes <= kernels.shape[1] // 2:
             raise SaekitError(f"modes = {modes} must be from 0 to {kernels.shape[1] // 2}, half the kernels' samples")  # fmt: skip
         self.n = kernels.shape[1]
@@ -116,6 +118,9 @@ class Lifted(nn.Module):
         _check(weight, steps)
         if lift.shape[1] != atoms.shape[1] or lift.shape[0] < lift.shape[1]:
             raise SaekitError(f"lift has shape {tuple(lift.shape)}, and atoms {tuple(atoms.shape)}; give it a column for each coordinate and at least as many rows")  # fmt: skip
+        _check_atoms("atoms", atoms)
+        if not lift.isfinite().all():
+            raise SaekitError("lift holds NaN or Inf; give finite numbers")
         self.weight, self.steps = weight, steps
         self.atoms, self.lift = nn.Parameter(atoms.clone()), nn.Parameter(lift.clone())
         self.projection = nn.Parameter(torch.linalg.pinv(lift))
@@ -152,6 +157,10 @@ def atom_error(
     """``sqrt(1 - cos^2)`` of each planted atom and its match: least in sum over permutations, and each over ``shifts``."""
     from scipy.optimize import linear_sum_assignment
 
+    _check_atoms("found", found)
+    _check_atoms("planted", planted)
+    if found.shape[1] != planted.shape[1]:
+        raise SaekitError(f"found atoms have {found.shape[1]} places, and planted ones {planted.shape[1]}; give both on as many")  # fmt: skip
     if len(found) < len(planted):
         raise SaekitError(f"{len(found)} atoms can't match {len(planted)} planted ones; give at least as many")  # fmt: skip
     a, b = (nn.functional.normalize(v.double(), dim=1) for v in (found, planted))
@@ -172,6 +181,11 @@ def _step(square: Tensor) -> float:
 def _check(weight: float, steps: int) -> None:
     if not 0 <= weight < math.inf or steps < 1:
         raise SaekitError(f"weight = {weight} must be a number of at least 0, and steps = {steps} at least 1")  # fmt: skip
+
+
+def _check_atoms(name: str, atoms: Tensor) -> None:
+    if not len(atoms) or not (atoms.detach().norm(dim=1) > 0).all() or not atoms.isfinite().all():
+        raise SaekitError(f"{name} has shape {list(atoms.shape)}, or a row that is 0, NaN or Inf; give at least one, all finite and not 0")  # fmt: skip
 
 
 def _check_rows(x: Tensor) -> None:

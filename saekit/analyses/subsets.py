@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saekit.probes import FLOOR, Labelled, Rows, columns, f1, mean_difference, sparse
+from saekit.probes import FLOOR, Labelled, Rows, check_rows, columns, f1, mean_difference, sparse
 from saekit.types import Codes, SaekitError
 
 CANDIDATES = 50
@@ -44,12 +44,13 @@ def best_subset(
 
     At worst candidates^(k - 1) / (k - 1)! sets are branched from: a second or so at 50 candidates and k = 4.
     """
-    if shrink is not None and not 0 <= shrink <= 1:
-        raise SaekitError(f"shrink = {shrink} must lie in 0..1; or leave it out")
+    if shrink is not None:
+        _check_shrink(shrink)
     first = mean_difference(x, labels).sort(descending=True, stable=True)
     some = first.indices[: min(candidates, int((first.values > FLOOR).sum()))]
     if not 1 <= k <= len(some):
         raise SaekitError(f"k = {k} must lie in 1..{len(some)}, the number of candidates that vary with the label; choose another k")  # fmt: skip
+    _check_size(k, len(labels))
     gram, moment = _moments(columns(x, some).detach().cpu().double().numpy(), labels.cpu().numpy())
     search = _Search(k)
     gram = _shrunk(gram, _by_chance(gram, len(labels)) if shrink is None else shrink)
@@ -59,7 +60,10 @@ def best_subset(
 
 def gain(x: Float[Tensor, "rows chosen"], labels: Bool[Tensor, " rows"], shrink: float = 0.0) -> float:
     """How much coordinates tell of the label together, see :func:`best_subset`; the share of its variance where nothing is shrunk."""
-    gram, moment = _moments(x.double().numpy(), labels.numpy())
+    check_rows(x, labels)
+    _check_size(x.shape[1], len(labels))
+    _check_shrink(shrink)
+    gram, moment = _moments(x.detach().cpu().double().numpy(), labels.cpu().numpy())
     return float(moment @ np.linalg.solve(_shrunk(gram, shrink), moment))
 
 
@@ -82,6 +86,18 @@ def repeats(
         found.append(probe.features)
         kept[probe.features.cpu()] = 0.0
     return found
+
+
+def _check_shrink(shrink: float) -> None:
+    if not 0 <= shrink <= 1:
+        raise SaekitError(f"shrink = {shrink} must lie in 0..1; or leave it out")
+
+
+def _check_size(k: int, rows: int) -> None:
+    if rows < k + 2:
+        raise SaekitError(
+            f"{rows} rows are explained by any {k} coordinates; give at least {k + 2}, or choose a smaller k"
+        )
 
 
 def _moments(x: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

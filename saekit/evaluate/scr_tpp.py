@@ -82,19 +82,16 @@ def removed(clean: float, biased: float, changed: float) -> float:
     return 0.0 if clean - biased < LEAST else (changed - biased) / (clean - biased)
 
 
-def targeted(clean: Sequence[float], changed: Sequence[Sequence[float]]) -> list[float]:
-    """TPP of each class: accuracy that its probe loses by ablations for it, less the mean loss of the other probes.
+def targeted(lost: np.ndarray) -> np.ndarray:
+    """TPP of each class, [..., i]: accuracy that its probe loses by ablations for it, less the mean loss of the others.
 
-    ``changed[i][j]`` is the accuracy of the probe of class j without the features for class i.
+    ``lost[..., i, j]`` is what the probe of class j loses without the features for class i.
     """
-    n = len(clean)
+    n = lost.shape[-1]
     if n < 2:
         raise SaekitError(f"{n} class is there; give at least 2")
-    out = []
-    for i in range(n):
-        lost = [clean[j] - changed[i][j] for j in range(n)]
-        out.append(lost[i] - (sum(lost) - lost[i]) / (n - 1))
-    return out
+    own = np.diagonal(lost, axis1=-2, axis2=-1)
+    return own - (lost.sum(-1) - own) / (n - 1)
 
 
 # spurious correlations
@@ -228,16 +225,17 @@ def targeted_perturbation(
 
 
 Lost = dict[
-    str, list[Float[Tensor, " judged"]]
-]  # by number of features: what each judged text of each class adds to TPP
+    str, list[Float[Tensor, "_ ablated"]]
+]  # of judged texts, by number of features, for each class's probe
 
 
 def perturbed(
     one: Labelled, atoms: Float[Tensor, "feature d"], labels: Sequence[Bool[Tensor, " texts"]], seed: int, drawn: bool = False
 ) -> Lost:  # fmt: skip
-    """By how much each judged text raises the mean TPP over classes; of ``DRAWS`` drawn sets in place of the strongest.
+    """Whether a class's probe, right about a text, is so no more without the features for each class: 1, 0, or -1.
 
-    TPP is linear in the accuracies, and these in the texts that a probe is right about.
+    ``drawn`` ablates drawn features in place of the strongest, and gives the mean over ``DRAWS`` of them: their TPP is 0 but
+    for the chance by which a class's own feature is among its draws.
     """
     generator, sets, probes, effect = torch.Generator().manual_seed(seed), [], [], []
     for own in labels:
@@ -249,31 +247,45 @@ def perturbed(
         used = fitted.codes.firing_counts() > 0
         draws = [torch.rand(strength.shape, generator=generator) * used for _ in range(DRAWS)]
         effect.append(draws if drawn else [strength])
-    out: Lost = {}
-    for k in ABLATED:
-        adds = []
-        for j, (judged, true) in enumerate(sets):
-            clean, total = _right(probes[j], judged.x, true), torch.zeros(len(true), dtype=torch.float64)
-            for i, tries in enumerate(effect):
-                weight = (1 / len(sets) if i == j else -1 / (len(sets) * (len(sets) - 1))) / len(tries)
-                for strength in tries:
-                    x = ablated(judged.x, judged.codes, atoms, strongest(strength, k))
-                    total += weight * (clean - _right(probes[j], x, true))
-            adds.append(total / len(true))
-        out[str(k)] = adds
-    return out
 
+    def without(judged: Labelled, strength: Tensor, k: int) -> Tensor:
+        return ablated(judged.x, judged.codes, atoms, strongest(strength, k))
 
-def _right(probe: Probe, x: Tensor, true: Tensor) -> Tensor:
-    return ((probe(x) > 0) == true).double()
+    def right(probe: Probe, x: Tensor, true: Tensor) -> Tensor:
+        return ((probe(x) > 0) == true).double()
+
+    return {
+        str(k): [
+            torch.stack([
+                right(probe, judged.x, true)
+                - torch.stack([right(probe, without(judged, strength, k), true) for strength in tries]).mean(0)
+                for tries in effect
+            ], 1)
+            for probe, (judged, true) in zip(probes, sets, strict=True)
+        ]
+        for k in ABLATED
+    }  # fmt: skip
 
 
 def tpp_measures(runs: dict[str, Lost], seed: int) -> dict[str, Measure]:
     """Mean TPP over classes, of a dictionary ("") beside others and random features."""
+
+    def mean(sums: np.ndarray, texts: np.ndarray) -> np.ndarray:
+        known = np.where(texts > 0, texts, np.nan)  # a draw may miss a class
+        return targeted(sums / known[..., None, :]).mean(-1)
+
+    def of(lost: list[Tensor]) -> tuple[np.ndarray, np.ndarray]:
+        """What each judged text adds to the sums [ablated, probed], and to the number of its class's texts."""
+        probed = np.repeat(np.eye(len(lost)), [len(one) for one in lost], axis=0)
+        return torch.cat(lost).numpy()[..., None] * probed[:, None], probed
+
     out = {}
     for key in map(str, ABLATED):
-        values = {name: float(sum(one.sum() for one in lost[key])) for name, lost in runs.items()}
-        adds = torch.cat(runs[""][key]).numpy()
-        interval = Resampler(len(adds), seed).interval(lambda a: a, adds)
-        out[f"tpp_{key}"] = Measure(values.pop(""), len(adds), "accuracy", interval, values, "texts")
+        parts = {name: of(lost[key]) for name, lost in runs.items()}
+        values = {
+            name: mean(*(part.sum(0, keepdims=True) for part in one)).item() for name, one in parts.items()
+        }
+        tests = len(parts[""][0])
+        interval = Resampler(tests, seed).interval(mean, *parts[""])
+        out[f"tpp_{key}"] = Measure(values.pop(""), tests, "accuracy", interval, values, "texts")
     return out

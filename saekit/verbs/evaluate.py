@@ -71,7 +71,20 @@ def _runs(paths: list[str]) -> tuple[list[str], Path]:
     return paths, first if len(paths) == 1 else Path(os.path.commonpath([os.path.abspath(p) for p in paths]))
 
 
+CORE = ("text", "hook_point", "tokens", "split", "ablation")  # options of that suite alone
+LABELLED = ("labels", "attribute", "spurious", "value", "pool", "saebench")  # of the others
+
+
+def _check_options(context: typer.Context, suite: str) -> None:
+    for name in LABELLED if suite == "core" else CORE:
+        if context.get_parameter_source(name).name == "COMMANDLINE":  # type: ignore[union-attr]
+            raise SaekitError(
+                f"--{name.replace('_', '-')} {context.params[name]!r} is nothing that suite {suite!r} asks for; leave it out"
+            )
+
+
 def evaluate(
+    context: typer.Context,
     paths: Annotated[
         list[str],
         typer.Argument(
@@ -142,6 +155,7 @@ def evaluate(
     from saekit.hub import load
     from saekit.hub.native import origin
 
+    _check_options(context, suite)
     if suite != "core":
         if len(paths) > 1:
             raise SaekitError(f"--suite {suite} is of one dictionary, and {len(paths)} are given; name one")
