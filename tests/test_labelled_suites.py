@@ -357,7 +357,7 @@ def test_the_verb_writes_a_report_and_refuses_what_a_suite_does_not_ask_for(
     for words, said in (
         (("--suite", "tpp", "--tokens", "100"), "--tokens 100 is nothing that suite 'tpp' asks for"),
         (("--suite", "tpp", "--hook-point", "x"), "--hook-point 'x' is nothing that suite 'tpp' asks for"),
-        (("--pool", "mean"), "--pool 'mean' is nothing that suite 'core' asks for"),
+        (("--suite", "core"), "texts.jsonl' is nothing that suite 'core' asks for"),
         (("--suite", "tpp", "--value", "l"), "--value 'l' is nothing that suite 'tpp' asks for"),
         (("--suite", "tppp"), "did you mean 'tpp'"),
         (("--suite", "tpp", "--spurious", "even"), "--spurious 'even' is nothing that suite 'tpp' asks for"),

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -71,20 +72,18 @@ def _runs(paths: list[str]) -> tuple[list[str], Path]:
     return paths, first if len(paths) == 1 else Path(os.path.commonpath([os.path.abspath(p) for p in paths]))
 
 
-CORE = ("text", "hook_point", "tokens", "split", "ablation")  # options of that suite alone
-LABELLED = ("labels", "attribute", "spurious", "value", "pool", "saebench")  # of the others
+TOKENS = 65536
 
 
-def _check_options(context: typer.Context, suite: str) -> None:
-    for name in LABELLED if suite == "core" else CORE:
-        if context.get_parameter_source(name).name == "COMMANDLINE":  # type: ignore[union-attr]
+def _check_unasked(suite: str, given: Mapping[str, Any]) -> None:
+    for name, value in given.items():
+        if value is not None:
             raise SaekitError(
-                f"--{name.replace('_', '-')} {context.params[name]!r} is nothing that suite {suite!r} asks for; leave it out"
+                f"--{name.replace('_', '-')} {value!r} is nothing that suite {suite!r} asks for; leave it out"
             )
 
 
 def evaluate(
-    context: typer.Context,
     paths: Annotated[
         list[str],
         typer.Argument(
@@ -95,14 +94,15 @@ def evaluate(
     model: Annotated[str | None, typer.Option(help="Model; default: the one it was harvested from.")] = None,
     text: Annotated[str | None, typer.Option(help="Text; default: the one it was harvested from.")] = None,
     hook_point: Annotated[str | None, typer.Option(help="Hook point; default: the dictionary's own.")] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens to evaluate on.")] = 65536,
-    split: Annotated[str, typer.Option(help="Side of the text's split.")] = "held_out",
+    tokens: Annotated[int | None, typer.Option(help="Tokens to evaluate on; default: 65536.")] = None,
+    split: Annotated[str | None, typer.Option(help="Side of the text's split; default: held_out.")] = None,
     controls: Annotated[
         bool, typer.Option(help="Also evaluate random dictionaries, and the run's control where it has one.")
     ] = True,
     ablation: Annotated[
-        str, typer.Option(help="What CE recovered is measured against: zero or mean.")
-    ] = "zero",
+        str | None,
+        typer.Option(help="What CE recovered is measured against: zero (the default) or mean."),
+    ] = None,
     suite: Annotated[
         str,
         typer.Option(
@@ -110,11 +110,11 @@ def evaluate(
         ),
     ] = "core",
     labels: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Texts and attributes of the other suites: a file of JSON lines, families (of Python modules) or letters (first ones of tokens)."
+            help="Texts and attributes of the other suites: a file of JSON lines, families (of Python modules; the default) or letters (first ones of tokens)."
         ),
-    ] = "families",
+    ] = None,
     attribute: Annotated[
         str | None, typer.Option(help="Attribute that is asked about; default: the first of the texts.")
     ] = None,
@@ -155,12 +155,14 @@ def evaluate(
     from saekit.hub import load
     from saekit.hub.native import origin
 
-    _check_options(context, suite)
+    core = {"text": text, "hook_point": hook_point, "tokens": tokens, "split": split, "ablation": ablation}
+    asking = {"attribute": attribute, "spurious": spurious, "value": value, "pool": pool}
+    _check_unasked(suite, {"labels": labels, "saebench": saebench, **asking} if suite == "core" else core)
     if suite != "core":
         if len(paths) > 1:
             raise SaekitError(f"--suite {suite} is of one dictionary, and {len(paths)} are given; name one")
         report = _asked(
-            suite, paths[0], model, labels, (attribute, spurious), {"pool": pool, "value": value}, controls, device, seed, saebench
+            suite, paths[0], model, labels or "families", (attribute, spurious), {"pool": pool, "value": value}, controls, device, seed, saebench
         )  # fmt: skip
         return result(report.to_json(), as_json, table(report))
     runs, folder = _runs(paths)
@@ -175,8 +177,8 @@ def evaluate(
         raise SaekitError(f"dictionary {runs[0]!r} was trained on text given in Python; name one with --text")
     with progress("evaluate", "tokens") as draw:
         report = run(
-            dictionary, model, text, tokens=tokens, hook_point=hook_point, split=split, controls=beside,
-            ablation=ablation, device=device, seed=seed, on_batch=lambda done, total: draw(done, total, ""),
+            dictionary, model, text, tokens=TOKENS if tokens is None else tokens, hook_point=hook_point, split=split or "held_out", controls=beside,
+            ablation=ablation or "zero", device=device, seed=seed, on_batch=lambda done, total: draw(done, total, ""),
         )  # fmt: skip
     report.save(folder)
     result(report.to_json(), as_json, table(report))
@@ -205,8 +207,8 @@ def _asked(
     known = list(texts.attributes)
     # ravel asks for all that prompts ask for
     asked: list[Any] = [names[0] or (known[0] if suite != "ravel" else None)]
-    if names[1] is not None and suite != "scr":
-        raise SaekitError(f"--spurious {names[1]!r} is nothing that suite {suite!r} asks for; leave it out")
+    if suite != "scr":
+        _check_unasked(suite, {"spurious": names[1]})
     if suite == "scr":
         if names[1] is None and len(known) < 2:
             raise SaekitError(
@@ -217,11 +219,8 @@ def _asked(
         check_saebench(suite, texts.values(asked[0]) if suite == "absorption" else ())
         check_writable(Path(saebench))
     options: dict[str, Any] = {name: chosen for name, chosen in given.items() if chosen is not None}
-    for name in options:
-        if name not in inspect.signature(run).parameters:
-            raise SaekitError(
-                f"--{name} {options[name]!r} is nothing that suite {suite!r} asks for; leave it out"
-            )
+    taken = inspect.signature(run).parameters
+    _check_unasked(suite, {name: options[name] for name in options if name not in taken})
     options |= {"controls": controls, "seed": seed}
     with progress("evaluate", "texts") as draw:
         report = run(d, view, texts, *asked, **options, on_batch=lambda done, total: draw(done, total, suite))
