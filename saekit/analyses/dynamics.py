@@ -130,9 +130,11 @@ def nearest(
 
     Of decoded attractors and training data it is how much is memorised; see that other data of the kind are less near.
     """
+    if not len(known):
+        raise SaekitError("known holds no rows; give at least one")
     for name, rows in (("x", x), ("known", known)):
-        if rows.shape[1:] != known.shape[1:] or not len(rows) or not rows.isfinite().all():
-            raise SaekitError(f"{name} has shape {list(rows.shape)}, or holds NaN or Inf; give at least one finite row of both, of one width")  # fmt: skip
+        if rows.shape[1:] != known.shape[1:] or not rows.isfinite().all():
+            raise SaekitError(f"{name} has shape {list(rows.shape)}, or holds NaN or Inf; give finite rows of one width")  # fmt: skip
     own, others = (torch.nn.functional.normalize(one, dim=1) for one in (x, known))
     best = (own @ others.T).max(1)
     return best.values, best.indices
