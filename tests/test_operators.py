@@ -37,6 +37,21 @@ def test_convolution_is_a_matrix_of_shifted_kernels() -> None:
     assert (z > 0).any() and (z == 0).any()
 
 
+def test_pursuit_takes_the_best_shifted_kernel_each_time() -> None:
+    kernels, x = 3 * unit(3, 5), torch.randn(6, 12, generator=g(1))
+    shifted = torch.stack([torch.cat([k, torch.zeros(7)]).roll(s) for k in kernels for s in range(12)])
+    k = torch.tensor([0, 1, 2, 3, 8, 8])
+    z = Convolutional(kernels, 0.1, 20).pursue(x, k).flatten(1)
+    for row, steps in enumerate(k.tolist()):
+        own, left = torch.zeros(len(shifted)), x[row].clone()
+        for _ in range(steps):
+            fits = shifted @ left / 3
+            best = int(fits.argmax())
+            own[best] += fits[best].clamp_min(0) / 3
+            left = x[row] - own @ shifted
+        torch.testing.assert_close(z[row], own, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("n", [16, 17])
 def test_all_modes_of_kernels_are_convolution_and_fewer_are_not(n: int) -> None:
     kernels, x = unit(3, 5), torch.randn(4, n, generator=g(1))
@@ -127,6 +142,9 @@ BAD = {
     "too few for": lambda: Fourier(unit(2, 16), 8, 0.1, 1).encode(torch.ones(1, 8)),
     "kernels 16": lambda: Convolutional(unit(2, 16), 0.1, 1).encode(torch.ones(1, 8)),
     "holds NaN": lambda: Convolutional(unit(2, 4), 0.1, 1).encode(torch.full((1, 8), math.nan)),
+    "k has 1 numbers for 3 rows": lambda: Convolutional(unit(2, 3), 0.1, 2).pursue(
+        torch.ones(3, 8), torch.tensor([1])
+    ),
     "1 atoms can't match": lambda: atom_error(unit(1, 4), unit(2, 4)),
     "multiple of 64": lambda: signals(functions(2, g()), 3, g()).on(96),
 }

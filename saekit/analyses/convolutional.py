@@ -86,21 +86,21 @@ def log_gabors(
     orientations: int,
     bandwidths: "tuple[float, ...] | list[float]",
     frequency: float = 0.2,
-    octaves: float = 0.5,
+    spread: float = 0.9,
 ) -> Float[Tensor, "kernel size size"]:
     """Oriented kernels of norm 1: each bandwidth at each of the evenly spaced orientations, as a cosine and as a sine.
 
-    In the Fourier domain ``exp(-log(f / frequency)^2 / (2 octaves^2)) exp(cos(2 (theta - theta_0)) / (4 B^2))``, with
-    ``frequency`` in cycles a pixel and the orientation bandwidth B in radians; the window cuts off what is farther than half its size.
+    In the Fourier domain ``exp(-log(f / frequency)^2 / (2 spread^2)) exp(cos(2 (theta - theta_0)) / (4 B^2))``, with
+    ``frequency`` in cycles a pixel, ``spread`` that of its natural logarithm and the orientation bandwidth B in radians; the window cuts off what is farther than half its size.
     """
-    if not (0 < frequency <= 0.5 and 0 < octaves < math.inf):
-        raise SaekitError(f"frequency = {frequency} must lie in (0, 0.5] cycles a pixel, and octaves = {octaves} be above 0")  # fmt: skip
+    if not (0 < frequency <= 0.5 and 0 < spread < math.inf):
+        raise SaekitError(f"frequency = {frequency} must lie in (0, 0.5] cycles a pixel, and spread = {spread} be above 0")  # fmt: skip
     if size < 3 or orientations < 1 or not bandwidths or not all(0 < b < math.inf for b in bandwidths):
         raise SaekitError(f"size = {size}, orientations = {orientations} and bandwidths = {tuple(bandwidths)} must be at least 3, 1 and above 0")  # fmt: skip
     n = 4 * size
     fy, fx = torch.fft.fftfreq(n)[:, None], torch.fft.fftfreq(n)[None]
     f = torch.hypot(fy, fx).clamp_min(1e-9)
-    radial = torch.exp(-((f / frequency).log() ** 2) / (2 * octaves**2))
+    radial = torch.exp(-((f / frequency).log() ** 2) / (2 * spread**2))
     out = []
     for bandwidth in bandwidths:
         for i in range(orientations):

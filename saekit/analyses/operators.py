@@ -12,7 +12,7 @@ import math
 from abc import ABC, abstractmethod
 
 import torch
-from jaxtyping import Complex, Float
+from jaxtyping import Complex, Float, Int
 from torch import Tensor, nn
 
 from saekit.errors import SaekitError
@@ -42,6 +42,23 @@ class _Convolving(nn.Module, ABC):
             back = torch.fft.irfft(w.conj() * left[:, None], n=x.shape[1])
             z = (z + a * (back - self.weight)).relu()
             z_f = torch.fft.rfft(z)
+        return z
+
+    @torch.no_grad()
+    def pursue(self, x: Float[Tensor, "rows n"], k: Int[Tensor, " rows"]) -> Float[Tensor, "rows atom n"]:
+        """Maps of at most ``k`` codes each: one at a time, the atom and place that explain most of what is left (matching pursuit)."""
+        _check_rows(x)
+        if len(k) != len(x) or (k < 0).any():
+            raise SaekitError(f"k has {len(k)} numbers for {len(x)} rows, or one below 0; give each row a number of codes")  # fmt: skip
+        w, x_f = self.spectrum(x.shape[1]), torch.fft.rfft(x)
+        length = torch.fft.irfft(w, n=x.shape[1]).norm(dim=1)
+        z, left = x.new_zeros(len(x), len(w), x.shape[1]), x_f
+        for step in range(int(k.max())):
+            fits = torch.fft.irfft(w.conj() * left[:, None], n=x.shape[1]) / length[:, None]
+            best = fits.flatten(1).max(1)
+            size = best.values.clamp_min(0) / length[best.indices // x.shape[1]] * (k > step)
+            z.flatten(1).scatter_add_(1, best.indices[:, None], size[:, None])
+            left = x_f - torch.einsum("rcf,cf->rf", torch.fft.rfft(z), w)
         return z
 
     def decode(self, z: Float[Tensor, "rows atom n"]) -> Float[Tensor, "rows n"]:

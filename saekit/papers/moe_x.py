@@ -6,9 +6,10 @@ from torch import Tensor, nn
 from saekit.analyses.coverage import coverage
 from saekit.papers.claims import Claim, Reproduction, Tell, bars
 from saekit.papers.row import Found, Row
-from saekit.testbed.moe import BITS, FACTORS, STEPS, WORDS, Drawn, Mixture, World, active_share, learn
+from saekit.testbed.moe import BITS, FACTORS, STEPS, TOPICS, WORDS, Drawn, Mixture, World, active_share, learn
 
 EXPERTS, UNITS, K = 8, 32, 2
+FLAT = 32  # factors of a world of one topic
 CHOSEN, JUDGED = 4000, 20_000  # rows
 INPUTS, WIDE, D = 200, 1024, 64  # of the router's check on Gaussian weights
 MOE, SOFTMAX, GELU, RELU, UNTRAINED = "MoE-X", "softmax router", "dense GELU", "dense ReLU", "untrained"
@@ -16,10 +17,11 @@ SMALL = "dense GELU of as many active units"
 MEASURES = ("loss", "coverage", "reconstruction", "active")
 
 
-def _made(name: str, seed: int) -> Mixture:
+def _made(name: str, seed: int, topics: int = TOPICS) -> Mixture:
     if name in (GELU, RELU, SMALL):
-        return Mixture(seed, 1, K * UNITS if name == SMALL else EXPERTS * UNITS, 1, "sparsity", name != RELU)
-    return Mixture(seed, EXPERTS, UNITS, K, "softmax" if name == SOFTMAX else "sparsity")
+        units = K * UNITS if name == SMALL else EXPERTS * UNITS
+        return Mixture(seed, 1, units, 1, "sparsity", name != RELU, topics)
+    return Mixture(seed, EXPERTS, UNITS, K, "softmax" if name == SOFTMAX else "sparsity", topics=topics)
 
 
 def _ranks(predicted: Tensor, true: Tensor) -> float:
@@ -49,11 +51,11 @@ def _gaussian(g: torch.Generator) -> Found:
 
 @torch.no_grad()
 def _measured(model: Mixture, some: Drawn, other: Drawn) -> Found:
-    a, b = (model.hidden(model.stream(one.bits)) for one in (some, other))
+    a, b = (model.hidden(model.stream(one.seen)) for one in (some, other))
     found = coverage(a, some.factors, b, other.factors)
-    predicted, true = _shares(model.w_in, model.stream(other.bits))
+    predicted, true = _shares(model.w_in, model.stream(other.seen))
     return {
-        "loss": nn.functional.cross_entropy(model(other.bits), other.words).item(), "coverage": found.coverage,
+        "loss": nn.functional.cross_entropy(model(other.seen), other.words).item(), "coverage": found.coverage,
         "reconstruction": found.reconstruction, "active": (b > 0).float().sum(1).mean().item(),
         "error": (predicted - true).abs().mean().item(), "ranks": _ranks(predicted, true) if len(model.w_in) > 1 else 1.0,
     }  # fmt: skip
@@ -61,22 +63,25 @@ def _measured(model: Mixture, some: Drawn, other: Drawn) -> Found:
 
 def measure(seed: int, tell: Tell) -> Found:
     """The router on Gaussian weights, and models that learnt the same world."""
-    world, g = World(seed), torch.Generator().manual_seed(1000 + seed)
-    some, other = world.draw(CHOSEN, g), world.draw(JUDGED, g)
-    out: Found = {"gaussian": _gaussian(g), "entropy": world.entropy(other), "models": {}}
-    names = (MOE, SOFTMAX, GELU, SMALL, RELU, UNTRAINED)
-    for i, name in enumerate(names):
-        tell(i, len(names), name)
-        model = _made(name, seed)
+    g = torch.Generator().manual_seed(1000 + seed)
+    out: Found = {"gaussian": _gaussian(g), "models": {}, "flat": {}}
+    jobs = [("models", name) for name in (MOE, SOFTMAX, GELU, SMALL, RELU, UNTRAINED)]
+    jobs += [("flat", name) for name in (MOE, GELU)]
+    worlds = {"models": World(seed), "flat": World(seed, 1, FLAT)}
+    rows = {key: (world.draw(CHOSEN, g), world.draw(JUDGED, g)) for key, world in worlds.items()}
+    out["entropy"] = worlds["models"].entropy(rows["models"][1])
+    for i, (key, name) in enumerate(jobs):
+        tell(i, len(jobs), name if key == "models" else f"{name}, one topic")
+        model = _made(name, seed, len(worlds[key].pairs))
         if name != UNTRAINED:
-            learn(model, world, seed)
-        out["models"][name] = _measured(model, some, other)
+            learn(model, worlds[key], seed)
+        out[key][name] = _measured(model, *rows[key])
     return out
 
 
 def judge(found: Found) -> Reproduction:
     """The router's two claims, and coverage and loss beside the dense model's."""
-    gaussian, models = found["gaussian"], found["models"]
+    gaussian, models, flat = found["gaussian"], found["models"], found["flat"]
     own, dense = models[MOE], models[GELU]
 
     def above(name: str, other: str) -> list[float]:
@@ -88,6 +93,9 @@ def judge(found: Found) -> Reproduction:
     def mean(values: list[float]) -> float:
         return sum(values) / len(values)
 
+    def apart(name: str) -> float:
+        return mean([a - b for a, b in zip(flat[MOE][name], flat[GELU][name], strict=True)])
+
     short = [text for text, is_short in (
         (f"coverage is {mean(above(MOE, GELU)):+.3f} of the dense model's, where 0.05 above it is demanded", mean(above(MOE, GELU)) < 0.05),
         (f"the loss is {mean(worse(MOE)):+.1%} of the dense model's, where 3 % at most is demanded", mean(worse(MOE)) > 0.03),
@@ -95,7 +103,7 @@ def judge(found: Found) -> Reproduction:
     return Reproduction(
         title="Experts that are routed to by their predicted sparsity have neurons that tell of factors",
         source="Yang, Venhoff, Khakzar et al. 2025, ICML, arXiv 2503.07639",
-        setting=f"{FACTORS} conjunctions of {BITS} bits set the next of {WORDS} words; {EXPERTS} experts of {UNITS} units, {K} a row, against dense layers of as many units in total; {STEPS} steps each; neurons and thresholds chosen by {CHOSEN:,} rows, judged on {JUDGED:,} others. The router's check: {EXPERTS} experts of {WIDE} Gaussian units",
+        setting=f"a row is of one of {TOPICS} topics, of which each has {FACTORS} conjunctions of the same {BITS} bits that set the next of {WORDS} words; {EXPERTS} experts of {UNITS} units, {K} a row, against dense layers of as many units in total; {STEPS} steps each; neurons and thresholds chosen by {CHOSEN:,} rows, judged on {JUDGED:,} others. The router's check: {EXPERTS} experts of {WIDE} Gaussian units",
         claims=[
             Claim("error of the predicted active share, Gaussian weights, mean over inputs and experts", "none given", gaussian["error"], "<=", 0.03, gaussian["half"], "one half"),
             Claim("Spearman of predicted and true active shares of the experts", "none given", gaussian["ranks"], ">=", 0.9, gaussian["others"], "another expert's prediction"),
@@ -105,6 +113,7 @@ def judge(found: Found) -> Reproduction:
         figure=bars("Single neurons and factors, on rows that nothing was chosen by", "F1", {m: {name: models[name][m] for name in models} for m in ("coverage", "reconstruction")}),
         notes=[
             *(["The claim of coverage at an equal loss does not hold here: " + "; ".join(short) + "."] if short else []),
+            f"Experts gain where factors are of topics: in a world of one topic with {FLAT} conjunctions, of which about five hold at once, coverage is {apart('coverage'):+.3f} of the dense model's, and the loss {apart('loss'):+.3f} nats. The world was chosen on seeds 10 to 12. The dense model is slower, not worse: after 5000 steps its neurons are as clean (LOG).",
             f"After training, the prediction's error is {mean(own['error']):.3f}, and its Spearman {mean(own['ranks']):.2f}: the units are no longer Gaussian.",
             f"The largest error of Gaussian weights is {mean(gaussian['largest']):.3f}; the words' entropy is {mean(found['entropy']):.3f} nats, which losses include.",
         ],

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from saekit.errors import SaekitError
 
-BITS, FACTORS, WORDS, WIDTH = 16, 32, 24, 24
-STEPS, ROWS, RATE, BALANCE = 1500, 256, 5e-3, 0.01
+TOPICS, FACTORS = 8, 8  # factors of each
+BITS, WORDS, WIDTH = 16, 24, 24
+STEPS, ROWS, RATE, BALANCE = 1500, 256, 5e-3, 0.1
 STRENGTH = 2.0  # of a factor, in nats of the next word's logit
 
 
@@ -30,28 +31,34 @@ def active_share(
 
 @dataclass(frozen=True)
 class Drawn:
-    """``bits`` are what is seen, ``factors`` which conjunctions hold, ``words`` what follows."""
+    """``seen`` are the bits and which topic it is, ``factors`` which conjunctions hold, ``words`` what follows."""
 
-    bits: Float[Tensor, "rows bits"]
+    seen: Float[Tensor, "rows seen"]
     factors: Bool[Tensor, "rows factors"]
     words: Int[Tensor, " rows"]
 
 
 class World:
-    """Conjunctions of two bits each; those that hold add to the logits of the next word. Drawn by ``seed``."""
+    """Conjunctions of two bits within a topic; those that hold add to the logits of the next word. Drawn by ``seed``.
 
-    def __init__(self, seed: int):
+    A row is of one of ``topics``, and each of these has ``factors`` conjunctions of its own.
+    """
+
+    def __init__(self, seed: int, topics: int = TOPICS, factors: int = FACTORS):
         g = torch.Generator().manual_seed(seed)
         pairs = torch.combinations(torch.arange(BITS))
-        self.pairs = pairs[torch.randperm(len(pairs), generator=g)[:FACTORS]]
-        self.logits = STRENGTH * torch.randn(FACTORS, WORDS, generator=g)
+        drawn = [pairs[torch.randperm(len(pairs), generator=g)[:factors]] for _ in range(topics)]
+        self.pairs = torch.stack(drawn)
+        self.logits = STRENGTH * torch.randn(topics * factors, WORDS, generator=g)
 
     def draw(self, n: int, g: torch.Generator) -> Drawn:
-        """``n`` rows of independent bits, each 1 with probability 0.4."""
+        """``n`` rows of independent bits, each 1 with probability 0.4, of topics as frequent."""
         bits = (torch.rand(n, BITS, generator=g) < 0.4).float()
-        factors = bits[:, self.pairs].bool().all(2)
+        topic = nn.functional.one_hot(torch.randint(len(self.pairs), (n,), generator=g), len(self.pairs))
+        factors = (bits[:, self.pairs].bool().all(3) & topic.bool()[..., None]).flatten(1)
         p = (factors.float() @ self.logits).softmax(1)
-        return Drawn(bits, factors, torch.multinomial(p, 1, generator=g)[:, 0])
+        words = torch.multinomial(p, 1, generator=g)[:, 0]
+        return Drawn(torch.cat([bits, topic.float()], 1), factors, words)
 
     def entropy(self, drawn: Drawn) -> float:
         """Cross-entropy of the true distribution in nats: what no model is below, but by chance."""
@@ -64,7 +71,16 @@ class Mixture(nn.Module):
     ``router``: "sparsity" (those whose predicted active share is least) or "softmax" (learnt logits). ``gelu``: in place of ReLU.
     """
 
-    def __init__(self, seed: int, experts: int, units: int, k: int, router: str, gelu: bool = False):
+    def __init__(
+        self,
+        seed: int,
+        experts: int,
+        units: int,
+        k: int,
+        router: str,
+        gelu: bool = False,
+        topics: int = TOPICS,
+    ):
         if router not in ("sparsity", "softmax"):
             raise SaekitError(f"router is {router!r}: give 'sparsity' or 'softmax'")
         if not 1 <= k <= experts:
@@ -76,13 +92,13 @@ class Mixture(nn.Module):
             return nn.Parameter(torch.randn(*shape, generator=g) / shape[-1] ** 0.5)
 
         self.k, self.router, self.act = k, router, nn.functional.gelu if gelu else nn.functional.relu
-        self.embed, self.unembed = drawn(WIDTH, BITS + 1), drawn(WORDS, WIDTH)
+        self.embed, self.unembed = drawn(WIDTH, BITS + topics + 1), drawn(WORDS, WIDTH)
         self.w_in, self.w_out = drawn(experts, units, WIDTH), drawn(WIDTH, experts * units)
         self.gate = drawn(experts, WIDTH) if router == "softmax" else None
 
-    def stream(self, bits: Float[Tensor, "rows bits"]) -> Float[Tensor, "rows d"]:
-        """What the layer reads: the embedded bits and a constant."""
-        return torch.cat([bits, torch.ones(len(bits), 1)], 1) @ self.embed.T
+    def stream(self, seen: Float[Tensor, "rows seen"]) -> Float[Tensor, "rows d"]:
+        """What the layer reads: what is seen, embedded, and a constant."""
+        return torch.cat([seen, torch.ones(len(seen), 1)], 1) @ self.embed.T
 
     def route(
         self, x: Float[Tensor, "rows d"]
@@ -97,14 +113,14 @@ class Mixture(nn.Module):
         z = self.act(torch.einsum("rd,eud->reu", x, self.w_in))
         return (z * self.route(x)[0][..., None]).flatten(1)
 
-    def forward(self, bits: Float[Tensor, "rows bits"]) -> Float[Tensor, "rows words"]:
+    def forward(self, seen: Float[Tensor, "rows seen"]) -> Float[Tensor, "rows words"]:
         """Logits of the next word."""
-        x = self.stream(bits)
+        x = self.stream(seen)
         return (x + self.hidden(x) @ self.w_out.T) @ self.unembed.T
 
-    def balance(self, bits: Float[Tensor, "rows bits"]) -> Float[Tensor, ""]:
+    def balance(self, seen: Float[Tensor, "rows seen"]) -> Float[Tensor, ""]:
         """The usual loss of unbalanced experts: their number times the sum of share routed and mean probability; 1 at best."""
-        weights, logits = self.route(self.stream(bits))
+        weights, logits = self.route(self.stream(seen))
         return len(self.w_in) * ((weights > 0).float().mean(0) / self.k * logits.softmax(1).mean(0)).sum()
 
 
@@ -115,9 +131,9 @@ def learn(model: Mixture, world: World, seed: int, steps: int = STEPS) -> None:
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, steps, pct_start=0.1, cycle_momentum=False)
     for _ in range(steps):
         drawn = world.draw(ROWS, g)
-        loss = nn.functional.cross_entropy(model(drawn.bits), drawn.words)
+        loss = nn.functional.cross_entropy(model(drawn.seen), drawn.words)
         if len(model.w_in) > 1:
-            loss = loss + BALANCE * model.balance(drawn.bits)
+            loss = loss + BALANCE * model.balance(drawn.seen)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
