@@ -45,7 +45,7 @@ class _Convolving(nn.Module, ABC):
         return z
 
     @torch.no_grad()
-    def pursue(self, x: Float[Tensor, "rows n"], k: Int[Tensor, " rows"]) -> Float[Tensor, "rows atom n"]:
+    def pursue(self, x: Float[Tensor, "rows n"], k: Int[Tensor, " _"]) -> Float[Tensor, "rows atom n"]:
         """Maps of at most ``k`` codes each: one at a time, the atom and place that explain most of what is left (matching pursuit)."""
         _check_rows(x)
         if len(k) != len(x) or (k < 0).any():
