@@ -74,7 +74,7 @@ def test_notebooks_are_kept_without_outputs(path: Path) -> None:
 def test_the_pages_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All blocks of all pages, in one folder. It takes longest, so it stands before the notebooks."""
     monkeypatch.chdir(tmp_path)
-    for page in ORDER:
+    for page in (*ORDER, "analyses"):
         for kind, text in blocks(page):
             if kind == "python":
                 with contextlib.redirect_stdout(io.StringIO()):

@@ -43,7 +43,7 @@ def test_requested_l0_is_met_and_few_features_die_far_off_centre(name: str, rows
         assert run.metrics["dead_share"] < 0.05
 
 
-@pytest.mark.parametrize("name", ["switch", "archetypal"])
+@pytest.mark.parametrize("name", ["switch", "codebook", "archetypal"])
 def test_seeds_begin_apart_and_draw_from_no_one_else(name: str, rows: torch.Tensor) -> None:
     def begun(seed: int) -> list[torch.Tensor]:
         d = saekit.create(name, d_in=32, n_features=128, k=4, seed=seed)

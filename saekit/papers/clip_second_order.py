@@ -104,8 +104,9 @@ def _words(model: Clip, found: Components, world: World, g: torch.Generator) -> 
     narrow = live[found.explained[live].topk(2 * len(WORDS)).indices]
     chosen = narrow[torch.randperm(len(narrow), generator=g)[: len(WORDS)]]
     centred = nn.functional.normalize(words - words.mean(0), dim=1)
-    plant(model, torch.cat(fitted[:4]), PLANTED, chosen, centred)
-    planted = components(clip_tower(model.vision), fitted, PLANTED).direction[chosen]
+    by, judged = fitted[:4], fitted[4:]
+    plant(model, torch.cat(by), PLANTED, chosen, centred)
+    planted = components(clip_tower(model.vision), judged, PLANTED).direction[chosen]
 
     def first(directions: Tensor) -> Tensor:
         return (describe(directions, words, K).texts[:, 0] == torch.arange(len(WORDS))).float().mean()

@@ -59,9 +59,9 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def prepare(self, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> None:
-        """Begin with activations of the data, so that k of them add up to one."""
-        generator = torch.Generator().manual_seed(len(W_enc))
-        chosen = torch.randint(len(x), (len(W_enc),), generator=generator)
+        """Begin with activations of the data, so that k of them add up to one; each once while there are enough."""
+        n, have = len(W_enc), len(x)
+        chosen = torch.cat([torch.randperm(have) for _ in range(-(-n // have))])[:n]
         W_enc.copy_(x[chosen.to(x.device)] / self.config.k)
 
     @torch.no_grad()
