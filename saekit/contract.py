@@ -26,6 +26,7 @@ from saekit.trainers import train
 
 Make = Callable[[], Dictionary]
 STEPS, BATCH = 8, 64
+NEAR = 0.75  # cosine of a planted direction and the nearest atom
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
 
 
@@ -217,7 +218,7 @@ def training_helps(make: Make, rows: Float[Tensor, "batch *seq columns"], folder
 def recovers_planted_features(make: Make, rows: Float[Tensor, "batch *seq columns"], folder: Path) -> None:
     """Training on sums of planted directions brings atoms nearer to them than random ones are.
 
-    A law of atoms that are trained: those of a control stay where they are. A start at the data is near already, and stays so.
+    A law of atoms that are trained: those of a control stay where they are. A start at the data is near already, and need not come nearer than ``NEAR`` and .05.
     """
     d = make()
     if getattr(type(d.atoms), "fixed", False):
@@ -244,7 +245,7 @@ def recovers_planted_features(make: Make, rows: Float[Tensor, "batch *seq column
     fresh, random = own(_prepared(make, rows)), nearness(torch.randn(d.W_dec.shape, generator=g))
     for _ in range(10):  # most need one round
         _quietly(d, rows, 75, 256, lr=3e-3)
-        if own(d) > random + 0.05 and own(d) > fresh - 0.05:
+        if own(d) > max(random, min(fresh, NEAR)) + 0.05:
             return
     raise AssertionError(f"{own(d):.3f} after training, {fresh:.3f} before, random {random:.3f}")
 

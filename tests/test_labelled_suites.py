@@ -359,7 +359,7 @@ def test_the_verb_writes_a_report_and_refuses_what_a_suite_does_not_ask_for(
         (("--suite", "tpp", "--hook-point", "x"), "--hook-point 'x' is nothing that suite 'tpp' asks for"),
         (("--suite", "core"), "texts.jsonl' is nothing that suite 'core' asks for"),
         (("--suite", "tpp", "--value", "l"), "--value 'l' is nothing that suite 'tpp' asks for"),
-        (("--suite", "tppp"), "did you mean 'tpp'"),
+        (("--suite", "tppp", "--tokens", "5"), "did you mean 'tpp'"),
         (("--suite", "tpp", "--spurious", "even"), "--spurious 'even' is nothing that suite 'tpp' asks for"),
         (("--suite", "unlearning", "--saebench", "x"), "'unlearning' has no place in SAEBench's results"),
         (

@@ -60,7 +60,7 @@ def test_tpp_is_what_a_probe_loses_less_what_the_others_lose() -> None:
 
 
 def test_a_loss_of_other_probes_counts_against_it() -> None:
-    """The first class's features take both probes to chance, on 4 texts of the one class and 2 of the other."""
+    """The first class's features cost its own probe all of 4 texts, and the other's one of 2."""
     both, none = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 0.0]])
     lost = {str(k): [both.repeat(4, 1), torch.cat([both, none])] for k in ABLATED}
     assert float(tpp_measures({"": lost}, 0)["tpp_2"]) == pytest.approx((1.0 - 0.5) / 2)

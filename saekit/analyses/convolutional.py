@@ -86,12 +86,12 @@ def log_gabors(
     orientations: int,
     bandwidths: "tuple[float, ...] | list[float]",
     frequency: float = 0.2,
-    spread: float = 0.9,
+    spread: float = 0.5,
 ) -> Float[Tensor, "kernel size size"]:
     """Oriented kernels of norm 1: each bandwidth at each of the evenly spaced orientations, as a cosine and as a sine.
 
     In the Fourier domain ``exp(-log(f / frequency)^2 / (2 spread^2)) exp(cos(2 (theta - theta_0)) / (4 B^2))``, with
-    ``frequency`` in cycles a pixel, ``spread`` that of its natural logarithm and the orientation bandwidth B in radians; the window cuts off what is farther than half its size.
+    ``frequency`` in cycles a pixel, ``spread`` that of its natural logarithm (low frequencies, which a wide one lets in, are cut off by the window, and widen narrow bandwidths), and the orientation bandwidth B in radians; the window cuts off what is farther than half its size.
     """
     if not (0 < frequency <= 0.5 and 0 < spread < math.inf):
         raise SaekitError(f"frequency = {frequency} must lie in (0, 0.5] cycles a pixel, and spread = {spread} be above 0")  # fmt: skip

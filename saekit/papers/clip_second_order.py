@@ -162,7 +162,7 @@ def judge(found: Found) -> Reproduction:
     return Reproduction(
         title="A neuron of a CLIP acts through later attention, along one direction that words tell of",
         source="Gandelsman, Efros and Steinhardt 2025, ICLR, arXiv 2406.04341",
-        setting=f"transformers' CLIP tower of {LAYERS} layers, {HEADS} heads and {NEURONS} neurons a layer, trained for {STEPS} steps on scenes of one handwritten digit among {CLUTTER} cells of clutter, with a bag-of-words text encoder over {len(WORDS)} words (a model a seed); directions from {FITTED} scenes, judged on {JUDGED} others of held-out digits; zero-shot among {len(NAMES)} names. Layers as in the paper by themselves, and together",
+        setting=f"transformers' CLIP tower of {LAYERS} layers, {HEADS} heads and {NEURONS} neurons a layer, trained for {STEPS} steps on scenes of one handwritten digit among {CLUTTER} cells of clutter, with a bag-of-words text encoder over {len(WORDS)} words (a model a seed); directions from {FITTED} scenes, those of planted neurons from the scenes that nothing was planted by; judged on {JUDGED} others of held-out digits; zero-shot among {len(NAMES)} names. Layers as in the paper by themselves, and together",
         claims=[
             Claim("largest error of an embedding as the sum of a layer's effects and the rest", "exact by derivation", exact["all"], "<=", 1e-4, exact["other"], "attention patterns of another image"),
             Claim("the same of one neuron's effect", "exact by derivation", exact["single"], "<=", 1e-4),

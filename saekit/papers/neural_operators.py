@@ -18,7 +18,7 @@ STEPS, BATCH, LR = 400, 32, 1e-2
 JUDGED = 256
 FOURIER, CONVOLUTION = "Fourier", "convolution"
 UNTRAINED = ", untrained"
-FEW = "by as many codes as atoms"
+FEW = "by as many codes as the signal has atoms"
 
 D, DENSE, WIDE = 32, 32, 64  # of rows without order: coordinates, atoms, and lifted coordinates
 CONDITION = 10.0  # largest over smallest scale of the planted atoms' coordinates
@@ -196,7 +196,8 @@ def judge(found: Found) -> Reproduction:
         Claim("error of smooth atoms, Fourier over convolution", "recovers smooth concepts better (figures)", over(on[FOURIER]["error"], on[CONVOLUTION]["error"]), "<", 1.0, over(on[FOURIER + UNTRAINED]["error"], on[CONVOLUTION + UNTRAINED]["error"]), "untrained atoms"),
         Claim("R2 at twice the resolution over R2 at that of training, Fourier, all codes", "robust (figures)", twice(FOURIER, on), ">=", 0.95, twice(FOURIER + UNTRAINED, on), "untrained atoms"),
         Claim(f"the same {FEW}", "robust (figures)", twice(FOURIER, few), ">=", 0.95, twice(FOURIER + UNTRAINED, few), "untrained atoms"),
-        Claim(f"R2 at twice the resolution {FEW}, convolution", "breaks (figures)", few[CONVOLUTION][str(2 * N)], "<=", 0.5, few[CONVOLUTION][str(N)], "at the resolution of training"),
+        Claim(f"R2 at twice the resolution over R2 at that of training {FEW}, convolution", "breaks (figures)", twice(CONVOLUTION, few), "<=", 0.5, twice(CONVOLUTION + UNTRAINED, few), "untrained atoms"),
+        Claim(f"R2 itself at twice the resolution {FEW}, convolution", "breaks (figures)", few[CONVOLUTION][str(2 * N)], "<=", 0.5, few[CONVOLUTION][str(N)], "at the resolution of training"),
         Claim(f"training steps until {SHARE:.0%} of atoms are recovered, a learnt lift over none", "fewer (figures)", steps(LEARNT), "<", 1.0, steps(WHITENING), f"a fixed whitening lift ({MOST_STEPS} steps where it never gets there)"),
     ]  # fmt: skip
     return Reproduction(
@@ -208,7 +209,7 @@ def judge(found: Found) -> Reproduction:
         notes=[
             "Does not hold: " + ("; ".join(claim.text for claim in claims if not claim.holds) or "none") + ".",
             f"Neither kind finds the atoms well: mean errors {mean(on[FOURIER]['error']):.2f} (Fourier) and {mean(on[CONVOLUTION]['error']):.2f} (convolution), where 0 is exact and untrained ones have {mean(on[FOURIER + UNTRAINED]['error']):.2f} and {mean(on[CONVOLUTION + UNTRAINED]['error']):.2f}; untrained Fourier atoms are smooth already, so their ratio is below 1 too: the ratio alone does not show that Fourier learns better. Signals of {2 * MODES + 1} dimensions have {ATOMS * N} shifted atoms.",
-            f"All the codes of the unrolled steps, dozens a signal, rebuild a smooth signal even from kernels that span half of what they did: R2 at twice the resolution is {mean(twice(CONVOLUTION, on)):.2f} of that of training. With one step or two it is 1.3 and 1.05 (seed 10), with an encoder of its own and a fixed bias .92. By as many codes as there are atoms it is {mean(twice(CONVOLUTION, few)):.2f}, and at four times {mean(over(few[CONVOLUTION][str(4 * N)], few[CONVOLUTION][str(N)])):.2f}.",
+            f"All the codes of the unrolled steps, dozens a signal, rebuild a smooth signal even from kernels that span half of what they did: R2 at twice the resolution is {mean(twice(CONVOLUTION, on)):.2f} of that of training. With one step or two it is 1.3 and 1.05 (seed 10), with an encoder of its own and a fixed bias .92. By as many codes as the signal has atoms it is {mean(twice(CONVOLUTION, few)):.2f}, and at four times {mean(over(few[CONVOLUTION][str(4 * N)], few[CONVOLUTION][str(N)])):.2f}.",
             "A lift's atoms are judged as they are decoded, P L D. Seeds differ by more than a lift does: its mean ratio is of three runs, and says little where its interval holds 1.",
             "The world (frequencies, weight, condition) was chosen on a seed of its own, 10, after a first look at seed 0 in another world.",
         ],

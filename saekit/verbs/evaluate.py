@@ -150,11 +150,15 @@ def evaluate(
 
     Example: `saekit eval run --tokens 65536` or `saekit eval run --suite tpp --labels texts.jsonl --attribute topic`
     """
+    from saekit.evaluate import SUITES
     from saekit.evaluate import evaluate as run
     from saekit.harvest import check_writable
     from saekit.hub import load
     from saekit.hub.native import origin
+    from saekit.registry import nearest
 
+    if suite != "core" and suite not in SUITES:
+        raise SaekitError(f"suite {suite!r} is unknown{nearest(suite, ['core', *SUITES.table])}")
     core = {"text": text, "hook_point": hook_point, "tokens": tokens, "split": split, "ablation": ablation}
     asking = {"attribute": attribute, "spurious": spurious, "value": value, "pool": pool}
     _check_unasked(suite, {"labels": labels, "saebench": saebench, **asking} if suite == "core" else core)
@@ -162,7 +166,7 @@ def evaluate(
         if len(paths) > 1:
             raise SaekitError(f"--suite {suite} is of one dictionary, and {len(paths)} are given; name one")
         report = _asked(
-            suite, paths[0], model, labels or "families", (attribute, spurious), {"pool": pool, "value": value}, controls, device, seed, saebench
+            suite, paths[0], model, "families" if labels is None else labels, (attribute, spurious), {"pool": pool, "value": value}, controls, device, seed, saebench
         )  # fmt: skip
         return result(report.to_json(), as_json, table(report))
     runs, folder = _runs(paths)
@@ -177,8 +181,8 @@ def evaluate(
         raise SaekitError(f"dictionary {runs[0]!r} was trained on text given in Python; name one with --text")
     with progress("evaluate", "tokens") as draw:
         report = run(
-            dictionary, model, text, tokens=TOKENS if tokens is None else tokens, hook_point=hook_point, split=split or "held_out", controls=beside,
-            ablation=ablation or "zero", device=device, seed=seed, on_batch=lambda done, total: draw(done, total, ""),
+            dictionary, model, text, tokens=TOKENS if tokens is None else tokens, hook_point=hook_point, split="held_out" if split is None else split, controls=beside,
+            ablation="zero" if ablation is None else ablation, device=device, seed=seed, on_batch=lambda done, total: draw(done, total, ""),
         )  # fmt: skip
     report.save(folder)
     result(report.to_json(), as_json, table(report))
@@ -196,10 +200,7 @@ def _asked(
     from saekit.hub import load
     from saekit.hub.native import origin
     from saekit.models import load_model
-    from saekit.registry import nearest
 
-    if suite not in SUITES:
-        raise SaekitError(f"suite {suite!r} is unknown{nearest(suite, SUITES.table)}")
     run, d = SUITES[suite], load(path, device=device)
     check_writable(Path(path))
     view = load_model(model or origin(d.card)[0], device=device)
