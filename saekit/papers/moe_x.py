@@ -113,7 +113,7 @@ def judge(found: Found) -> Reproduction:
         figure=bars("Single neurons and factors, on rows that nothing was chosen by", "F1", {m: {name: models[name][m] for name in models} for m in ("coverage", "reconstruction")}),
         notes=[
             *(["The claim of coverage at an equal loss does not hold here: " + "; ".join(short) + "."] if short else []),
-            f"Experts gain where factors are of topics: in a world of one topic with {FLAT} conjunctions, of which about five hold at once, coverage is {apart('coverage'):+.3f} of the dense model's, and the loss {apart('loss'):+.3f} nats. The world was chosen on seeds 10 to 12. The dense model is slower, not worse: after 5000 steps its neurons are as clean (LOG).",
+            f"Experts gain where factors are of topics: in a world of one topic with {FLAT} conjunctions, of which about five hold at once, coverage is {apart('coverage'):+.3f} of the dense model's, and the loss {apart('loss'):+.3f} nats. The world was chosen on seeds 10 to 12. The dense model is slower, not worse: after 5000 steps its neurons are the cleaner ones (two seeds, LOG).",
             f"After training, the prediction's error is {mean(own['error']):.3f}, and its Spearman {mean(own['ranks']):.2f}: the units are no longer Gaussian.",
             f"The largest error of Gaussian weights is {mean(gaussian['largest']):.3f}; the words' entropy is {mean(found['entropy']):.3f} nats, which losses include.",
         ],
