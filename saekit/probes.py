@@ -6,6 +6,7 @@ folded into its weights, so that it reads activations as they are. k-sparse prob
 or codes, and labels, and gives each coordinate a score; the k highest are taken.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -147,6 +148,7 @@ def l1_path(x: Rows, labels: Bool[Tensor, " rows"]) -> Float[Tensor, " d"]:
 
     The path is that of least squares on the labels (the lasso), over the ``CANDIDATES`` of the largest mean difference.
     """
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import lasso_path
 
     some, read, out = _candidates(x, labels)
@@ -155,7 +157,11 @@ def l1_path(x: Rows, labels: Bool[Tensor, " rows"]) -> Float[Tensor, " d"]:
     target = labels.cpu().double() - labels.double().mean().item()
     largest = (read.T @ target).abs().max().item() / len(read)  # that leaves any
     penalties = largest * np.geomspace(1, SMALLEST, STEPS)
-    _, weights, _ = lasso_path(read.numpy(), target.numpy(), alphas=penalties, max_iter=ITERATIONS)
+    with (
+        warnings.catch_warnings()
+    ):  # where coordinates are nearly one, their order is settled before their weights are
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        _, weights, _ = lasso_path(read.numpy(), target.numpy(), alphas=penalties, max_iter=ITERATIONS)
     on = torch.from_numpy(weights != 0)
     entered = torch.from_numpy(penalties)[on.int().argmax(1)].where(on.any(1), 0.0)
     # at the path's first point nothing is on yet, and what comes together is told apart by its weight at the end

@@ -17,6 +17,7 @@ from saekit.probes import (  # fmt: skip
     auroc_error,
     f1,
     halving,
+    l1_path,
     linear,
     mean_difference,
     mutual_information,
@@ -210,6 +211,16 @@ def test_halving_keeps_what_the_rest_doesn_t_tell() -> None:
         != set(mean_difference(x, labels).topk(2).indices.tolist())
     )
     assert scores.max() == 1 and (scores.sort(descending=True).values[1:3] <= 1 / 3).all()  # 12, 6, 3, 1
+
+
+def test_coordinates_that_are_nearly_one_are_ranked_without_a_warning() -> None:
+    """The weights of such a path need not settle; the first coordinate of the lasso is the one of the largest correlation."""
+    z = torch.randn(300, 2, generator=g())
+    labels = z[:, 0] + 0.5 * torch.randn(300, generator=g(1)) > 0
+    x = z @ torch.randn(2, 300, generator=g(2)) + 0.01 * torch.randn(300, 300, generator=g(3))
+    even = labels.double() - labels.double().mean()
+    correlation = ((x - x.mean(0)) / x.std(0)).double().T @ even
+    assert l1_path(x, labels).argmax() == correlation.abs().argmax()
 
 
 def test_f1_counts() -> None:

@@ -88,6 +88,12 @@ def test_the_direction_of_the_worse_biased_probe_counts() -> None:
     assert float(scr_measures({"": ways}, 0)["scr_dir1_5"]) == pytest.approx(0.5)
 
 
+def test_a_bias_that_costs_nothing_is_told() -> None:
+    hits = {key: torch.arange(10) < 6 for key in ("clean", "biased", *map(str, ABLATED))}
+    with pytest.warns(UserWarning, match="on 10 texts the biased probe is as accurate as the clean one"):
+        assert float(scr_measures({"": [hits, hits]}, 0)["scr_5"]) == 0
+
+
 def test_labels_that_say_nothing_are_not_told() -> None:
     """Judged on the texts that they are fitted to, probes of so many features would be right about all of them."""
     one, _, _ = of_classes(240)

@@ -5,6 +5,7 @@ error kept, and rows are means over a text's tokens: decoding is linear, so that
 less what mean codes write. The texts that a probe is judged on are the same with and without the features.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -182,6 +183,12 @@ def scr_measures(runs: dict[str, Ways], seed: int) -> dict[str, Measure]:
         return np.where(gap < LEAST, 0.0, (changed - biased) / n / np.where(gap < LEAST, 1.0, gap))
 
     out, tests = {}, len(runs[""][0]["clean"])
+    if any(share(hits, "clean") == 0 for hits in chosen(runs[""])):
+        warnings.warn(
+            f"on {tests} texts the biased probe is as accurate as the clean one: there is nothing to remove, and SCR is 0 "
+            f"whatever the dictionary; give more texts, or a stronger spurious attribute",
+            stacklevel=3,
+        )  # fmt: skip
     resampler, ones = Resampler(tests, seed), np.ones(tests)
     for key in map(str, ABLATED):
         values = {
