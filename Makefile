@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PYTHONSAFEPATH := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test lint notebooks bench bench-gpu clean
+.PHONY: demo test lint tests notebooks bench bench-gpu clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -22,11 +22,14 @@ lint: .venv/installed
 	for room in kernels trainers circuits autointerp; do ln -s $(CURDIR)/$$room build/typing/saekit/$$room; done
 	$(BIN)/mypy
 
-test: lint  ## lint, types, and every test that needs no network and no GPU
+test: .venv/installed  ## lint, types, and every test that needs no network and no GPU, side by side
+	$(MAKE) --jobs 2 lint tests
+
+tests: .venv/installed
 	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(BIN)/pytest -n 2 --dist loadfile
 
 notebooks: .venv/installed  ## every notebook and every page of docs/, from top to bottom, offline; build/notebooks has them with outputs
-	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(BIN)/pytest -n 2 --dist worksteal -m "notebook and not slow"
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 WANDB_MODE=offline $(BIN)/pytest -n 2 --dist worksteal -m "notebook and not slow"
 
 bench: .venv/installed  ## parity, then times against one dense product; PEERS=python of an environment with other toolkits
 	$(BIN)/saekit bench --scaling $(if $(PEERS),--peers $(PEERS))

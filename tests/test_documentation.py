@@ -112,11 +112,16 @@ def test_the_readmes_code_runs(blocks: int | None, tmp_path: Path) -> None:
         ("steps=60", "steps=2"),
         ("points), 500)", "points), 2)"),
         ("n_features=4096", "n_features=512"),
+        ("features=20)", "features=20, tokens=20_000)"),
+        ("tokens=8192)", "tokens=2048)"),
         ('saekit.evaluate(d, model, "stdlib")', 'saekit.evaluate(d, model, "stdlib", tokens=2048)'),
         ("saekit.evaluate([heads, mlp], model)", "saekit.evaluate([heads, mlp], model, tokens=2048)"),
     ):
         assert large in whole
         code = code.replace(large, small)
+    streamed = re.compile(r"""(harvest\(\w+, "stdlib", (?:\[[^]]*\]|points))\)""")
+    assert len(streamed.findall(whole)) == 6
+    code = streamed.sub(r"\1, tokens=20_000)", code)
     done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "ce_recovered" in done.stdout and (tmp_path / "report.html").exists()
