@@ -234,6 +234,8 @@ def test_all_rows_go_on_where_they_were_stopped_and_none_stops_another(
         "4 papers, of 3 of which every claim holds; 3 of 3 claims hold." in shown
         and "ZeroDivisionError" in shown
     )
+    plain = (toy / "index.md").read_text()
+    assert "3 of 3 claims hold." in plain and plain.count("| holds |") == 3 and "ZeroDivisionError" in plain
 
 
 @pytest.mark.browser

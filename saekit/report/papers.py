@@ -1,5 +1,6 @@
 """One page of all reproductions: paper, claim, the paper's number, ours, control, verdict, and a figure of each."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,24 +26,38 @@ for (const row of document.querySelectorAll("details")) {
 
 
 def write_papers(rows: Sequence[dict[str, Any]], path: Path) -> Path:
-    """Write the page of results, as :func:`saekit.papers.result.every` gives them; returns its path."""
-    import jinja2
+    """Write the page of results, as :func:`saekit.papers.result.every` gives them; returns its path.
+
+    Beside it the same without figures stands as Markdown, for where pages aren't shown.
+    """
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
 
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True, finalize=lambda value: printable(value) if type(value) is str else value,
-    )  # fmt: skip
     figures = {row["name"]: row["figure"] for row in rows if "figure" in row}
     # a parser reads \\r\\n as \\n, and the policy's hash is taken over what the parser read
     scripts = [get_plotlyjs().replace("\r\n", "\n"), DRAW]
-    page = environment.get_template("papers.html").render(
-        rows=[_shown(row) for row in rows], tally=_tally(rows), figures=Markup(script_json(figures)),
+    page = _filled(
+        "papers.html", rows, figures=Markup(script_json(figures)),
         policy=" ".join(f"'sha256-{sha256(script)}'" for script in scripts), scripts=[Markup(script) for script in scripts],
     )  # fmt: skip
     write_atomic(path, page.encode("utf-8"))
+    write_atomic(path.with_suffix(".md"), _filled("papers.md.jinja", rows).encode("utf-8"))
     return path
+
+
+def _filled(template: str, rows: Sequence[dict[str, Any]], **more: Any) -> str:
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=template.endswith("html"), undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, finalize=lambda value: printable(value) if type(value) is str else value,
+    )  # fmt: skip
+    environment.filters["marked"] = lambda text: re.sub(
+        r"[\\|<*_`]", r"\\\g<0>", text
+    )  # as text, in Markdown
+    return environment.get_template(template).render(
+        rows=[_shown(row) for row in rows], tally=_tally(rows), **more
+    )
 
 
 def _tally(rows: Sequence[dict[str, Any]]) -> str:
