@@ -23,6 +23,7 @@ RANKERS = Registry(
     "ranker",
     {
         "mean_difference": "saekit.probes:mean_difference",
+        "raw_difference": "saekit.probes:raw_difference",
         "mutual_information": "saekit.probes:mutual_information",
         "l1": "saekit.probes:l1_path",
         "halving": "saekit.probes:halving",
@@ -141,6 +142,16 @@ def mean_difference(x: Rows, labels: Bool[Tensor, " rows"]) -> Float[Tensor, " d
     centre = _mean(x, even)
     spread = (_mean(x, even, square=True) - centre.square()).clamp_min(0).sqrt()
     return ((means[0] - means[1]).abs() / _floored(spread, centre)).float()
+
+
+def raw_difference(x: Rows, labels: Bool[Tensor, " rows"]) -> Float[Tensor, " d"]:
+    """By how much the classes' means lie apart in each coordinate, in its own units; at least 0.
+
+    SAEBench's choice of features (Karvonen et al. 2025, 2503.09532): what is loud comes before what is telling.
+    """
+    check_rows(x, labels)
+    sign = torch.where(labels, 1 / labels.sum(), -1 / (~labels).sum()).double()
+    return _mean(x, sign).abs().float()
 
 
 def l1_path(x: Rows, labels: Bool[Tensor, " rows"]) -> Float[Tensor, " d"]:

@@ -168,6 +168,16 @@ def test_clusters_have_the_entropy_that_they_have() -> None:
     assert clustering_entropy(torch.cat([x, torch.zeros(2400, 2)], 1), 3).value == pytest.approx(found.value, abs=1e-3)  # fmt: skip
 
 
+@pytest.mark.parametrize("noise", [0.0, 1e-16, 1e-13, 1e-10, 1e-6])
+def test_exact_parallelograms_are_a_perfect_crystal(noise: float) -> None:
+    own = torch.arange(40) % 4
+    x = torch.randn(4, 16, generator=g(), dtype=torch.float64)[own]
+    found = crystals(x + noise * torch.randn(40, 16, generator=g(1), dtype=torch.float64), own)
+    assert found.before == pytest.approx(1, abs=1e-5) and found.after == pytest.approx(1, abs=1e-5)
+    one = crystals(x, own, components=1)
+    assert one.after == pytest.approx(1)
+
+
 def nan(x: Tensor) -> Tensor:
     return x.index_fill(0, torch.tensor([1]), float("nan"))
 

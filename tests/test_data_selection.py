@@ -97,6 +97,8 @@ ROWS = Codes.from_dense(sparse(4, 6))
         (lambda: select([ROWS], torch.ones(1, 6), 0), "count = 0"),
         (lambda: select([ROWS], torch.ones(0, 6), 2), "prototypes has no rows"),
         (lambda: select([], torch.ones(1, 6), 2), "pool has no samples"),
+        (lambda: select([X], torch.ones(1, 6), 2), r"samples have shape \(4, 5\); give pooled codes"),
+        (lambda: prototype(X), r"exemplars have shape \(4, 5\); give pooled codes"),
     ],
 )
 def test_mistakes_are_told(call, words: str) -> None:

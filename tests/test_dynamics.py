@@ -87,6 +87,13 @@ def test_divergence_is_found_and_ends_where_all_was_finite(step) -> None:
     assert found.steps.max() < 60 and not len(attractors(step, found).points)
 
 
+@pytest.mark.parametrize("size", [0.0, 1e-8, 1.0])
+def test_starts_near_0_may_go_far(size: float) -> None:
+    found = flow(lambda z: z / 2 + 1, size * drawn())
+    assert found.converged.all() and torch.allclose(found.ends, torch.full((50, 4), 2.0).double(), atol=1e-3)
+    assert flow(lambda z: 2 * z + 1, size * drawn()).diverged.all()
+
+
 def test_rows_do_not_depend_on_each_other() -> None:
     def step(z: Tensor) -> Tensor:  # converges to 1 or -1, but for those that are far off
         return torch.where(z.abs() > 2, 3 * z, (3 * z).tanh() / math.tanh(3))

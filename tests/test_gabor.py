@@ -55,6 +55,19 @@ def test_noise_is_not_like_a_gabor() -> None:
     assert isinstance(found, Gabors) and found.like == 0 and (found.r2 > 0).all() and found.r2.mean() < 0.3
 
 
+def test_what_has_one_sign_is_not_like_a_gabor() -> None:
+    """However well a window without a wave explains it."""
+    y, x = torch.meshgrid(torch.arange(12), torch.arange(12), indexing="ij")
+    blob = torch.exp(-((y - 5) ** 2 + (x - 6.5) ** 2) / 8)
+    pixel = torch.zeros(12, 12).index_put((torch.tensor(5), torch.tensor(6)), torch.tensor(1.0))
+    found = fit_gabors(torch.stack([torch.ones(12, 12), blob, -blob, pixel]))
+    assert (found.r2 > 0.99).all() and found.like == 0 and found.lesser.max() < 1e-3
+    noise = torch.randn(100, 12, 12, generator=torch.Generator().manual_seed(3))
+    assert (fit_gabors(blob + 0.05 * noise).r2 > 0.9).all() and fit_gabors(blob + 0.05 * noise).like == 0
+    edges = torch.stack([(x < 6) * 2.0 - 1, blob * (x - 6.5), blob * torch.cos(0.25 * 2 * math.pi * (y - 5))])
+    assert fit_gabors(edges).like == 1
+
+
 def test_fields_of_nothing_are_refused() -> None:
     fields = torch.ones(3, 5, 5)
     fields[1] = 0

@@ -27,6 +27,8 @@ from saekit.evaluate.labelled import (
     halves,
     read_texts,
 )
+from saekit.evaluate.measure import Resampler, by_source
+from saekit.evaluate.probing import RANKER, _measure, _written
 from saekit.evaluate.probing import told as probed_by
 from saekit.evaluate.saebench_json import SHAPES, to_saebench, write_saebench
 from saekit.evaluate.scr_tpp import (
@@ -42,6 +44,7 @@ from saekit.evaluate.scr_tpp import (
 from saekit.evaluate.unlearning import losses
 from saekit.interventions import Edit, When
 from saekit.models import Model
+from saekit.probes import sparse
 from saekit.testbed.facts import facts
 from saekit.testbed.labelled import absorbing, spurious
 from saekit.types import Codes, SaekitError
@@ -77,6 +80,10 @@ def told(given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         out[f"{name}.effects"] = e
         out[f"{name}.chosen"] = torch.zeros(len(e), dtype=torch.bool).index_fill(0, chosen, True)
         out[f"{name}.rows"] = ablated(given["x"], codes, given["atoms"], chosen)
+    lengths = given["atoms"].norm(dim=1)
+    probe = sparse(codes.with_values(codes.values * lengths[codes.indices.long()]), labels, 2, RANKER)
+    assert probe.features is not None
+    out["probing.chosen"] = torch.zeros(len(e), dtype=torch.bool).index_fill(0, probe.features, True)
     out["scr"] = torch.tensor(removed(*given["accuracies"].tolist()))
     lost = given["clean"] - given["changed"]  # of probes across, without features for classes down
     out["tpp"] = torch.from_numpy(targeted(lost.numpy()))
@@ -125,6 +132,17 @@ def test_atoms_may_have_any_norm() -> None:
     scaled = told({**given, "codes": given["codes"] / by, "atoms": given["atoms"] * by[:, None]})
     for name, value in told(given).items():
         assert torch.allclose(value.float(), scaled[name].float(), atol=1e-5), name
+
+
+def test_features_are_probed_by_what_they_write() -> None:
+    d, codes = saekit.create("relu", d_in=6, n_features=12, atoms="free"), drawn()["codes"]
+    by = 0.3 + 3 * torch.rand(12, generator=g(9))
+    found = []
+    for scale in (torch.ones(12), by):
+        with torch.no_grad():
+            d.atoms.weight.copy_(drawn()["atoms"] * scale[:, None])
+        found.append(_written(Labelled(d, torch.zeros(60, 6), Codes.from_dense(codes / scale))).to_dense())
+    assert all(torch.allclose(one, codes, atol=1e-5) for one in found)
 
 
 def test_pooled_ablations_are_the_mean_of_ablated_tokens() -> None:
@@ -204,7 +222,7 @@ def small(code_lm: Model) -> saekit.Dictionary:
 def test_what_is_gathered_is_the_mean_over_a_text_s_own_tokens(code_lm: Model) -> None:
     d, texts = small(code_lm), ["def main(self):", "x = 1", "import os, sys\nprint(os)"]
     for pool in ("mean", "last"):
-        found = gather(d, code_lm, texts, pool, controls=False)[""]
+        found = gather(d, code_lm, Texts("t", texts, {}), pool, controls=False)[""]
         for i, text in enumerate(texts):
             x = next(iter(saekit.harvest(code_lm, [text], list(d.reads), tokens=None, context=64))).rows(
                 d.reads[0]
@@ -280,7 +298,7 @@ def test_losses_are_the_model_s_own_where_nothing_that_fires_is_edited(code_lm: 
 
 
 def _fires(model: Model, d: saekit.Dictionary, texts: list[str]) -> torch.Tensor:
-    found = gather(d, model, texts, controls=False)[""]
+    found = gather(d, model, Texts("t", texts, {}), controls=False)[""]
     return found.codes.firing_counts() > 0
 
 
@@ -292,14 +310,57 @@ def test_rows_are_drawn_within_classes() -> None:
     assert labels[some].sum() == 20 == (~labels[some]).sum() and set(some.tolist()) <= set(train.tolist())
 
 
+def test_pieces_of_a_document_are_on_one_side() -> None:
+    sources = torch.arange(300) // 7  # 42 documents of 7 texts and one of 6
+    labels = (sources % 3 == 0) ^ (torch.arange(300) % 11 == 0)  # some documents have both values
+    for seed in range(3):
+        train, test = halves(labels, seed, sources=sources)
+        assert sorted(torch.cat([train, test]).tolist()) == list(range(300))
+        assert not set(sources[train].tolist()) & set(sources[test].tolist())
+        assert 0.7 < len(train) / 300 < 0.9 and labels[test].any() and not labels[test].all()
+    few = halves(["a", "a", "b", "b"], 0, sources=torch.tensor([0, 1, 2, 3]))
+    assert [len(side) for side in few] == [2, 2]  # one of each is left to judge on
+
+
+def test_a_draw_takes_whole_documents() -> None:
+    """Where all texts of a document are right or wrong together, what is said spreads as documents do."""
+    g = torch.Generator().manual_seed(0)
+    sources = torch.arange(400) // 20
+    right = (torch.rand(20, generator=g) < 0.6)[sources]
+    hits = {"": [{"features_1": right}]}
+    alone, whole = (
+        _measure("features_1", hits, [of], 0).interval or (0.0, 0.0) for of in (torch.arange(400), sources)
+    )
+    share, wide = right.double().mean().item(), whole[1] - whole[0]
+    assert wide == pytest.approx(4 * (share * (1 - share) / 20) ** 0.5, rel=0.15)
+    assert wide > 3 * (alone[1] - alone[0]) and whole[0] < share < whole[1]
+    assert by_source(np.array([5, 2, 5]), np.array([[1.0], [2.0], [4.0]]))[0].tolist() == [[2.0], [5.0]]
+
+
+def test_pairs_of_few_documents_spread_as_documents_do() -> None:
+    rng = np.random.default_rng(0)
+    quality, ends = rng.normal(size=24), rng.integers(24, size=(2, 3000))
+    value = quality[ends[0]]
+    low, high = Resampler(24, 0).of_pairs(*ends).interval(lambda a, n: a / n, value, np.ones(3000)) or (0.0, 0.0)  # fmt: skip
+    assert high - low == pytest.approx(4 * quality.std() / 24**0.5, rel=0.25)
+    assert low < value.mean() < high
+
+
 def test_built_in_texts(code_lm: Model) -> None:
     texts = labelled.families(20)
+    assert len(set(texts.texts)) == len(texts.texts) and texts.documents is not None
+    assert all(len(set(family)) == 1 for family in _by(texts.documents, texts.attributes["family"]))
+    assert Texts("t", ["b", "a", "b"], {}).sources().tolist() == [0, 1, 0]
     assert len(texts.texts) == 20 * labelled.FAMILIES and len(texts.values("family")) == labelled.FAMILIES
     words = labelled.letters(code_lm)
     assert len(set(words.texts)) == len(words.texts) > 1000
     assert all(
         a.strip()[0].lower() == b for a, b in zip(words.texts, words.attributes["letter"], strict=True)
     )
+
+
+def _by(keys: list[str], values: list[str]) -> list[list[str]]:
+    return [[v for k, v in zip(keys, values, strict=True) if k == key] for key in set(keys)]
 
 
 MISTAKES = {
@@ -330,7 +391,10 @@ def test_questions_that_cant_be_asked_are_refused(code_lm: Model) -> None:
         (lambda: SUITES["tpp"](d, code_lm, texts, "two", pool="max"), "pool 'max' is unknown"),
         (lambda: SUITES["unlearning"](d, code_lm, texts, "two", value="x"), "value 'x' of attribute 'two' is that of 0 of 30 texts"),
         (lambda: probed_by(Labelled(d, torch.zeros(40, 3), Codes.from_dense(torch.zeros(40, 8))), torch.arange(40) % 2 == 0, 0), "no feature fires on the 32 texts"),
-        (lambda: gather(d, code_lm, ["a", ""], controls=False), "text 1 has no token that counts"),
+        (lambda: gather(d, code_lm, Texts("t", ["a", ""], {}), controls=False), "text 1 has no token that counts"),
+        (lambda: SUITES["scr"](d, code_lm, texts, "two", "two"), "spurious 'two' is the attribute that is asked about"),
+        (lambda: SUITES["tpp"](d, code_lm, texts, "two", controls=False), "all texts of label .* are of one document"),
+        (lambda: SUITES["unlearning"](d, code_lm, Texts("t", list("abcdefghijkl"), {"own": ["x"] * 3 + ["y"] * 9}), "own", value="x"), "is that of 3 of 12 texts; choose one that 10 or more have"),
         (lambda: absorbed(torch.zeros(1, 2), Codes.from_dense(torch.ones(1, 1)), torch.ones(1, 2), torch.ones(2), []), "own is empty"),
         (lambda: targeted(np.array([[0.4]])), "1 class is there"),
     ):  # fmt: skip

@@ -133,8 +133,11 @@ def test_signals_are_one_thing_at_any_resolution() -> None:
     assert spectrum[:, MODES + 1 :].max() < 1e-3 < spectrum[:, : MODES + 1].max()
 
 
+WAVES = torch.cos(2 * math.pi * torch.arange(9)[:, None] * torch.arange(16) / 16)
 BAD = {
     "modes = 9": lambda: Fourier(unit(2, 16), 9, 0.1, 1),
+    "kernel 1 has nothing in its 4 modes": lambda: Fourier(torch.stack([WAVES[1], WAVES[8]]), 4, 0.1, 1),
+    "kernel 0 has nothing in its 5 modes": lambda: Fourier(WAVES[6:8].float(), 5, 0.1, 1),
     "steps = 0": lambda: Convolutional(unit(2, 16), 0.1, 0),
     "weight = -1": lambda: Lifted(unit(2, 4), torch.eye(4), -1.0, 1),
     "weight = nan": lambda: Convolutional(unit(2, 16), math.nan, 1),

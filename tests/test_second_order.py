@@ -200,7 +200,18 @@ def test_lengths_of_texts_mean_nothing() -> None:
     found, other = describe(wanted, x, 3), describe(wanted, x * torch.linspace(0.1, 50, 30)[:, None], 3)
     assert torch.equal(found.texts, other.texts)
     torch.testing.assert_close(found.weights, other.weights, atol=1e-5, rtol=1e-5)
-    assert not describe(torch.zeros(1, 12), x, 3).weights.any()
+
+
+def test_lengths_of_directions_are_those_of_weights_alone() -> None:
+    x, wanted = texts(), texts(8, seed=1)
+    found = describe(wanted, x, 3)
+    for scale in (1e-20, 1e-5, 1e5):
+        other = describe(scale * wanted.double(), x, 3)
+        assert torch.equal(found.texts, other.texts)
+        torch.testing.assert_close(found.explained, other.explained, rtol=0, atol=1e-9)
+        torch.testing.assert_close(scale * found.weights, other.weights, rtol=1e-9, atol=0)
+    nothing = describe(torch.zeros(1, 12), x, 3)
+    assert not nothing.weights.any() and nothing.explained.tolist() == [0]
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from saekit.evaluate.labelled import (
     halves,
     labels_of,
 )
-from saekit.evaluate.measure import Measure, Resampler
+from saekit.evaluate.measure import Measure, Resampler, by_source
 from saekit.models import Model
 from saekit.probes import RANKERS, Probe, columns, f1, linear
 from saekit.types import Codes, SaekitError
@@ -49,8 +49,9 @@ def absorption(
     """
     asked = texts.only(attribute)
     values = texts.values(asked)
-    found = gather(dictionary, model, texts.texts, pool, controls, seed, on_batch)
-    probes = {value: probed(found[""].x, labels_of(texts, asked, value), seed) for value in values}
+    found = gather(dictionary, model, texts, pool, controls, seed, on_batch)
+    sources = texts.sources()
+    probes = {value: probed(found[""].x, labels_of(texts, asked, value), seed, sources) for value in values}
     kept = [value for value in values if probes[value].f1 >= RELIABLE]
     if not kept:
         best = max(one.f1 for one in probes.values())
@@ -63,11 +64,17 @@ def absorption(
     each = {value: one.to_json() for value, one in zip(kept, judged[""], strict=True)}
     left_out = [value for value in values if value not in kept]
     facts = {"attribute": asked, "each": each, "left_out": left_out, "pool": pool, "seed": seed}
-    return Report(measures(judged, seed), about("absorption", dictionary, model, texts, facts))
+    of = [sources[probes[value].right] for value in kept]
+    return Report(measures(judged, seed, of), about("absorption", dictionary, model, texts, facts))
 
 
-def measures(found: "dict[str, list[Concept]]", seed: int) -> dict[str, Measure]:
-    """What is said of a dictionary ("") beside others, mean over concepts."""
+def measures(
+    found: "dict[str, list[Concept]]", seed: int, sources: Sequence[Int[Tensor, "_"]] | None = None
+) -> dict[str, Measure]:
+    """What is said of a dictionary ("") beside others, mean over concepts.
+
+    ``sources``: the documents of each concept's texts (None: each text stands alone).
+    """
 
     def each(key: str) -> dict[str, list[Tensor]]:
         return {name: [getattr(one.absorbed, key).double() for one in own] for name, own in found.items()}
@@ -83,7 +90,9 @@ def measures(found: "dict[str, list[Concept]]", seed: int) -> dict[str, Measure]
         weighed = torch.cat(
             [one * (sum(map(len, rows[""])) / len(rows[""]) / len(one)) for one in rows[""]]
         ).numpy()
-        interval = Resampler(len(weighed), seed).interval(lambda a, n: a / n, weighed, np.ones(len(weighed)))
+        of = np.arange(len(weighed)) if sources is None else torch.cat(list(sources)).numpy()
+        sums = by_source(of, weighed, np.ones(len(weighed)))
+        interval = Resampler(len(sums[0]), seed).interval(lambda a, n: a / n, *sums)
         beside = {name: value for name, value in mean.items() if name}
         out[f"absorption_{key}"] = Measure(
             mean[""], len(weighed), "share of texts", interval, beside, "texts"
@@ -183,9 +192,11 @@ class Probed:
     f1: float
 
 
-def probed(x: Float[Tensor, "texts d"], labels: Bool[Tensor, " texts"], seed: int) -> Probed:
+def probed(
+    x: Float[Tensor, "texts d"], labels: Bool[Tensor, " texts"], seed: int, sources: Int[Tensor, " texts"] | None = None
+) -> Probed:  # fmt: skip
     """The probe of a concept, from four fifths of the texts."""
-    train, test = halves(labels, seed)
+    train, test = halves(labels, seed, sources=sources)
     probe = linear(x[train], labels[train], seed=seed)
     said = probe(x[test]) > 0
     return Probed(probe, labels, train, test[said & labels[test]], f1(said, labels[test]))
@@ -193,7 +204,8 @@ def probed(x: Float[Tensor, "texts d"], labels: Bool[Tensor, " texts"], seed: in
 
 def concept(one: Labelled, atoms: Float[Tensor, "feature d"], of: Probed, seed: int) -> Concept:
     """What a dictionary does with one concept; its features are chosen on the texts that the probe was fitted to."""
-    a, b = (of.train[rows] for rows in halves(of.labels[of.train], seed + 1))
+    known = one.at(of.train).sources
+    a, b = (of.train[rows] for rows in halves(of.labels[of.train], seed + 1, sources=known))
     own = splits(one.at(a).codes, of.labels[a], (one.at(b).codes, of.labels[b]), seed)
     some = one.at(of.right)
     return Concept(absorbed(some.x, some.codes, atoms, of.probe.weight, own), own)

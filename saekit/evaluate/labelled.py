@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -34,11 +35,20 @@ LEAST = 10  # texts of a value, for it to be asked about
 
 @dataclass(frozen=True)
 class Texts:
-    """``texts`` with the value of each attribute for each of them, and where they are from."""
+    """``texts`` with the value of each attribute for each of them, and where they are from.
+
+    ``documents``: what each is a piece of (None: it stands alone). Pieces of one document are never on both sides of a split.
+    """
 
     name: str
     texts: list[str]
     attributes: dict[str, list[str]]
+    documents: list[str] | None = None
+
+    def sources(self) -> Int[Tensor, " texts"]:
+        """A number for each document; texts that are the same are of one."""
+        numbers: dict[str, int] = {}
+        return torch.tensor([numbers.setdefault(own, len(numbers)) for own in self.documents or self.texts])
 
     def at(self, rows: Int[Tensor, " some"]) -> list[str]:
         """Some of the texts."""
@@ -113,16 +123,22 @@ def families(n: int = 300, seed: int = 0) -> Texts:
 
     ``family`` is that of the module, ``self`` whether the window says "self".
     """
-    found: dict[str, list[str]] = {}
+    found: dict[
+        str, dict[str, str]
+    ] = {}  # of each family its windows, each once, and the documents that they are of
     for document in stdlib.documents("all"):
         pieces = [document.text[i : i + WINDOW] for i in range(0, len(document.text) - WINDOW, WINDOW)]
-        found.setdefault(stdlib.family(document.name), []).extend(p for p in pieces if p.strip())
+        own = found.setdefault(stdlib.family(document.name), {})
+        own.update((piece, document.name) for piece in pieces if piece.strip() and piece not in own)
     largest = sorted(found, key=lambda name: -len(found[name]))[:FAMILIES]
     generator = torch.Generator().manual_seed(seed)
-    drawn = {name: torch.randperm(len(found[name]), generator=generator)[:n].tolist() for name in largest}
-    texts = [found[name][i] for name in largest for i in drawn[name]]
+    drawn = []
+    for name in largest:
+        windows = list(found[name].items())
+        drawn += [(name, *windows[i]) for i in torch.randperm(len(windows), generator=generator)[:n].tolist()]
+    family, texts, documents = map(list, zip(*drawn, strict=True))
     said = ["yes" if re.search(r"\bself\b", text) else "no" for text in texts]
-    return Texts("stdlib", texts, {"family": [name for name in largest for _ in drawn[name]], "self": said})
+    return Texts("stdlib", texts, {"family": family, "self": said}, documents)
 
 
 def letters(model: Model) -> Texts:
@@ -137,32 +153,51 @@ def letters(model: Model) -> Texts:
         for w in words
         if WORD.fullmatch(w) and len(model.tokenizer(w, add_special_tokens=False)["input_ids"]) == 1
     )
-    return Texts("tokens", alone, {"letter": [word.strip()[0].lower() for word in alone]})
+    words_of = [word.strip().lower() for word in alone]
+    return Texts("tokens", alone, {"letter": [word[0] for word in words_of]}, words_of)
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """What a dictionary makes of texts: ``x`` is what stands where it writes, ``codes`` its own, both pooled over tokens."""
+    """What a dictionary makes of texts: ``x`` is what stands where it writes, ``codes`` its own, both pooled over tokens.
+
+    ``sources``: the document of each text (None: each stands alone).
+    """
 
     dictionary: Dictionary
     x: Float[Tensor, "texts d_out"]
     codes: Codes
+    sources: Int[Tensor, " texts"] | None = None
 
     def at(self, rows: Int[Tensor, " some"]) -> "Labelled":
         """Some of the texts, in the order given."""
-        return Labelled(self.dictionary, self.x[rows], self.codes.at(rows))
+        sources = None if self.sources is None else self.sources[rows]
+        return Labelled(self.dictionary, self.x[rows], self.codes.at(rows), sources)
 
 
 def halves(
-    labels: Bool[Tensor, " rows"] | Sequence[str], seed: int, share: float = 0.8
-) -> tuple[Int[Tensor, " a"], Int[Tensor, " b"]]:
-    """Rows to fit on and rows to judge on, drawn by ``seed`` within each value."""
+    labels: Bool[Tensor, " rows"] | Sequence[str], seed: int, share: float = 0.8, sources: Int[Tensor, " rows"] | None = None
+) -> tuple[Int[Tensor, " a"], Int[Tensor, " b"]]:  # fmt: skip
+    """Rows to fit on and rows to judge on, drawn by ``seed`` within each value; those of one source are on one side.
+
+    A source of rows of several values is drawn with those of its first row's.
+    """
     values = [str(v) for v in (labels.tolist() if isinstance(labels, Tensor) else labels)]
-    generator, kept = torch.Generator().manual_seed(seed), torch.zeros(len(values), dtype=torch.bool)
+    of = np.arange(len(values)) if sources is None else sources.numpy()
+    _, first, which, sizes = np.unique(of, return_index=True, return_inverse=True, return_counts=True)
+    generator, kept = torch.Generator().manual_seed(seed), np.zeros(len(first), dtype=bool)
     for value in sorted(set(values)):
-        own = torch.tensor([i for i, v in enumerate(values) if v == value])
-        kept[own[torch.randperm(len(own), generator=generator)[: round(share * len(own))]]] = True
-    return kept.nonzero()[:, 0], (~kept).nonzero()[:, 0]
+        own = np.array([i for i, row in enumerate(first.tolist()) if values[row] == value], dtype=int)
+        if len(own) == 1 and sizes[own[0]] > 1:
+            raise SaekitError(
+                f"all texts of label {value} are of one document, and what a probe is judged on is of another; give more"
+            )
+        order = own[torch.randperm(len(own), generator=generator).numpy()]
+        before = sizes[order].cumsum() - sizes[order]
+        taken = before + sizes[order] / 2 <= share * sizes[order].sum()
+        kept[order[:-1]] = taken[:-1]  # one is left to judge on
+    rows = torch.from_numpy(kept[which])
+    return rows.nonzero()[:, 0], (~rows).nonzero()[:, 0]
 
 
 def labels_of(texts: Texts, attribute: str, value: str) -> Bool[Tensor, " texts"]:
@@ -188,6 +223,14 @@ def balanced(labels: Bool[Tensor, " texts"], rows: Int[Tensor, " some"], seed: i
     return (
         torch.cat([side[torch.randperm(len(side), generator=generator)[:n]] for side in sides]).sort().values
     )
+
+
+def split(
+    labels: Bool[Tensor, " texts"], sources: Int[Tensor, " texts"] | None, seed: int
+) -> tuple[Int[Tensor, " fitted"], Int[Tensor, " judged"]]:
+    """Texts to fit on and to judge on, as many with the label as without."""
+    train, test = (balanced(labels, rows, seed) for rows in halves(labels, seed, sources=sources))
+    return train, test
 
 
 def atoms_of(dictionary: Dictionary, suite: str) -> Float[Tensor, "feature d_out"]:
@@ -220,7 +263,7 @@ def about(
 
 @torch.no_grad()
 def gather(
-    dictionary: Dictionary, model: Model, texts: Sequence[str], pool: str = "mean", controls: bool = True, seed: int = 0,
+    dictionary: Dictionary, model: Model, texts: Texts, pool: str = "mean", controls: bool = True, seed: int = 0,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> dict[str, Labelled]:  # fmt: skip
     """What a dictionary ("") and random ones of its width and L0 make of texts, in one pass of the model.
@@ -234,7 +277,7 @@ def gather(
             f"model {model.name!r} has no tokenizer, and labelled texts are words; give tokenizer= to load_model"
         )
     context = min(CONTEXT, model.context or CONTEXT)
-    cut = [text[: CHARACTERS * context] for text in texts]
+    cut = [text[: CHARACTERS * context] for text in texts.texts]
     # short texts need no long rows; room is left for a start token and an end
     context = min(context, 2 + max(map(len, model.tokenizer(cut, add_special_tokens=False)["input_ids"])))
     stream, reads, writes = opened(
@@ -258,7 +301,7 @@ def gather(
     empty = (~seen).nonzero()[:, 0]
     if len(empty):
         raise SaekitError(f"text {int(empty[0])} has no token that counts; leave it out")
-    return {name: one.done() for name, one in found.items()}
+    return {name: one.done(texts.sources()) for name, one in found.items()}
 
 
 def _first_rows(batch: ActivationBatch, seen: Bool[Tensor, " texts"]) -> ActivationBatch:
@@ -305,7 +348,7 @@ class _Pooled:
             (keys, torch.zeros(len(keys)).index_add_(0, which, codes.values.float().cpu() * weight[row]))
         )
 
-    def done(self) -> Labelled:
+    def done(self, sources: Int[Tensor, " texts"]) -> Labelled:
         keys, order = torch.cat([k for k, _ in self.entries]).sort(stable=True)
         values, n = torch.cat([v for _, v in self.entries])[order], self.dictionary.n_features
         keys, which = keys.unique(return_inverse=True)
@@ -316,4 +359,4 @@ class _Pooled:
         offsets[1:] = torch.bincount(keys // n, minlength=self.texts).cumsum(0)
         codes = Codes(offsets, (keys % n).int(), values, n, (self.texts,))
         assert self.x is not None
-        return Labelled(self.dictionary, self.x, codes)
+        return Labelled(self.dictionary, self.x, codes, sources)

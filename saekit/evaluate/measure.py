@@ -50,3 +50,26 @@ class Resampler:
         tail = 100 * (1 - LEVEL) / 2
         low, high = np.nanpercentile(values, [tail, 100 - tail])
         return float(low), float(high)
+
+    def of_pairs(self, one: np.ndarray, other: np.ndarray) -> "Resampler":
+        """The same for pairs of documents, given by number: a pair counts as often as both of it are drawn, times each other.
+
+        The pigeonhole bootstrap (Owen 2007, Annals of Applied Statistics 1(2)): pairs that share a document are not independent.
+        """
+        out = Resampler(0, 0)
+        out.n, out.weights = (
+            len(one),
+            None if self.weights is None else self.weights[:, one] * self.weights[:, other],
+        )
+        return out
+
+
+def by_source(sources: np.ndarray, *each: np.ndarray) -> list[np.ndarray]:
+    """Sums over the rows of each source, [sources, ...], of what rows have, [rows, ...]."""
+    names, which = np.unique(sources, return_inverse=True)
+    out = []
+    for one in each:
+        total = np.zeros((len(names), *one.shape[1:]))
+        np.add.at(total, which, one)
+        out.append(total)
+    return out

@@ -1,25 +1,27 @@
 """Sparse probing: how well few features tell an attribute of texts, beside all of them and the activations themselves.
 
 After SAEBench (Karvonen et al. 2025, 2503.09532) and Gurnee et al. 2023 (2305.01610), one value of an attribute against the
-others, as many of each. What is judged on was seen by no fit and no choice.
+others, as many of each. Features are chosen as SAEBench chooses them, by the difference of means of what they write (codes times
+their atoms' lengths). What is judged on was seen by no fit and no choice, and is of other documents.
 """
 
 from collections.abc import Callable
 
 import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from saekit.dictionaries import Dictionary
+from saekit.dictionaries.rows import Rows
 from saekit.evaluate.core import Report
-from saekit.evaluate.labelled import Labelled, Texts, about, balanced, gather, halves, labels_of
-from saekit.evaluate.measure import Measure, Resampler
+from saekit.evaluate.labelled import Labelled, Texts, about, gather, labels_of, split
+from saekit.evaluate.measure import Measure, Resampler, by_source
 from saekit.models import Model
 from saekit.probes import columns, linear, sparse
 from saekit.types import Codes, SaekitError
 
-KS = (1, 2, 5)
+KS, RANKER = (1, 2, 5), "raw_difference"
 ALL = "all"
 Hits = dict[str, Bool[Tensor, " judged"]]
 
@@ -30,27 +32,29 @@ def sparse_probing(
 ) -> Report:  # fmt: skip
     """Accuracy of probes of 1, 2 and 5 features and of all, and of as many coordinates of the activations, mean over values.
 
-    ``attribute``: the one that is asked about (None: the only one). Intervals are over judged texts.
+    ``attribute``: the one that is asked about (None: the only one). Intervals are over the documents of judged texts.
     """
     asked = texts.only(attribute)
     values = texts.values(asked)
-    found = gather(dictionary, model, texts.texts, pool, controls, seed, on_batch)
+    found = gather(dictionary, model, texts, pool, controls, seed, on_batch)
     tasks = [labels_of(texts, asked, value) for value in values]
     hits = {name: [told(one, labels, seed) for labels in tasks] for name, one in found.items()}
-    measures = {key: _measure(key, hits, seed) for key in hits[""][0]}
+    sources = [texts.sources()[split(labels, found[""].sources, seed)[1]] for labels in tasks]
+    measures = {key: _measure(key, hits, sources, seed) for key in hits[""][0]}
     facts = {"attribute": asked, "values": values, "pool": pool, "seed": seed}
     return Report(measures, about("sparse_probing", dictionary, model, texts, facts))
 
 
 def told(one: Labelled, labels: Bool[Tensor, " texts"], seed: int) -> Hits:
     """Which judged texts each probe is right about."""
-    train, test = (balanced(labels, rows, seed) for rows in halves(labels, seed))
+    train, test = split(labels, one.sources, seed)
     fitted, judged, known, true = one.at(train), one.at(test), labels[train], labels[test]
     out: Hits = {}
-    for name, a, b in (("features", fitted.codes, judged.codes), ("coordinates", fitted.x, judged.x)):
+    for name, a, b in (("features", _written(fitted), _written(judged)), ("coordinates", fitted.x, judged.x)):
         width = a.n_features if isinstance(a, Codes) else a.shape[1]
         for k in KS:
-            out[f"{name}_{k}"] = (sparse(a, known, min(k, width), seed=seed)(b) > 0) == true
+            probe = sparse(a, known, min(k, width), RANKER, seed=seed)
+            out[f"{name}_{k}"] = (probe(b) > 0) == true
     used = fitted.codes.firing_counts().nonzero()[:, 0]
     if not len(used):
         raise SaekitError(
@@ -62,11 +66,27 @@ def told(one: Labelled, labels: Bool[Tensor, " texts"], seed: int) -> Hits:
     return out
 
 
-def _measure(key: str, hits: dict[str, list[Hits]], seed: int) -> Measure:
+def _written(one: Labelled) -> Codes:
+    """Codes in units of what they write, where each writes one atom; by itself a code's unit is any."""
+    d = one.dictionary
+    if not isinstance(d, Rows) or d.n_atoms != d.n_features:
+        return one.codes
+    lengths = d.W_dec.detach().flatten(1).norm(dim=1).cpu()
+    return one.codes.with_values(one.codes.values * lengths[one.codes.indices.long()])
+
+
+def _measure(key: str, hits: dict[str, list[Hits]], sources: list[Int[Tensor, "_"]], seed: int) -> Measure:
     def mean(tasks: list[Hits]) -> float:
         return float(np.mean([task[key].double().mean().item() for task in tasks]))
 
-    right = torch.cat([task[key] for task in hits[""]]).double().numpy()
-    interval = Resampler(len(right), seed).interval(lambda a, n: a / n, right, np.ones(len(right)))
+    def over_tasks(right: np.ndarray, asked: np.ndarray) -> np.ndarray:
+        return np.nanmean(right / np.where(asked > 0, asked, np.nan), -1)  # a draw may miss a value
+
+    # a text is judged for several values, and a document has several texts: what is drawn anew are documents
+    asked = np.repeat(np.eye(len(sources)), [len(own) for own in sources], axis=0)
+    right = torch.cat([task[key] for task in hits[""]]).double().numpy()[:, None] * asked
+    of = torch.cat(sources).numpy()
+    sums = by_source(of, right, asked)
+    interval = Resampler(len(sums[0]), seed).interval(over_tasks, *sums)
     beside = {name: mean(tasks) for name, tasks in hits.items() if name and key.startswith("features")}
-    return Measure(mean(hits[""]), len(right), "share of texts", interval, beside, "texts")
+    return Measure(mean(hits[""]), len(of), "share of texts", interval, beside, "texts")

@@ -75,7 +75,7 @@ def disentanglement(
 
     ``attribute``: the one that is swapped (None: each that is asked for, and their mean). Prompts whose answer the model
     doesn't give by itself are left out. The dictionary's error stays (SAEBench leaves it away): what isn't swapped is the
-    activation's own. Intervals are over judged pairs.
+    activation's own. Intervals are over the entities of judged pairs.
     """
     atoms = atoms_of(dictionary, "ravel")
     prompts, site = _known(dictionary, model, texts)
@@ -114,7 +114,12 @@ def disentanglement(
         "known": len(prompts.asked) / len(texts.texts),
         "seed": seed,
     }
-    return Report(_measures(hits, causes, seed), about("ravel", dictionary, model, texts, facts))
+    names = np.unique(prompts.entities, return_inverse=True)[1]
+    ends = [
+        np.concatenate([names[getattr(own[1], side).numpy()] for own in pairs.values()]) for side in ("base", "source")
+    ]  # fmt: skip
+    facts["entities"] = len(np.unique(np.concatenate(ends)))
+    return Report(_measures(hits, causes, ends, seed), about("ravel", dictionary, model, texts, facts))
 
 
 def _share(hit: Tensor) -> float:
@@ -122,8 +127,8 @@ def _share(hit: Tensor) -> float:
 
 
 def _measures(
-    hits: Mapping[str, Mapping[str, Tensor]], causes: Mapping[str, Tensor], seed: int
-) -> dict[str, Measure]:
+    hits: Mapping[str, Mapping[str, Tensor]], causes: Mapping[str, Tensor], ends: Sequence[np.ndarray], seed: int
+) -> dict[str, Measure]:  # fmt: skip
     """Means over the attributes, of a dictionary ("") beside others."""
 
     def sides(own: Mapping[str, Tensor]) -> tuple[float, float]:
@@ -139,7 +144,10 @@ def _measures(
     for column, (kind, side) in enumerate(columns):
         at = starts[list(causes).index(kind)] + side.nonzero()[:, 0].numpy()
         asked[at, column], right[at, column] = 1, hits[""][kind][side].numpy()
-    resampler, half = Resampler(rows, seed), len(causes)
+    # pairs of few entities are no independent cases
+    entities, which = np.unique(np.stack(ends), return_inverse=True)
+    one, other = which.reshape(2, -1)
+    resampler, half = Resampler(len(entities), seed).of_pairs(one, other), len(causes)
     values = {name: sides(own) for name, own in hits.items()}
     out = {}
     for key, some, weigh in (
@@ -147,11 +155,15 @@ def _measures(
         ("cause", slice(half), lambda v: v[0]),
         ("isolation", slice(half, None), lambda v: v[1]),
     ):
-        span = resampler.interval(lambda a, n: (a / n).mean(-1), right[:, some], asked[:, some])
+        span = resampler.interval(_of_sides, right[:, some], asked[:, some])
         beside = {name: weigh(value) for name, value in values.items() if name}
         n = int(asked[:, some].sum())
         out[key] = Measure(weigh(values[""]), n, "share of pairs", span, beside, "pairs")
     return out
+
+
+def _of_sides(right: np.ndarray, asked: np.ndarray) -> np.ndarray:
+    return np.nanmean(right / np.where(asked > 0, asked, np.nan), -1)  # a draw may miss a side
 
 
 # prompts

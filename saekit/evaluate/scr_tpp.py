@@ -20,13 +20,13 @@ from saekit.evaluate.labelled import (
     Texts,
     about,
     atoms_of,
-    balanced,
     difference,
     gather,
     halves,
     labels_of,
+    split,
 )
-from saekit.evaluate.measure import Measure, Resampler
+from saekit.evaluate.measure import Measure, Resampler, by_source
 from saekit.models import Model
 from saekit.probes import Probe, linear
 from saekit.types import Codes, SaekitError
@@ -105,8 +105,12 @@ def spurious_removal(
     """SCR: a probe of ``attribute`` that learnt ``spurious`` with it is mended by ablating the features of ``spurious``.
 
     The two most frequent values of each. Both directions are measured; ``scr_N`` is the one whose biased probe is
-    worse (the mean of both where they are equal).
+    worse (the mean of both where they are equal). Intervals are over the documents of judged texts.
     """
+    if attribute == spurious:
+        raise SaekitError(
+            f"spurious {spurious!r} is the attribute that is asked about; name another of {', '.join(texts.attributes)}"
+        )
     sides = [texts.values(texts.only(name))[:2] for name in (attribute, spurious)]
     labels = [
         labels_of(texts, name, side[0]) for name, side in zip((attribute, spurious), sides, strict=True)
@@ -116,13 +120,14 @@ def spurious_removal(
         for name, side, own in zip((attribute, spurious), sides, labels, strict=True)
     ]
     used = (some[0] & some[1]).nonzero()[:, 0]
-    found = gather(dictionary, model, texts.texts, pool, controls, seed, on_batch)
+    found = gather(dictionary, model, texts, pool, controls, seed, on_batch)
     pair = (labels[0][used], labels[1][used])
     runs = {}
     for name, one in found.items():
         runs[name] = mended(one.at(used), atoms_of(one.dictionary, "scr"), pair, seed)
+    sources = texts.sources()[used][_split(pair, texts.sources()[used], seed)[1]]
     facts = {"attribute": attribute, "spurious": spurious, "values": sides, "pool": pool, "seed": seed}
-    return Report(scr_measures(runs, seed), about("scr", dictionary, model, texts, facts))
+    return Report(scr_measures(runs, seed, sources), about("scr", dictionary, model, texts, facts))
 
 
 Ways = list[
@@ -138,8 +143,7 @@ def mended(
     All four pairs of values are as frequent where probes are judged, and where the clean ones are fitted; the biased
     one is fitted to the two pairs in which both attributes agree.
     """
-    cells = labels[0].long() + 2 * labels[1].long()
-    train, test = (_level(cells, rows, seed) for rows in halves([str(c) for c in cells.tolist()], seed))
+    train, test = _split(labels, one.sources, seed)
     fitted, judged = one.at(train), one.at(test)
     agree = labels[0][train] == labels[1][train]
     biased = linear(fitted.x[agree], labels[0][train][agree], seed=seed)
@@ -156,6 +160,15 @@ def mended(
     return out
 
 
+def _split(
+    labels: tuple[Tensor, Tensor], sources: Tensor | None, seed: int
+) -> tuple[Int[Tensor, " fitted"], Int[Tensor, " judged"]]:
+    """Texts to fit on and to judge on, as many of each pair of values."""
+    cells = labels[0].long() + 2 * labels[1].long()
+    sides = halves([str(c) for c in cells.tolist()], seed, sources=sources)
+    return _level(cells, sides[0], seed), _level(cells, sides[1], seed)
+
+
 def _level(cells: Int[Tensor, " texts"], rows: Int[Tensor, " some"], seed: int) -> Int[Tensor, " fewer"]:
     """As many rows of each of four cells."""
     generator = torch.Generator().manual_seed(seed)
@@ -168,8 +181,13 @@ def _level(cells: Int[Tensor, " texts"], rows: Int[Tensor, " some"], seed: int) 
     return torch.cat([side[torch.randperm(len(side), generator=generator)[:n]] for side in own])
 
 
-def scr_measures(runs: dict[str, Ways], seed: int) -> dict[str, Measure]:
-    """Shares of what the bias cost, of a dictionary ("") beside others."""
+def scr_measures(
+    runs: dict[str, Ways], seed: int, sources: Int[Tensor, " judged"] | None = None
+) -> dict[str, Measure]:
+    """Shares of what the bias cost, of a dictionary ("") beside others.
+
+    ``sources``: the document of each judged text (None: each stands alone).
+    """
 
     def share(hits: dict[str, Tensor], key: str) -> float:
         return removed(*(hits[name].double().mean().item() for name in ("clean", "biased", key)))
@@ -189,7 +207,8 @@ def scr_measures(runs: dict[str, Ways], seed: int) -> dict[str, Measure]:
             f"whatever the dictionary; give more texts, or a stronger spurious attribute",
             stacklevel=3,
         )  # fmt: skip
-    resampler, ones = Resampler(tests, seed), np.ones(tests)
+    of = np.arange(tests) if sources is None else sources.numpy()
+    resampler = Resampler(len(np.unique(of)), seed)
     for key in map(str, ABLATED):
         values = {
             name: float(np.mean([share(hits, key) for hits in chosen(ways)])) for name, ways in runs.items()
@@ -200,7 +219,7 @@ def scr_measures(runs: dict[str, Ways], seed: int) -> dict[str, Measure]:
             values.pop(""),
             tests,
             "share of the accuracy lost to a bias",
-            resampler.interval(gained, *sums, ones),
+            resampler.interval(gained, *by_source(of, *sums, np.ones(tests))),
             values,
             "texts",
         )
@@ -222,13 +241,14 @@ def targeted_perturbation(
     asked = texts.only(attribute)
     values = texts.values(asked)
     labels = [labels_of(texts, asked, value) for value in values]
-    found = gather(dictionary, model, texts.texts, pool, controls, seed, on_batch)
+    found = gather(dictionary, model, texts, pool, controls, seed, on_batch)
     runs = {}
     for name, one in found.items():
         runs[name] = perturbed(one, atoms_of(one.dictionary, "tpp"), labels, seed)
     runs[RANDOM] = perturbed(found[""], atoms_of(dictionary, "tpp"), labels, seed, drawn=True)
     facts = {"attribute": asked, "values": values, "pool": pool, "seed": seed}
-    return Report(tpp_measures(runs, seed), about("tpp", dictionary, model, texts, facts))
+    sources = [texts.sources()[split(own, texts.sources(), seed)[1]] for own in labels]
+    return Report(tpp_measures(runs, seed, sources), about("tpp", dictionary, model, texts, facts))
 
 
 Lost = dict[
@@ -246,7 +266,7 @@ def perturbed(
     """
     generator, sets, probes, effect = torch.Generator().manual_seed(seed), [], [], []
     for own in labels:
-        train, test = (balanced(own, rows, seed) for rows in halves(own, seed))
+        train, test = split(own, one.sources, seed)
         fitted = one.at(train)
         probes.append(linear(fitted.x, own[train], seed=seed))
         sets.append((one.at(test), own[test]))
@@ -274,8 +294,13 @@ def perturbed(
     }  # fmt: skip
 
 
-def tpp_measures(runs: dict[str, Lost], seed: int) -> dict[str, Measure]:
-    """Mean TPP over classes, of a dictionary ("") beside others and random features."""
+def tpp_measures(
+    runs: dict[str, Lost], seed: int, sources: Sequence[Int[Tensor, "_"]] | None = None
+) -> dict[str, Measure]:
+    """Mean TPP over classes, of a dictionary ("") beside others and random features.
+
+    ``sources``: the documents of the texts that each class's probe is judged on (None: each text stands alone).
+    """
 
     def mean(sums: np.ndarray, texts: np.ndarray) -> np.ndarray:
         known = np.where(texts > 0, texts, np.nan)  # a draw may miss a class
@@ -293,6 +318,7 @@ def tpp_measures(runs: dict[str, Lost], seed: int) -> dict[str, Measure]:
             name: mean(*(part.sum(0, keepdims=True) for part in one)).item() for name, one in parts.items()
         }
         tests = len(parts[""][0])
-        interval = Resampler(tests, seed).interval(mean, *parts[""])
+        own = by_source(np.arange(tests) if sources is None else torch.cat(list(sources)).numpy(), *parts[""])
+        interval = Resampler(len(own[0]), seed).interval(mean, *own)
         out[f"tpp_{key}"] = Measure(values.pop(""), tests, "accuracy", interval, values, "texts")
     return out

@@ -16,8 +16,8 @@ from torch import Tensor
 from saekit import metrics
 from saekit.dictionaries import Dictionary
 from saekit.evaluate.core import Report, controls_for, opened
-from saekit.evaluate.labelled import CONTEXT, Texts, about, halves, labels_of
-from saekit.evaluate.measure import Measure, Resampler
+from saekit.evaluate.labelled import CONTEXT, LEAST, Texts, about, halves, labels_of
+from saekit.evaluate.measure import Measure, Resampler, by_source
 from saekit.harvest import Stream
 from saekit.interventions import Edit, When, intervened
 from saekit.models import Model
@@ -51,11 +51,11 @@ def unlearning(
     asked = texts.only(attribute)
     value = texts.values(asked)[0] if value is None else value
     forget = labels_of(texts, asked, value)
-    if not forget.any() or forget.all():
+    if min(int(forget.sum()), int((~forget).sum())) < LEAST:
         raise SaekitError(
-            f"value {value!r} of attribute {asked!r} is that of {int(forget.sum())} of {len(forget)} texts; choose one that some have, and others not"
+            f"value {value!r} of attribute {asked!r} is that of {int(forget.sum())} of {len(forget)} texts; choose one that {LEAST} or more have, and as many others not"
         )
-    fitted, judged = halves(forget, seed, share=0.5)
+    fitted, judged = halves(forget, seed, share=0.5, sources=texts.sources())
     rates = _rates(model, dictionary, texts, fitted, forget)
     tries = {"": (dictionary, rates.ranked())}
     if controls:
@@ -85,7 +85,8 @@ def unlearning(
         "clamped": {str(edit.feature): edit.set for edit in clamped[""]},
         "seed": seed,
     }
-    return Report(_measures(rises, before["judged"].tokens, forget[judged], seed), about("unlearning", dictionary, model, texts, facts))  # fmt: skip
+    measured = _measures(rises, before["judged"].tokens, forget[judged], texts.sources()[judged], seed)
+    return Report(measured, about("unlearning", dictionary, model, texts, facts))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -177,12 +178,14 @@ def _chosen(
 
 
 def _measures(
-    rises: dict[str, Float[Tensor, " texts"]], tokens: Float[Tensor, " texts"], forget: Bool[Tensor, " texts"], seed: int
+    rises: dict[str, Float[Tensor, " texts"]], tokens: Float[Tensor, " texts"], forget: Bool[Tensor, " texts"],
+    sources: Int[Tensor, " texts"], seed: int,
 ) -> dict[str, Measure]:  # fmt: skip
     out = {}
     for key, some in (("forget", forget), ("retain", ~forget)):
         n = tokens[some].double().numpy()
         values = {name: float(rise[some].sum()) / n.sum() for name, rise in rises.items()}
-        interval = Resampler(len(n), seed).interval(lambda a, b: a / b, rises[""][some].double().numpy(), n)
+        sums = by_source(sources[some].numpy(), rises[""][some].double().numpy(), n)
+        interval = Resampler(len(sums[0]), seed).interval(lambda a, b: a / b, *sums)
         out[key] = Measure(values.pop(""), int(np.round(n.sum())), "nats per token", interval, values)
     return out

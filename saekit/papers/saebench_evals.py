@@ -7,6 +7,7 @@ from saekit.evaluate.core import controls_for
 from saekit.evaluate.labelled import Labelled, Texts, atoms_of
 from saekit.evaluate.probing import told
 from saekit.evaluate.ravel import COORDINATES, WHOLE, disentanglement
+from saekit.evaluate.scr_tpp import ABLATED as SIZES
 from saekit.evaluate.scr_tpp import RANDOM as DRAWN
 from saekit.evaluate.scr_tpp import mended, perturbed, scr_measures, tpp_measures
 from saekit.models import load_model
@@ -19,7 +20,7 @@ from saekit.testbed.labelled import CLASSES, CONCEPTS, WORDS, World, absorbing, 
 ROWS = 8000
 RATES = (0.0, 0.25, 0.5, 1.0)
 ABLATED = "5"  # features: the attributes have two, or four with both, and the others do nothing to probes
-FEW = ("2", "5")  # random ones, among which those of the classes are rare
+FEW, MANY = ("2", "5"), ("20", "50", "100")  # random ones, among which those of the classes are rare, or not
 
 
 @torch.no_grad()
@@ -58,8 +59,13 @@ def _removal(seed: int) -> Found:
             key: mended(one, atoms_of(one.dictionary, "scr"), pair, seed)
             for key, one in _read(world, seed).items()
         }
-        said = scr_measures(runs, seed)[f"scr_{ABLATED}"]
-        out[name] = {"planted": float(said), RANDOM: said.control[RANDOM]}
+        said = scr_measures(runs, seed)
+        each = {str(n): float(said[f"scr_{n}"]) for n in SIZES}
+        out[name] = {
+            "planted": each[ABLATED],
+            RANDOM: said[f"scr_{ABLATED}"].control[RANDOM],
+            "by size": each,
+        }
     return out
 
 
@@ -71,8 +77,13 @@ def _perturbation(seed: int) -> Found:
     }
     runs[DRAWN] = perturbed(read[""], atoms_of(world.dictionary, "tpp"), world.labels, seed, drawn=True)
     said = tpp_measures(runs, seed)
-    drawn = [abs(said[f"tpp_{n}"].control[DRAWN]) for n in FEW]
-    return {"planted": float(said["tpp_2"]), RANDOM: said["tpp_2"].control[RANDOM], DRAWN: max(drawn)}
+    few, many = (max(abs(said[f"tpp_{n}"].control[DRAWN]) for n in sizes) for sizes in (FEW, MANY))
+    return {
+        "planted": float(said["tpp_2"]),
+        RANDOM: said["tpp_2"].control[RANDOM],
+        DRAWN: few,
+        "many drawn": many,
+    }
 
 
 def _probing(seed: int) -> Found:
@@ -136,12 +147,13 @@ def judge(found: Found) -> Reproduction:
             Claim("SCR where every feature is of a pair of values", "no part of the bias can be removed", scr["entangled"]["planted"], "<=", 0.05, scr["entangled"][RANDOM], RANDOM),
             Claim("TPP where classes have features of their own", "probes of one class fall to chance", tpp["planted"], ">=", 0.4, tpp[RANDOM], RANDOM),
             Claim("TPP of random features, the larger size of 2 and of 5", "none", tpp[DRAWN], "<=", 0.02, tpp["planted"], "features of the classes"),
+            Claim("TPP of random features, the largest size of 20, 50 and 100", "none", tpp["many drawn"], "<=", 0.02, tpp["planted"], "features of the classes"),
             Claim("sparse probing: accuracy of the best single feature", "-", probing["planted"], ">=", 0.95, probing["one coordinate"], "one coordinate"),
             Claim("RAVEL where values of attributes have features of their own", "1 is best", ravel["values"], ">=", 0.95, ravel[COORDINATES], "a mask of bare coordinates"),
             Claim("RAVEL where every feature is of an entity", "attributes can't be told apart", ravel["entities"], "<=", 0.6, ravel[WHOLE], "the whole activation"),
         ],
         figure=figure("Absorption, planted and found", "planted rate", "found", {"full": (list(RATES), [mean(absorbed["planted"][str(r)]) for r in RATES]), "fraction": (list(RATES), [mean(absorbed["fraction"][str(r)]) for r in RATES]), RANDOM: (list(RATES), [mean(absorbed[RANDOM][str(r)]) for r in RATES])}),
-        notes=["Formulas are SAEBench's own to 1e-6 on the same tensors (tests/test_labelled_suites.py, with the package beside), but for its negatives of TPP, which are drawn anew for each accuracy.", "A mask of bare coordinates swaps attributes nearly as well as features of values do, where entities are few and attributes linear: RAVEL's score of a dictionary says little without it. Where features are of pairs, ablating them takes the probe to chance, which is why SCR falls so far below 0."],
+        notes=[f"SCR of the attribute with features of its own by how many are ablated: {', '.join(f'{n}: {mean(own):.2f}' for n, own in scr['isolated']['by size'].items())}. It has two, and past those of both attributes the probe falls to chance.", "Formulas are SAEBench's own to 1e-6 on the same tensors (tests/test_labelled_suites.py, with the package beside), but for its negatives of TPP, which are drawn anew for each accuracy.", "A mask of bare coordinates swaps attributes nearly as well as features of values do, where entities are few and attributes linear: RAVEL's score of a dictionary says little without it. Where features are of pairs, ablating them takes the probe to chance, which is why SCR falls so far below 0."],
         controls={
             "absorption at rate .5": {"planted": absorbed["planted"]["0.5"], RANDOM: absorbed[RANDOM]["0.5"]},
             "SCR": {"isolated": scr["isolated"]["planted"], "entangled": scr["entangled"]["planted"], RANDOM: scr["isolated"][RANDOM]},

@@ -1,4 +1,4 @@
-"""SAEBench 0.6's own functions on tensors that a test wrote: absorption, effects, ablated rows, SCR and TPP.
+"""SAEBench 0.6's own functions on tensors that a test wrote: absorption, effects, ablated rows, SCR, TPP, features to probe.
 
     python -P tests/peers/saebench_formulas.py FILE
 
@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import torch
 from sae_bench.evals.absorption.feature_absorption_calculator import FeatureAbsorptionCalculator
 from sae_bench.evals.scr_and_tpp import main as scr
+from sae_bench.evals.sparse_probing import probe_training
 from safetensors.torch import load_file, save_file
 
 N = 2  # features that are ablated
@@ -89,9 +90,14 @@ def scores(given: dict) -> dict:
     return {"scr": torch.tensor(found[f"scr_metric_threshold_{N}"]), "tpp": torch.tensor(tpp)}
 
 
+def probed(given: dict) -> dict:
+    """The features that sparse probes read."""
+    return {"probing.chosen": ~probe_training.get_top_k_mean_diff_mask(given["codes"], given["labels"], N)}
+
+
 if __name__ == "__main__":
     file = Path(sys.argv[1])
     given = load_file(file)
-    out = {**absorption(given), **ablations(given), **scores(given)}
+    out = {**absorption(given), **ablations(given), **scores(given), **probed(given)}
     save_file({k: v.contiguous() for k, v in out.items()}, file.with_name("found.safetensors"))
     print(json.dumps(sorted(out)))
