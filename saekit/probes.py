@@ -9,7 +9,7 @@ or codes, and labels, and gives each coordinate a score; the k highest are taken
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -59,6 +59,8 @@ class Probe:
     def __call__(self, x: "Float[Tensor, '*shape d'] | Codes") -> Float[Tensor, "*shape"]:
         """Log odds of each row; differentiable in x."""
         read = x if self.features is None and isinstance(x, Tensor) else columns(x, self.features)
+        if read.shape[-1] != len(self.weight):
+            raise SaekitError(f"x is {read.shape[-1]} wide, and the probe {len(self.weight)}; give the coordinates that it was fitted to")  # fmt: skip
         return read @ self.weight.to(read) + self.bias
 
     @property
@@ -69,11 +71,17 @@ class Probe:
 
 def columns(x: "Float[Tensor, '*shape d'] | Codes", features: Int[Tensor, " chosen"] | None) -> Float[Tensor, "*shape chosen"]:  # fmt: skip
     """Some coordinates of activations, or some features of codes; codes have to be asked for some."""
+    if features is not None and len(features) and int(features.max()) >= _width(x):
+        raise SaekitError(f"x is {_width(x)} wide, and coordinate {int(features.max())} is asked for; give rows that have it")  # fmt: skip
     if isinstance(x, Codes):
         if features is None:
             raise SaekitError("x is Codes, of which a probe of all features would make a dense matrix; fit it by sparse(x, labels, k)")  # fmt: skip
         return x.select(features)
     return x if features is None else x[..., features]
+
+
+def _width(x: "Float[Tensor, '*shape d'] | Codes") -> int:
+    return x.n_features if isinstance(x, Codes) else x.shape[-1]
 
 
 def auroc(scores: Float[Tensor, " rows"], labels: Bool[Tensor, " rows"]) -> float:
@@ -111,7 +119,7 @@ def linear(
     drawn by ``seed``, after which the probe is fitted on all. Give rows of other texts where rows of one text are alike.
     """
     check_rows(x, labels)
-    return _fitted(x, labels, _held_out(held_out, None), seed, None)
+    return _fitted(x, labels, _held_out(held_out, x, None), seed, None)
 
 
 def sparse(
@@ -122,12 +130,11 @@ def sparse(
     The ranker sees ``x`` only, never ``held_out``. Of equal scores the lower coordinate is taken.
     """
     check_rows(x, labels)
-    width = x.n_features if isinstance(x, Codes) else x.shape[1]
-    if not 1 <= k <= width:
-        raise SaekitError(f"k = {k} must lie in 1..{width}, the number of coordinates; choose a smaller k")
+    if not 1 <= k <= _width(x):
+        raise SaekitError(f"k = {k} must lie in 1..{_width(x)}, the number of coordinates; choose a smaller k")  # fmt: skip
     rank: Callable[[Rows, Tensor], Tensor] = RANKERS[ranker]
     chosen = rank(x, labels).sort(descending=True, stable=True).indices[:k].sort().values
-    return _fitted(columns(x, chosen), labels, _held_out(held_out, chosen), seed, chosen)
+    return _fitted(columns(x, chosen), labels, _held_out(held_out, x, chosen), seed, chosen)
 
 
 def mean_difference(x: Rows, labels: Bool[Tensor, " rows"]) -> Float[Tensor, " d"]:
@@ -263,15 +270,17 @@ def _fitted(
         penalty = _penalty((rows[~kept], own[~kept]), (rows[kept], own[kept]))
     else:
         check_rows(*held_out)
-        if held_out[0].shape[1] != rows.shape[1]:
-            raise SaekitError(f"held_out is {held_out[0].shape[1]} wide, and x {rows.shape[1]}; give the same coordinates")  # fmt: skip
         penalty = _penalty((rows, own), (held_out[0].detach().cpu().double(), held_out[1].cpu()))
     weight, bias = _regression(rows, own, penalty)
     return Probe(weight.to(x), bias, penalty, None if chosen is None else chosen.to(x.device))
 
 
-def _held_out(held_out: Labelled | None, chosen: Tensor | None) -> "tuple[Tensor, Tensor] | None":
-    return None if held_out is None else (columns(held_out[0], chosen), held_out[1])
+def _held_out(held_out: Labelled | None, x: Rows, chosen: Tensor | None) -> "tuple[Tensor, Tensor] | None":
+    if held_out is None:
+        return None
+    if _width(held_out[0]) != _width(x):
+        raise SaekitError(f"held_out is {_width(held_out[0])} wide, and x {_width(x)}; give the same coordinates")  # fmt: skip
+    return columns(held_out[0], chosen), held_out[1]
 
 
 def _drawn(labels: Bool[Tensor, " rows"], seed: int) -> Bool[Tensor, " rows"]:
@@ -305,7 +314,15 @@ def _regression(x: Float[Tensor, "rows d"], labels: Tensor, penalty: float) -> t
     return weight, float(model.intercept_[0] - (weight @ centre).item())
 
 
+def check_bools(name: str, labels: Any) -> None:
+    """Raise unless labels are bools: of others ``~`` isn't what is false."""
+    if not isinstance(labels, Tensor) or labels.dtype != torch.bool:
+        kind = str(getattr(labels, "dtype", type(labels).__name__)).removeprefix("torch.")
+        raise SaekitError(f"{name} are {kind}; give a tensor of bools, as in {name} == 1")
+
+
 def _check_labels(labels: Tensor, rows: int, least: int) -> None:
+    check_bools("labels", labels)
     if labels.ndim != 1 or len(labels) != rows:
         raise SaekitError(f"labels have shape {tuple(labels.shape)}, and there are {rows} rows; give one label a row")  # fmt: skip
     for name, n in (("true", int(labels.sum())), ("false", int((~labels).sum()))):
@@ -315,6 +332,8 @@ def _check_labels(labels: Tensor, rows: int, least: int) -> None:
 
 def check_rows(x: Rows, labels: Tensor) -> None:
     """Raise unless all values are finite and each class has two rows or more."""
+    if isinstance(x, Tensor) and x.ndim != 2:
+        raise SaekitError(f"x has shape {list(x.shape)}; give [rows, d]")
     _check_labels(labels, x.rows if isinstance(x, Codes) else len(x), 2)
     values = x.values if isinstance(x, Codes) else x
     if not values.isfinite().all():

@@ -359,6 +359,13 @@ def test_built_in_texts(code_lm: Model) -> None:
     )
 
 
+def test_a_file_says_what_its_texts_are_pieces_of(tmp_path: Path) -> None:
+    lines = [{"text": f"t{i}", "document": f"d{i // 2}", "topic": "x"} for i in range(4)]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    texts = read_texts(tmp_path / "t.jsonl")
+    assert texts.sources().tolist() == [0, 0, 1, 1] and list(texts.attributes) == ["topic"]
+
+
 def _by(keys: list[str], values: list[str]) -> list[list[str]]:
     return [[v for k, v in zip(keys, values, strict=True) if k == key] for key in set(keys)]
 
@@ -366,6 +373,7 @@ def _by(keys: list[str], values: list[str]) -> list[list[str]]:
 MISTAKES = {
     "no JSON": ("nonsense", "line 1 of .* is no JSON"),
     "no attribute": ('{"text": "a"}', "must hold .*at least one attribute"),
+    "only a document": ('{"text": "a", "document": "b"}', "must hold .*at least one attribute"),
     "other fields": ('{"text": "a", "b": 1}\n{"text": "a", "c": 1}', "line 2 of .* has fields"),
     "nothing": ("\n", "holds no line"),
     "null": ('{"text": "a", "b": null}', "line 1 of .* has None for 'b'"),

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saekit.analyses.axes import check_axes
 from saekit.types import Codes, SaekitError
 
 PENALTIES = tuple(10.0**i for i in range(-3, 6))  # of the squared weights, beside a sum of squared errors
@@ -105,6 +106,9 @@ def importance(
     readout reads, so that a row's z @ effects are its outputs but for the bias. In units of the outputs.
     """
     rows, n = (z.rows, z.n_features) if isinstance(z, Codes) else z.shape
+    check_axes("effects", effects, "feature", "outputs")
+    if not rows:
+        raise SaekitError("z has 0 rows; give at least one")
     if len(effects) != n:
         raise SaekitError(f"effects has {len(effects)} rows, and z {n} features; give one row a feature")
     if len(output) != rows or not 0 <= int(output.min()) <= int(output.max()) < effects.shape[1]:
@@ -121,6 +125,10 @@ def importance(
 
 
 def _check(x: Tensor, z: Tensor, folds: int) -> None:
+    check_axes("x", x, "rows", "d")
+    check_axes("z", z, "rows", "feature")
+    if len(x) != len(z):
+        raise SaekitError(f"x has {len(x)} rows, and z {len(z)}; give both the same rows, in the same order")
     if not 2 <= folds <= len(x) // 2:
         raise SaekitError(f"folds = {folds} must lie in 2..{len(x) // 2}, half of the {len(x)} rows; choose fewer, or give more rows")  # fmt: skip
     for name, one in (("x", x), ("z", z)):

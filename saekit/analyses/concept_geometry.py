@@ -13,10 +13,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saekit.analyses.axes import check_axes
 from saekit.types import SaekitError
 
 LEAST = 4  # pairs of a relation, so that both halves have two
 RANKS = (10, 150)  # between which the paper fits eigenvalues
+EXACT = 1e-9  # of the differences' spread: what pairs of a relation differ by less is rounding
 STEPS = 10  # to the exponent whose draws fit
 
 
@@ -37,9 +39,9 @@ def crystals(
     Wolf), to ``components`` dimensions, by default one fewer than relations; silhouettes are means over both halves. The
     paper judges the pairs that it fits, which gives high silhouettes to any labels.
     """
-    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
     from sklearn.metrics import silhouette_score
 
+    check_axes("differences", differences, "pairs", "d")
     x, own = differences.detach().cpu().double().numpy(), relations.cpu().numpy()
     _, counts = np.unique(own, return_counts=True)
     _check_finite("differences", differences)
@@ -56,11 +58,22 @@ def crystals(
         half[pairs[::2]] = True
     found = []
     for fitted in (half, ~half):
-        lda = LinearDiscriminantAnalysis(solver="eigen", shrinkage="auto", n_components=components)
-        projected = lda.fit(x[fitted], own[fitted]).transform(x[~fitted])
+        projected = x[~fitted] @ _discriminants(x[fitted], own[fitted], components or most)
         found.append([silhouette_score(some, own[~fitted]) for some in (x[~fitted], projected)])
     before, after = np.mean(found, 0).tolist()
     return Crystals(before, after)
+
+
+def _discriminants(x: np.ndarray, own: np.ndarray, components: int) -> np.ndarray:
+    """Directions [d, components] that tell relations apart; of exact ones, which have no spread within, those of their means."""
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+    names, which = np.unique(own, return_inverse=True)
+    means = np.stack([x[own == one].mean(0) for one in names])
+    if (x - means[which]).std() <= EXACT * (x - x.mean(0)).std():
+        return np.linalg.svd(means - means.mean(0), full_matrices=False)[2][:components].T
+    lda = LinearDiscriminantAnalysis(solver="eigen", shrinkage="auto").fit(x, own)
+    return lda.scalings_[:, :components]
 
 
 @dataclass(frozen=True)
@@ -95,6 +108,7 @@ def agreement(
 
 def spectrum(atoms: Float[Tensor, "features d"]) -> Float[Tensor, " d"]:
     """Eigenvalues of the atoms' covariance, falling; those that rounding makes negative are 0."""
+    check_axes("atoms", atoms, "features", "d")
     _check_finite("atoms", atoms)
     if len(atoms) < 2:
         raise SaekitError(f"atoms has {len(atoms)} row(s): a covariance needs 2 or more")

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from scipy.sparse import csr_array, issparse
 from torch import Tensor
 
+from saekit.analyses.axes import check_axes
 from saekit.types import Codes, SaekitError
 
 BINS = 4  # of a unit's nonzero values, for mutual information
@@ -123,6 +124,8 @@ def one_to_one(scores: Float[Tensor, "n m"]) -> Matching:
 
 
 def _check_scores(scores: Tensor) -> None:
+    if not scores.numel():
+        raise SaekitError(f"scores have shape {list(scores.shape)}; give those of at least one unit of each")
     if not scores.isfinite().all():
         raise SaekitError("scores hold NaN or Inf; leave those units out")
 
@@ -178,8 +181,8 @@ def lasso(related: Related, penalties: Sequence[float]) -> list[Prediction]:
     """
     from sklearn.linear_model import lasso_path
 
-    if not penalties or min(penalties) <= 0:
-        raise SaekitError(f"penalties = {list(penalties)} must all be above 0; give some in (0, 1)")
+    if not penalties or not all(0 < one < np.inf for one in penalties):
+        raise SaekitError(f"penalties = {list(penalties)} must all be above 0, and finite; give some in (0, 1)")  # fmt: skip
     if not (related.a.diagonal() > 0).any():
         raise SaekitError("no unit of a varies, so that none predicts anything; give others, or more rows")
     gram, moment = _standard(related)
@@ -255,6 +258,9 @@ def _rows(x: Tensor | Codes) -> int:
 
 
 def _check(a: Tensor | Codes, b: Tensor | Codes) -> None:
+    for name, x in (("a", a), ("b", b)):
+        if isinstance(x, Tensor):
+            check_axes(name, x, "rows", "units")
     if _rows(a) != _rows(b):
         raise SaekitError(f"a has {_rows(a)} rows and b {_rows(b)}; give both the same inputs, in the same order")  # fmt: skip
     if _rows(a) < 3:

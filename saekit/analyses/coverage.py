@@ -10,7 +10,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from saekit.analyses.axes import check_axes
 from saekit.errors import SaekitError
+from saekit.probes import check_bools
 
 THRESHOLDS = tuple(t / 10 for t in range(10))  # in shares of a neuron's maximum
 PRECISE = 0.95
@@ -35,8 +37,15 @@ def coverage(
     A neuron fires above t times its maximum over the rows chosen by, t in 0, .1, ... .9. Raises SaekitError for non-finite
     activations and for a factor that always or never holds.
     """
-    if chosen.shape[1] != judged.shape[1] or labels.shape[1] != truth.shape[1]:
-        raise SaekitError(f"chosen and judged have {chosen.shape[1]} and {judged.shape[1]} neurons, labels and truth {labels.shape[1]} and {truth.shape[1]} factors; give the same of both")  # fmt: skip
+    for name, other, x, y in (("labels", "chosen", chosen, labels), ("truth", "judged", judged, truth)):
+        check_axes(other, x, "rows", "neurons")
+        check_axes(name, y, "rows", "factors")
+        check_bools(name, y)
+        if len(x) != len(y):
+            raise SaekitError(f"{name} has {len(y)} rows, and {other} {len(x)}; give as many of both")
+    neurons, factors = chosen.shape[1], labels.shape[1]
+    if (neurons, factors) != (judged.shape[1], truth.shape[1]) or not neurons * factors:
+        raise SaekitError(f"chosen and judged have {neurons} and {judged.shape[1]} neurons, labels and truth {factors} and {truth.shape[1]} factors; give the same of both, and one or more of each")  # fmt: skip
     for name, x in (("chosen", chosen), ("judged", judged)):
         if not x.isfinite().all():
             raise SaekitError(f"{name} has non-finite activations: leave those rows out")
@@ -44,13 +53,13 @@ def coverage(
         if (one := y.all(0) | ~y.any(0)).any():
             raise SaekitError(f"{name}: factor {int(one.int().argmax())} has rows of one class: leave it out")
     tops = chosen.max(0).values.clamp(min=0)
-    best = torch.full((labels.shape[1],), -1.0)
+    best = torch.full((factors,), -1.0)
     found, any_precise = torch.zeros_like(best), torch.zeros_like(truth)
     for t in THRESHOLDS:
         fires, fired = (chosen > t * tops).float(), (judged > t * tops).float()
         f1, precision = _scores(fires, labels)
-        values, neurons = f1.max(0)
-        own = _scores(fired, truth)[0][neurons, torch.arange(len(best))]
+        values, which = f1.max(0)
+        own = _scores(fired, truth)[0][which, torch.arange(len(best))]
         found, best = own.where(values > best, found), values.maximum(best)
         any_precise |= (fired @ (precision >= PRECISE).float()) > 0
     both, said = (any_precise & truth).sum(0), any_precise.sum(0)

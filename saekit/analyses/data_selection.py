@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from saekit.analyses.axes import check_axes
 from saekit.types import Codes, SaekitError
 
 POOLINGS = ("max", "mean")
@@ -46,7 +47,7 @@ def pooled(codes: Codes, how: str = "max", mask: Bool[Tensor, "batch seq"] | Non
 
 def prototype(exemplars: Codes) -> Float[Tensor, " feature"]:
     """The mean of a task's exemplars, which are pooled codes."""
-    _check(exemplars)
+    _check_pooled("exemplars", exemplars)
     if not exemplars.rows or not bool((exemplars.values > 0).any()):
         raise SaekitError(f"the {exemplars.rows} exemplars fire no feature; give some that do")
     total = exemplars.values.new_zeros(exemplars.n_features)
@@ -59,7 +60,7 @@ def jaccard(samples: Codes, prototype: Float[Tensor, " feature"]) -> Float[Tenso
     sum max = sum s + sum p - sum min, so that only the samples' entries are read. Not the same at another scale: 1/2 for a
     sample of twice the prototype.
     """
-    _check(samples)
+    _check_pooled("samples", samples)
     if len(prototype) != samples.n_features:
         raise SaekitError(f"prototype is of {len(prototype)} features, and samples of {samples.n_features}; take both from one dictionary")  # fmt: skip
     if not bool(prototype.isfinite().all()) or bool((prototype < 0).any()):
@@ -88,6 +89,7 @@ def select(pool: Iterable[Codes], prototypes: Float[Tensor, "prototype feature"]
     """
     if count < 1:
         raise SaekitError(f"count = {count} must be at least 1; choose more")
+    check_axes("prototypes", prototypes, "prototype", "feature")
     if not len(prototypes):
         raise SaekitError("prototypes has no rows; give 1 or more")
     chosen, best, seen = torch.zeros(0, dtype=torch.int64), torch.zeros(0), 0
@@ -99,6 +101,12 @@ def select(pool: Iterable[Codes], prototypes: Float[Tensor, "prototype feature"]
     if not seen:
         raise SaekitError("pool has no samples; give 1 or more")
     return Selection(chosen, best, seen)
+
+
+def _check_pooled(name: str, codes: Codes) -> None:
+    if len(codes.shape) != 1:
+        raise SaekitError(f"{name} have shape {codes.shape}; give pooled codes, one row a sample")
+    _check(codes)
 
 
 def _check(codes: Codes) -> None:

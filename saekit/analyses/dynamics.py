@@ -20,7 +20,7 @@ Step = Callable[[Any], Any]
 TOLERANCE, LIMIT, LONGEST = 1e-4, 3000, 8
 SAME = 1e-2  # of an attractor's length: what ends within it is the same one
 SMALL = 1e-2  # of the starts' root mean square length: below it a code counts as so long, or none could converge to 0
-FAR = 1e6  # times the starts' root mean square length: what gets so far has diverged
+FAR = 1e6  # times the starts' root mean square length, or the length of its own first step: what gets so far has diverged
 NEIGHBOURS = 5
 
 
@@ -59,12 +59,14 @@ def flow(
             f"tolerance = {tolerance}, limit = {limit}, longest = {longest}: all must be above 0"
         )
     size = max(starts.norm(dim=1).square().mean().sqrt().item(), 1e-30)
+    # starts of about 0 tell no scale, and their steps do
+    reach = FAR * (step(starts) - starts).norm(dim=1).nan_to_num(0.0, posinf=0.0).clamp_min(size)
     ends, steps = starts.clone(), torch.zeros(len(starts), dtype=torch.int64, device=starts.device)
     period, diverged = torch.zeros_like(steps), torch.zeros_like(steps, dtype=torch.bool)
     left, past = torch.arange(len(starts), device=starts.device), [starts]  # the newest last
     for t in range(1, limit + 1):
         new = step(past[-1])
-        far = ~(new.norm(dim=1) < FAR * size)  # NaN too
+        far = ~(new.norm(dim=1) < reach[left])  # NaN too
         gaps = torch.stack([(new - old).norm(dim=1) for old in reversed(past)])
         found = _period(gaps, tolerance, new.norm(dim=1).clamp_min(SMALL * size))
         found[far] = 0
@@ -165,7 +167,12 @@ def outlier_scores(
     if known.shape[1] != new.shape[1]:
         raise SaekitError(f"known codes are {known.shape[1]} wide, and new ones {new.shape[1]}; give codes of one autoencoder")  # fmt: skip
     paths = (trajectories(step, one, steps) for one in (known, new))
-    each = [torch.cdist(b, a).kthvalue(neighbours, 1).values for a, b in zip(*paths, strict=True)]
+    each = []
+    for t, (a, b) in enumerate(zip(*paths, strict=True)):
+        distances = torch.cdist(b, a)
+        if not distances.isfinite().all():
+            raise SaekitError(f"steps = {steps}: after {t} of them distances are not finite; choose fewer")
+        each.append(distances.kthvalue(neighbours, 1).values)
     return torch.stack(each).mean(0)
 
 

@@ -12,17 +12,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from saekit.analyses.axes import check_axes
 from saekit.errors import SaekitError
 
 STEPS, PADDED = 60, 32
 WIDTHS = (0.7, 1.4)  # of the windows begun with, over the field's own spread
-LIKE = 0.7  # share of a field's variance about 0 that makes it Gabor-like
+LIKE = 0.7  # share of a field's variance about 0 that makes it Gabor-like,
+WAVE = 0.02  # where this share of the fit or more has either sign: with half a cycle under its window it has only one
 
 
 @dataclass(frozen=True)
 class Gabors:
     """Of each field: ``r2``, the share of its square that its Gabor explains (at most 1); ``centre`` (y, x) and
-    ``sigma`` (across, along the stripes) in pixels; ``theta`` of the wave, in radians in [0, pi); ``frequency`` in cycles a pixel.
+    ``sigma`` (across, along the stripes) in pixels; ``theta`` of the wave, in radians in [0, pi); ``frequency`` in cycles a pixel;
+    ``lesser``, the share of the Gabor's square, on the field's pixels, where it has the rarer sign: 0 of a blob, 1/2 of an edge.
     """
 
     r2: Float[Tensor, " field"]
@@ -30,15 +33,17 @@ class Gabors:
     sigma: Float[Tensor, "field 2"]
     theta: Float[Tensor, " field"]
     frequency: Float[Tensor, " field"]
+    lesser: Float[Tensor, " field"]
 
     @property
     def like(self) -> float:
-        """Share of the fields of which a Gabor explains ``LIKE``."""
-        return (self.r2 >= LIKE).double().mean().item()
+        """Share of the fields of which a Gabor explains ``LIKE``, and whose Gabor is more than its window."""
+        return ((self.r2 >= LIKE) & (self.lesser >= WAVE)).double().mean().item()
 
 
 def fit_gabors(fields: Float[Tensor, "field h w"]) -> Gabors:
     """The Gabor nearest to each field; a constant is no wave, so means are not taken off. Refuses fields of nothing but 0."""
+    check_axes("fields", fields, "field", "h", "w")
     if len(fields) == 0 or min(fields.shape[1:]) < 3:
         raise SaekitError(f"fields have shape {tuple(fields.shape)}; give at least one, of 3 x 3 pixels or more")  # fmt: skip
     size = fields.detach().double().flatten(1).norm(dim=1)
@@ -49,10 +54,12 @@ def fit_gabors(fields: Float[Tensor, "field h w"]) -> Gabors:
     tries = [_descend(unit, _start(unit, width)) for width in WIDTHS]
     left = torch.stack([t[1] for t in tries])
     best = torch.stack([t[0] for t in tries])[left.argmin(0), torch.arange(len(unit))]
+    fitted = gabor(best, *_pixels(unit))[0]
+    sides = torch.stack([side.square().sum(1) for side in (fitted.clamp_min(0), fitted.clamp_max(0))])
     y, x, across, along, theta, f, _, _ = best.T
     return Gabors(
         1 - left.amin(0), torch.stack([y, x], 1), torch.stack([across, along], 1).exp(),
-        theta.remainder(math.pi), f.exp(),
+        theta.remainder(math.pi), f.exp(), sides.amin(0) / sides.sum(0),
     )  # fmt: skip
 
 

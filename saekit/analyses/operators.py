@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from saekit.errors import SaekitError
 
+FLOOR = 1e-4  # of a kernel's norm: what its modes hold below it is rounding
+
 
 class _Convolving(nn.Module, ABC):
     """Inference that is shared; ``spectrum(n)`` gives each atom's W of [atom, n // 2 + 1] for n samples."""
@@ -105,6 +107,9 @@ class Fourier(_Convolving):
         self.n = kernels.shape[1]
         # real, so that any optimiser moves it, and as large as kernels' samples, so that its steps are
         parts = torch.fft.rfft(kernels, norm="ortho")[:, : modes + 1]
+        empty = parts.norm(dim=1) <= FLOOR * kernels.norm(dim=1)
+        if empty.any():
+            raise SaekitError(f"kernel {int(empty.nonzero()[0])} has nothing in its {modes} modes, and all in higher ones; choose more modes, or leave it out")  # fmt: skip
         self.parts = nn.Parameter(torch.view_as_real(parts).clone())
         self.normalise()
 
@@ -146,6 +151,8 @@ class Lifted(nn.Module):
     def encode(self, x: Float[Tensor, "rows d"]) -> Float[Tensor, "rows atom"]:
         """Codes of at least 0; differentiable."""
         _check_rows(x)
+        if x.shape[1] != self.atoms.shape[1]:
+            raise SaekitError(f"x is {x.shape[1]} wide, and atoms {self.atoms.shape[1]}; give rows as wide as atoms")  # fmt: skip
         own, seen = self.atoms @ self.lift.T, x @ self.lift.T
         a = _step(torch.linalg.matrix_norm(own.detach(), 2).square())
         z = x.new_zeros(len(x), len(own))

@@ -180,7 +180,8 @@ def describe(
     """Directions as sums of ``k`` texts' embeddings, by orthogonal matching pursuit.
 
     Each embedding is brought to length 1, all are centred by their mean, and brought to length 1 again, so that texts compete by
-    their directions alone. (Public code divides each dimension by its norm over the texts instead.) A direction of 0 has weights of 0.
+    their directions alone. (Public code divides each dimension by its norm over the texts instead.) A direction of 0 has weights of 0,
+    which explain 0 of it.
     """
     atoms = _atoms(texts)
     if directions.shape[1] != texts.shape[1]:
@@ -190,12 +191,14 @@ def describe(
     config = OMPConfig(k)
     config.check(len(atoms))
     wanted = directions.to(atoms)
+    lengths = wanted.norm(dim=1, keepdim=True)
+    wanted = wanted / lengths.clamp_min(torch.finfo(lengths.dtype).tiny)
     codes = OMP(config, *atoms.shape)(wanted, atoms, atoms.new_zeros(len(atoms)))
     chosen, weights = codes.rectangular()
     order = weights.abs().argsort(dim=1, descending=True, stable=True)
     chosen, weights = chosen.long().gather(1, order), weights.gather(1, order)
     left = (wanted - torch.einsum("nk,nkj->nj", weights, atoms[chosen])).square().sum(1)
-    return Description(chosen, weights, 1 - left / wanted.square().sum(1).clamp_min(TINY))
+    return Description(chosen, weights * lengths, wanted.square().sum(1) - left)
 
 
 def _atoms(texts: Tensor) -> Tensor:

@@ -35,6 +35,8 @@ class Grid:
 
 def grid_of(positions: int, aspect: float = 1.0) -> Grid:
     """The grid of ``positions`` for images of ``aspect`` = height / width: the largest of that shape, the rest before it."""
+    if not 0 < aspect < math.inf:
+        raise SaekitError(f"aspect = {aspect} must be above 0, and finite; give height / width")
     for first in range(min(FIRST, positions - 1) + 1):
         left = positions - first
         width = round(math.sqrt(left / aspect))

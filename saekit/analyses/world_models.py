@@ -16,9 +16,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from saekit.analyses.axes import check_axes
 from saekit.hooks import intervene
 from saekit.interventions import written_by
 from saekit.models import Model
+from saekit.probes import check_bools
 from saekit.types import Codes, SaekitError
 
 
@@ -153,6 +155,8 @@ def _at(codes: Codes, features: Int[Tensor, "rows some"]) -> Float[Tensor, "rows
 
 
 def _check(codes: Codes, labels: Tensor) -> None:
+    check_axes("labels", labels, "rows", "label")
+    check_bools("labels", labels)
     if len(labels) != codes.rows:
         raise SaekitError(f"labels are of {len(labels)} rows, and codes of {codes.rows}; give one row of labels to each")  # fmt: skip
     if not codes.values.isfinite().all():

@@ -1,7 +1,8 @@
 """Texts of which something is said, and what a dictionary makes of each: the ground of probing, absorption and ablations.
 
 A file of them has a line of JSON for each text: ``{"text": "...", "profession": "nurse", "gender": "f"}``. Fields other than
-``text`` are attributes, whose values are short strings, numbers or booleans.
+``text`` are attributes, whose values are short strings, numbers or booleans; ``document``, if there is one, names what a text is a
+piece of.
 """
 
 import json
@@ -90,7 +91,11 @@ def read_texts(path: "str | Path") -> Texts:
             row = json.loads(line)
         except ValueError as error:
             raise SaekitError(f"line {number} of {str(path)!r} is no JSON: {error}") from None
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str) or len(row) < 2:
+        if (
+            not isinstance(row, dict)
+            or not isinstance(row.get("text"), str)
+            or not row.keys() - {"text", "document"}
+        ):
             raise SaekitError(
                 f'line {number} of {str(path)!r} must hold "text" and at least one attribute, as {{"text": "...", "topic": "law"}}'
             )
@@ -106,12 +111,9 @@ def read_texts(path: "str | Path") -> Texts:
         rows.append(row)
     if not rows:
         raise SaekitError(f"labels {str(path)!r} holds no line; give a text a line")
-    names = [name for name in rows[0] if name != "text"]
-    return Texts(
-        str(path),
-        [row["text"] for row in rows],
-        {name: [_value(row[name]) for row in rows] for name in names},
-    )
+    fields = {name: [_value(row[name]) for row in rows] for name in rows[0]}
+    documents = fields.pop("document", None)
+    return Texts(str(path), fields.pop("text"), fields, documents)
 
 
 def _value(given: Any) -> str:
