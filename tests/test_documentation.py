@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import click
@@ -15,6 +16,11 @@ import typer
 from commandline import saekit
 
 from saekit.cli import VERBS, app
+from saekit.dictionaries.atoms import ATOMS
+from saekit.dictionaries.objective import OBJECTIVES
+from saekit.dictionaries.presets import PRESETS
+from saekit.dictionaries.selection import SELECTIONS
+from saekit.dictionaries.wiring import WIRINGS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -57,6 +63,15 @@ def test_the_commands_of_a_page_have_their_options(page: str) -> None:
 def test_links_lead_somewhere(path: Path) -> None:
     for link in LINK.findall(path.read_text()):
         assert (path.parent / link).exists(), link
+
+
+@pytest.mark.parametrize(
+    ("row", "table"),
+    [("wiring", WIRINGS), ("selection", SELECTIONS), ("atoms", ATOMS), ("objective", OBJECTIVES), ("presets", PRESETS)],
+)  # fmt: skip
+def test_the_readme_names_every_choice(row: str, table: Iterable[str]) -> None:
+    line = next(s for s in (ROOT / "README.md").read_text().splitlines() if s.startswith(f"| {row} |"))
+    assert set(table) <= set(re.findall(r"\w+", line))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
