@@ -18,8 +18,9 @@ from saekit.evaluate.scr_tpp import (
     targeted_effects,
     tpp_measures,
 )
-from saekit.models import Model
+from saekit.models import Model, load_model
 from saekit.probes import linear
+from saekit.testbed.facts import facts
 from saekit.testbed.labelled import classes
 from saekit.types import SaekitError
 
@@ -134,6 +135,19 @@ def test_rare_features_come_first_by_how_often_they_fire_on_what_is_to_be_forgot
 
 def small_codes():
     return of_classes(20)[0].codes
+
+
+def test_the_feature_of_a_value_is_found_and_costs_other_entities_of_it_alone() -> None:
+    """Features of entities can't forget a value: what is chosen by some entities says nothing of others."""
+    world = facts(0, 120)
+    lines, model = world.lines(), load_model(world.model, tokenizer=world.tokenizer)
+    values = [str(world.values[int(line["entity"][1:]), 0].item()) for line in lines]
+    told = [line["text"] + line["answer"] for line in lines]
+    texts = Texts("facts", told, {"a0": values}, [line["entity"] for line in lines])
+    for d, cost in ((world.of_values(), (1.0, float("inf"))), (world.of_entities(), (-1e-6, 1e-6))):
+        report = SUITES["unlearning"](d, model, texts, "a0", value="2", controls=False)
+        assert cost[0] <= float(report["forget"]) <= cost[1] and abs(float(report["retain"])) < 1e-6
+    assert SUITES["unlearning"](world.of_values(), model, texts, value="2", controls=False).about["clamped"].keys() == {"2"}  # fmt: skip
 
 
 @torch.no_grad()

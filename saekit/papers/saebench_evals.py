@@ -10,6 +10,7 @@ from saekit.evaluate.ravel import COORDINATES, WHOLE, disentanglement
 from saekit.evaluate.scr_tpp import ABLATED as SIZES
 from saekit.evaluate.scr_tpp import RANDOM as DRAWN
 from saekit.evaluate.scr_tpp import mended, perturbed, scr_measures, tpp_measures
+from saekit.evaluate.unlearning import unlearning
 from saekit.models import load_model
 from saekit.papers.claims import Claim, Reproduction, Tell, figure
 from saekit.papers.controls import RANDOM
@@ -20,6 +21,7 @@ from saekit.testbed.labelled import CLASSES, CONCEPTS, WORDS, World, absorbing, 
 ROWS = 8000
 RATES = (0.0, 0.25, 0.5, 1.0)
 ABLATED = "5"  # features: the attributes have two, or four with both, and the others do nothing to probes
+MET = 200  # entities of whom some are forgotten: of fewer, a value of another attribute may be theirs alone by chance
 FEW, MANY = ("2", "5"), ("20", "50", "100")  # random ones, among which those of the classes are rare, or not
 
 
@@ -111,6 +113,27 @@ def _disentangling(seed: int) -> Found:
     return {**{name: float(one) for name, one in said.items()}, **beside}
 
 
+def _forgetting(seed: int) -> Found:
+    """Texts of the entities with the commonest value of an attribute; chosen features are judged on other entities."""
+    world = facts(seed, MET)
+    lines, model = world.lines(), load_model(world.model, tokenizer=world.tokenizer)
+    own = {f"e{i}": str(v) for i, v in enumerate(world.values[:, 0].tolist())}
+    texts = Texts(
+        "facts", [line["text"] + line["answer"] for line in lines],
+        {"a0": [own[line["entity"]] for line in lines]}, [line["entity"] for line in lines],
+    )  # fmt: skip
+    out: Found = {}
+    for name, d in (("values", world.of_values()), ("entities", world.of_entities())):
+        said = unlearning(d, model, texts, "a0", seed=seed)
+        out[name] = {key: float(said[key]) for key in ("forget", "retain")}
+        out[name][RANDOM] = said["forget"].control["random"]
+        clamped = list(said.about["clamped"])
+        out[name]["own"] = float(
+            clamped == [said.about["value"]]
+        )  # the first features are the attribute's values
+    return out
+
+
 def measure(seed: int, tell: Tell) -> Found:
     """Each evaluation on a world of its own."""
     parts = {
@@ -119,6 +142,7 @@ def measure(seed: int, tell: Tell) -> Found:
         "TPP": _perturbation,
         "probing": _probing,
         "RAVEL": _disentangling,
+        "unlearning": _forgetting,
     }
     out: Found = {}
     for i, (name, part) in enumerate(parts.items()):
@@ -129,8 +153,8 @@ def measure(seed: int, tell: Tell) -> Found:
 
 def judge(found: Found) -> Reproduction:
     """What each evaluation says, beside a random dictionary, and how far it is from what was planted."""
-    absorbed, scr, tpp, probing, ravel = (
-        found[name] for name in ("absorption", "SCR", "TPP", "probing", "RAVEL")
+    absorbed, scr, tpp, probing, ravel, unlearnt = (
+        found[name] for name in ("absorption", "SCR", "TPP", "probing", "RAVEL", "unlearning")
     )
 
     def mean(values: list[float]) -> float:
@@ -140,7 +164,7 @@ def judge(found: Found) -> Reproduction:
     return Reproduction(
         title="SAEBench's evaluations find what was planted in dictionaries",
         source="Karvonen et al. 2025, arXiv 2503.09532",
-        setting=f"ReLU dictionaries with planted weights, a world a seed, {ROWS} rows: {CONCEPTS} concepts of {WORDS} words each, some absorbed; two attributes with features of their own or one for each pair of values; {CLASSES} classes; {ENTITIES} entities of {ATTRIBUTES} attributes. Probes are judged on a fifth of the rows; {ABLATED} features are ablated for SCR, 2 for TPP",
+        setting=f"ReLU dictionaries with planted weights, a world a seed, {ROWS} rows: {CONCEPTS} concepts of {WORDS} words each, some absorbed; two attributes with features of their own or one for each pair of values; {CLASSES} classes; {ENTITIES} entities of {ATTRIBUTES} attributes, {MET} for unlearning. Probes are judged on a fifth of the rows; {ABLATED} features are ablated for SCR, 2 for TPP",
         claims=[
             Claim("absorption: how far it is from the planted rate, the worst of 0, .25, .5 and 1", "-", off, "<=", 0.05, absorbed[RANDOM]["0.5"], f"{RANDOM}'s absorption at .5"),
             Claim("SCR where the spurious attribute has features of its own", "1 is best", scr["isolated"]["planted"], ">=", 0.95, scr["isolated"][RANDOM], RANDOM),
@@ -151,6 +175,9 @@ def judge(found: Found) -> Reproduction:
             Claim("sparse probing: accuracy of the best single feature", "-", probing["planted"], ">=", 0.95, probing["one coordinate"], "one coordinate"),
             Claim("RAVEL where values of attributes have features of their own", "1 is best", ravel["values"], ">=", 0.95, ravel[COORDINATES], "a mask of bare coordinates"),
             Claim("RAVEL where every feature is of an entity", "attributes can't be told apart", ravel["entities"], "<=", 0.6, ravel[WHOLE], "the whole activation"),
+            Claim("unlearning a value: nats per token that its entities' texts lose, where it has a feature of its own", "-", unlearnt["values"]["forget"], ">=", 1.0, unlearnt["values"][RANDOM], RANDOM),
+            Claim("what other texts lose", "spared", unlearnt["values"]["retain"], "<=", 0.01, unlearnt["values"]["own"], "share of worlds in which just that feature is clamped"),
+            Claim("the same where every feature is of an entity, and texts are of other entities", "nothing can be forgotten", unlearnt["entities"]["forget"], "<=", 0.01, unlearnt["entities"][RANDOM], RANDOM),
         ],
         figure=figure("Absorption, planted and found", "planted rate", "found", {"full": (list(RATES), [mean(absorbed["planted"][str(r)]) for r in RATES]), "fraction": (list(RATES), [mean(absorbed["fraction"][str(r)]) for r in RATES]), RANDOM: (list(RATES), [mean(absorbed[RANDOM][str(r)]) for r in RATES])}),
         notes=[f"SCR of the attribute with features of its own by how many are ablated: {', '.join(f'{n}: {mean(own):.2f}' for n, own in scr['isolated']['by size'].items())}. Two are its own; ablating many more takes away what is asked for as well.", "Formulas are SAEBench's own to 1e-6 on the same tensors (tests/test_labelled_suites.py, with the package beside), but for its negatives of TPP, which are drawn anew for each accuracy.", "A mask of bare coordinates swaps attributes nearly as well as features of values do, where entities are few and attributes linear: RAVEL's score of a dictionary says little without it. Where features are of pairs, ablating them takes the probe to chance, which is why SCR falls so far below 0."],
@@ -160,6 +187,7 @@ def judge(found: Found) -> Reproduction:
             "TPP": {"planted": tpp["planted"], RANDOM: tpp[RANDOM], DRAWN: tpp[DRAWN]},
             "accuracy of one feature": probing,
             "RAVEL": ravel,
+            "nats a forgotten value costs": {name: unlearnt[name]["forget"] for name in ("values", "entities")} | {RANDOM: unlearnt["values"][RANDOM]},
         },
     )  # fmt: skip
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from saekit import metrics
-from saekit.analyses.gabor import LIKE, fit_gabors
+from saekit.analyses.gabor import LIKE, WAVE, fit_gabors
 from saekit.dictionaries import Dictionary, create
 from saekit.dictionaries.selection.proximal import PENALTIES, iterate
 from saekit.papers.claims import Claim, Reproduction, Tell, figure
@@ -138,7 +138,7 @@ def judge(found: Found) -> Reproduction:
         figure=figure("Sparseness against error, on patches held out", "active atoms (L0)", "R2", {name: (c["L0"], c["R2"]) for name, c in mean.items()}, xaxis_type="log"),
         notes=[
             f"L0 of soft over that of each other at R2 {levels}: {'; '.join(said)}.",
-            f"A Gabor-like atom is one of which a Gabor function explains {LIKE:.0%} of the square; shares are those at the weight whose R2 is nearest to {LEVELS[1]}. nan: an R2 that no weight reaches.",
+            f"A Gabor-like atom is one of which a Gabor function explains {LIKE:.0%} of the square, with {WAVE:.0%} or more of its own on either side of 0 (a blob is none); shares are those at the weight whose R2 is nearest to {LEVELS[1]}. nan: an R2 that no weight reaches.",
             f"{FROZEN}: random atoms under an unrolled encoder of {LEARNT} steps that is learnt; {RANDOM}: the same atoms, and sparse coding. Both with CEL0.",
         ],
         controls={

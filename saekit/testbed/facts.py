@@ -67,20 +67,20 @@ class Facts:
         return _relu(torch.linalg.pinv(self.stands).T, self.stands)
 
 
-def facts(seed: int) -> Facts:
-    """A world of ``ENTITIES``; directions are orthonormal."""
+def facts(seed: int, entities: int = ENTITIES) -> Facts:
+    """A world of some entities; directions are orthonormal."""
     g = torch.Generator().manual_seed(seed)
-    d = ATTRIBUTES * VALUES + ENTITIES
+    d = ATTRIBUTES * VALUES + entities
     basis = torch.linalg.qr(torch.randn(d, d, generator=g))[0]
     directions = basis[: ATTRIBUTES * VALUES].view(ATTRIBUTES, VALUES, d)
-    values = torch.randint(VALUES, (ENTITIES, ATTRIBUTES), generator=g)
+    values = torch.randint(VALUES, (entities, ATTRIBUTES), generator=g)
     stands = directions[torch.arange(ATTRIBUTES), values].sum(1) + OWN * basis[ATTRIBUTES * VALUES :]
-    words = [f"e{i}" for i in range(ENTITIES)] + [f"a{k}" for k in range(ATTRIBUTES)]
+    words = [f"e{i}" for i in range(entities)] + [f"a{k}" for k in range(ATTRIBUTES)]
     words += [f"v{k}{v}" for k in range(ATTRIBUTES) for v in range(VALUES)]
     tokenizer = Tokenizer(words)
     embedding, readout = torch.zeros(2, len(tokenizer), d)
     answers = torch.full((len(tokenizer), len(tokenizer)), -100.0)
-    for i in range(ENTITIES):
+    for i in range(entities):
         embedding[tokenizer.encode(f"e{i}")[0]] = stands[i]
     for k in range(ATTRIBUTES):
         own = [tokenizer.encode(f"v{k}{v}")[0] for v in range(VALUES)]
