@@ -1,6 +1,7 @@
 """The command line: a table of verbs, and one way to answer bad input."""
 
 import importlib
+import signal
 import sys
 
 import typer
@@ -46,6 +47,9 @@ for _name, _place in VERBS.items():
 def main() -> None:
     """Run a verb; a mistake of the user's is one sentence on stderr and exit code 2."""
     steady_malloc()
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # schedulers end jobs by it, and it is told as Ctrl-C is
     try:
         code = app(standalone_mode=False)
         if (

@@ -171,7 +171,8 @@ def test_processes_answer_in_under_five_seconds_imports_included(
         assert not Path(out).exists() or leftovers(Path(out)) == []
 
 
-def test_ctrl_c_says_what_is_kept(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_says_what_is_kept(sent: signal.Signals, tmp_path: Path) -> None:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     try:
         out = str(tmp_path / "acts")
@@ -182,7 +183,7 @@ def test_ctrl_c_says_what_is_kept(tmp_path: Path) -> None:
     while not any((tmp_path / "acts").glob("*.safetensors*")) and not any((tmp_path / "acts").glob(".*")):
         assert process.poll() is None and time.monotonic() - began < 60
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "stopped;" in err and "Traceback" not in err
 
