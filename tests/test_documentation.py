@@ -127,7 +127,7 @@ def test_the_readmes_code_runs(blocks: int | None, tmp_path: Path) -> None:
         ("steps=60", "steps=2"),
         ("points), 500)", "points), 2)"),
         ("n_features=4096", "n_features=512"),
-        ("features=20)", "features=20, tokens=20_000)"),
+        ("features=20)", "features=20, tokens=60_000)"),
         ("tokens=8192)", "tokens=2048)"),
         ('saekit.evaluate(d, model, "stdlib")', 'saekit.evaluate(d, model, "stdlib", tokens=2048)'),
         ("saekit.evaluate([heads, mlp], model)", "saekit.evaluate([heads, mlp], model, tokens=2048)"),
