@@ -81,6 +81,10 @@ class Config:
     def _check_encoder(self) -> None:
         name, selection, atoms = self.selection[0], SELECTIONS[self.selection[0]], ATOMS[self.atoms[0]]
         long = atoms.tied and atoms.trained and not getattr(self.atoms[1], "unit_norm", True)
+        if getattr(atoms, "shifts_over_rows", False) and self.wiring[0] != "autoencoder":
+            raise SaekitError(
+                f"atoms {self.atoms[0]!r} stand at every place of one row, and wiring {self.wiring[0]!r} reads or writes several; choose wiring='autoencoder'"
+            )
         if atoms.tied and not WIRINGS[self.wiring[0]].same_space:
             raise SaekitError(
                 f"atoms {self.atoms[0]!r} read by the rows that they write, and wiring {self.wiring[0]!r} writes another space than it reads; choose atoms='unit_norm'"

@@ -179,6 +179,10 @@ def prune(
         raise SaekitError(
             f"selection {name!r} has {GROUPED[name]} = {groups} groups of equal size, which pruning would break"
         )
+    if getattr(dictionary.atoms, "shifts_over_rows", False):
+        raise SaekitError(
+            f"atoms {dictionary.config.atoms[0]!r} are shifts of kernels, none of which can go alone; prune what to_inference() gives"
+        )
     n_new = int(keep.sum())
     if n_new == 0:
         raise SaekitError("keep holds no feature; a dictionary needs one")

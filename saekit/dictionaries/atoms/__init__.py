@@ -16,6 +16,8 @@ ATOMS = Registry(
         "unit_norm": "saekit.dictionaries.atoms.unit_norm:UnitNorm",
         "tied": "saekit.dictionaries.atoms.tied:Tied",
         "archetypal": "saekit.dictionaries.atoms.archetypal:Archetypal",
+        "convolutional": "saekit.dictionaries.atoms.convolutional:Convolutional",
+        "fourier": "saekit.dictionaries.atoms.fourier:Fourier",
         "frozen": "saekit.dictionaries.atoms.frozen:Frozen",
         "random": "saekit.dictionaries.atoms.random:Random",
     },
