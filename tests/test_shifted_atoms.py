@@ -35,7 +35,10 @@ def test_rows_are_the_shifts_of_kernels() -> None:
     torus = made("convolutional", size=2, grid=(4, 8))
     padded = torch.nn.functional.pad(torus.atoms.kernels[1].detach(), (0, 6, 0, 2))
     assert torch.equal(torus.W_dec[N + 8 * 3 + 5].view(4, 8), padded.roll((3, 5), (0, 1)))
-    for d in (ring, torus, made("fourier", modes=5)):
+    several = made("convolutional", size=(2, 4), grid=(8, 4))
+    held = several.W_dec.unflatten(0, (KERNELS, N))[:, 0].unflatten(1, (8, 4)) != 0
+    assert [(one.any(1).sum().item(), one.any(0).sum().item()) for one in held] == [(2, 2), (4, 4), (2, 2)]
+    for d in (ring, torus, several, made("fourier", modes=5)):
         assert torch.allclose(d.W_dec.norm(dim=1), torch.ones(KERNELS * N), atol=1e-5)
 
 
@@ -46,8 +49,8 @@ def test_they_are_the_operators_of_the_paper() -> None:
     maps = z.unflatten(1, (KERNELS, N))
     torch.testing.assert_close(z @ ring.W_dec, theirs.decode(maps), atol=1e-5, rtol=0)
     smooth = made("fourier", modes=5)
-    theirs = operators.Fourier(smooth.atoms.functions().detach(), 5, 0.1, 3)
-    torch.testing.assert_close(z @ smooth.W_dec, theirs.decode(maps), atol=1e-5, rtol=0)
+    functions = operators.Fourier(smooth.atoms.functions().detach(), 5, 0.1, 3)
+    torch.testing.assert_close(z @ smooth.W_dec, functions.decode(maps), atol=1e-5, rtol=0)
     assert torch.fft.rfft(smooth.W_dec)[:, 6:].abs().max() < 1e-5
     whole = made("fourier", modes=N // 2)  # all frequencies make any kernel
     kernels = made("convolutional", size=N)
@@ -86,6 +89,7 @@ def test_what_has_no_places_is_refused() -> None:
         (lambda: saekit.create("topk", d_in=32, n_features=70, k=2, atoms="fourier"), "n_features = 70 must be a multiple of the 32 places"),
         (lambda: made("convolutional", size=33), "size = 33 is more than the grid's 32 places"),
         (lambda: made("convolutional", grid=(4, 4)), r"grid = \(4, 4\) has 16 places, and rows have 32"),
+        (lambda: made("convolutional", size=(8, 40)), r"size = \(8, 40\) is more than the grid's 32 places"),
         (lambda: made("convolutional", size=0), "size = 0 must be at least 1"),
         (lambda: made("convolutional", grid=(0, 4)), r"grid = \(0, 4\) must hold lengths"),
         (lambda: made("fourier", modes=17), "modes = 17 must be at most 16"),

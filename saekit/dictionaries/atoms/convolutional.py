@@ -17,18 +17,26 @@ from saekit.types import SaekitError
 
 @dataclass(frozen=True)
 class ConvolutionalConfig:
-    """``grid``: the places of a row along each axis, as (16, 16) of images (None: a ring); kernels have ``size`` along each."""
+    """``grid``: the places of a row along each axis, as (16, 16) of images (None: a ring); kernels have ``size`` along each.
 
-    size: int = 8
+    Of several sizes, as (4, 8, 16), kernels get each in turn (heterogeneous kernels).
+    """
+
+    size: int | tuple[int, ...] = 8
     grid: tuple[int, ...] | None = None
 
     def __post_init__(self):
-        if self.size < 1:
+        if min(self.sizes, default=0) < 1:
             raise SaekitError(
                 f"size = {self.size} must be at least 1; it counts a kernel's samples along an axis"
             )
         if self.grid is not None and min(self.grid, default=0) < 1:
             raise SaekitError(f"grid = {self.grid} must hold lengths of at least 1, as (16, 16)")
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Of which kernels are."""
+        return self.size if isinstance(self.size, tuple) else (self.size,)
 
 
 class Convolutional(nn.Module):
@@ -40,6 +48,7 @@ class Convolutional(nn.Module):
     trained = True
     shifts_over_rows = True
     by: Tensor
+    room: Tensor
 
     def __init__(
         self, config: ConvolutionalConfig, directions: Float[Tensor, "feature d_out"], generator: torch.Generator
@@ -49,19 +58,28 @@ class Convolutional(nn.Module):
         self.grid = config.grid or (places,)
         if math.prod(self.grid) != places:
             raise SaekitError(f"grid = {self.grid} has {math.prod(self.grid)} places, and rows have {places} coordinates; give as many")  # fmt: skip
-        if config.size > min(self.grid):
+        largest = max(config.sizes)
+        if largest > min(self.grid):
             raise SaekitError(f"size = {config.size} is more than the grid's {min(self.grid)} places along an axis; choose a smaller one")  # fmt: skip
         own = directions[: kernels_of("convolutional", n, places)].unflatten(1, self.grid)
         for axis in range(1, own.ndim):
-            own = own.narrow(axis, 0, config.size)
-        self.kernels = nn.Parameter(own.clone())
+            own = own.narrow(axis, 0, largest)
+        size = torch.tensor(config.sizes).repeat(len(own))[: len(own)]
+        room = torch.ones(own.shape, dtype=torch.bool)
+        for axis in range(1, own.ndim):
+            at = torch.arange(largest).view(-1, *[1] * (own.ndim - axis - 1))
+            room &= at < size.view(-1, *[1] * (own.ndim - 1))
+        self.register_buffer("room", room, persistent=False)
+        self.kernels = nn.Parameter(own * room)
         self.register_buffer("by", shifts(self.grid), persistent=False)
         self.after_step()
 
     def rows(self) -> Float[Tensor, "feature d_out"]:
         """Decoder and encoder: kernel by kernel, each at all places."""
-        room = [(0, n - size) for n, size in zip(self.grid, self.kernels.shape[1:], strict=True)]
-        padded = nn.functional.pad(self.kernels, [side for axis in reversed(room) for side in axis])
+        left = [(0, n - size) for n, size in zip(self.grid, self.kernels.shape[1:], strict=True)]
+        padded = nn.functional.pad(
+            self.kernels * self.room, [side for axis in reversed(left) for side in axis]
+        )
         return shifted(padded.flatten(1), self.by)
 
     @torch.no_grad()
