@@ -59,13 +59,13 @@ def flow(
             f"tolerance = {tolerance}, limit = {limit}, longest = {longest}: all must be above 0"
         )
     size = max(starts.norm(dim=1).square().mean().sqrt().item(), 1e-30)
-    # starts of about 0 tell no scale, and their steps do
-    reach = FAR * (step(starts) - starts).norm(dim=1).nan_to_num(0.0, posinf=0.0).clamp_min(size)
     ends, steps = starts.clone(), torch.zeros(len(starts), dtype=torch.int64, device=starts.device)
     period, diverged = torch.zeros_like(steps), torch.zeros_like(steps, dtype=torch.bool)
     left, past = torch.arange(len(starts), device=starts.device), [starts]  # the newest last
     for t in range(1, limit + 1):
         new = step(past[-1])
+        if t == 1:  # starts of about 0 tell no scale, and their steps do
+            reach = FAR * (new - starts).norm(dim=1).nan_to_num(0.0, posinf=0.0).clamp_min(size)
         far = ~(new.norm(dim=1) < reach[left])  # NaN too
         gaps = torch.stack([(new - old).norm(dim=1) for old in reversed(past)])
         found = _period(gaps, tolerance, new.norm(dim=1).clamp_min(SMALL * size))

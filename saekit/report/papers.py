@@ -52,9 +52,8 @@ def _filled(template: str, rows: Sequence[dict[str, Any]], **more: Any) -> str:
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=template.endswith("html"), undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, finalize=lambda value: printable(value) if type(value) is str else value,
     )  # fmt: skip
-    environment.filters["marked"] = lambda text: re.sub(
-        r"[\\|<*_`]", r"\\\g<0>", text
-    )  # as text, in Markdown
+    # what Markdown would read as more than text
+    environment.filters["marked"] = lambda text: re.sub(r"[\\|<*_`]", r"\\\g<0>", text)
     return environment.get_template(template).render(
         rows=[_shown(row) for row in rows], tally=_tally(rows), **more
     )
