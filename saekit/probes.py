@@ -196,24 +196,30 @@ def mutual_information(x: Rows, labels: Bool[Tensor, " rows"]) -> Float[Tensor, 
     """
     check_rows(x, labels)
     codes = x if isinstance(x, Codes) else Codes.from_dense(x)
+    row, cell = binned(codes, BINS)
+    own, size = labels[row], codes.n_features * BINS
+    tables = torch.stack([torch.bincount(cell[own == say], minlength=size).view(-1, BINS) for say in (False, True)], 1)  # fmt: skip
+    totals = torch.stack([(~labels).sum(), labels.sum()])
+    tables = torch.cat([tables, (totals - tables.sum(2))[..., None]], 2).double() / len(labels)
+    alone = tables.sum(1, keepdim=True) * (totals.double() / len(labels))[:, None]
+    return torch.special.xlogy(tables, tables / alone.clamp_min(1e-300)).sum((1, 2)).clamp_min(0).div(np.log(2)).float()  # fmt: skip
+
+
+def binned(codes: Codes, bins: int) -> tuple[Int[Tensor, " active"], Int[Tensor, " _"]]:
+    """Of each value that isn't 0 its row, and its cell, feature x bins + bin: a bin holds as many of a feature's values as
+    another, and equal values lie in one."""
     on = codes.values != 0
-    feature, value, own = codes.indices[on].long(), codes.values[on].detach(), labels[codes.row_ids()[on]]
+    feature, value, row = codes.indices[on].long(), codes.values[on].detach(), codes.row_ids()[on]
     order = value.argsort(stable=True)
     order = order[feature[order].argsort(stable=True)]
-    feature, value, own = feature[order], value[order], own[order]
+    feature, value = feature[order], value[order]
     counts = torch.bincount(feature, minlength=codes.n_features)
     place = torch.arange(len(feature), device=feature.device)
     again = torch.zeros_like(feature, dtype=torch.bool)
     again[1:] = (feature[1:] == feature[:-1]) & (value[1:] == value[:-1])
     first = place.masked_fill(again, 0).cummax(0).values  # of equal values
     begin = counts.cumsum(0) - counts
-    cell = feature * BINS + (first - begin[feature]) * BINS // counts[feature]
-    size = codes.n_features * BINS
-    tables = torch.stack([torch.bincount(cell[own == say], minlength=size).view(-1, BINS) for say in (False, True)], 1)  # fmt: skip
-    totals = torch.stack([(~labels).sum(), labels.sum()])
-    tables = torch.cat([tables, (totals - tables.sum(2))[..., None]], 2).double() / len(labels)
-    alone = tables.sum(1, keepdim=True) * (totals.double() / len(labels))[:, None]
-    return torch.special.xlogy(tables, tables / alone.clamp_min(1e-300)).sum((1, 2)).clamp_min(0).div(np.log(2)).float()  # fmt: skip
+    return row[order], feature * bins + (first - begin[feature]) * bins // counts[feature]
 
 
 def halving(x: Rows, labels: Bool[Tensor, " rows"]) -> Float[Tensor, " d"]:
@@ -309,7 +315,9 @@ def _regression(x: Float[Tensor, "rows d"], labels: Tensor, penalty: float) -> t
     scale = _floored(x.std(0, correction=0), centre)
     solver = "newton-cholesky" if x.shape[1] <= NARROW else "lbfgs"
     model = LogisticRegression(C=1 / (penalty * len(x)), class_weight="balanced", max_iter=ITERATIONS, solver=solver)  # fmt: skip
-    model.fit(((x - centre) / scale).numpy(), labels.numpy())
+    with warnings.catch_warnings():  # it then goes on by another solver, which says whether it gets there
+        warnings.filterwarnings("ignore", "Line search of Newton solver")
+        model.fit(((x - centre) / scale).numpy(), labels.numpy())
     weight = torch.from_numpy(model.coef_[0]) / scale
     return weight, float(model.intercept_[0] - (weight @ centre).item())
 

@@ -22,6 +22,7 @@ from saekit.analyses.convergent import (
     rows_of,
     semi_matching,
 )
+from saekit.dictionaries import create
 from saekit.testbed.copies import digit_net, hidden, permuted, turned
 from saekit.testbed.digits import digits
 from saekit.types import Codes
@@ -76,6 +77,27 @@ def test_codes_are_never_made_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     related = relate(a, b)
     assert len(one_to_one(related.correlations).partner) == 12 and len(mutual_information(a, b)) == 12
     assert against_null(lambda x, y: relate(x, y).correlations.max().item(), a, b, 2).value <= 1
+
+
+def test_codes_are_left_as_they_are() -> None:
+    """Those of a pursuit too, which name a feature twice where an atom is taken again."""
+    d = create("matching_pursuit", d_in=8, n_features=16, k=12)
+    codes = d.encode(torch.randn(50, 8, generator=g()))
+    codes = codes.with_values(codes.values.double()).detach()
+    before = [part.clone() for part in (codes.offsets, codes.indices, codes.values)]
+    assert len(codes.indices) > len((codes.row_ids() * 16 + codes.indices).unique())
+    dense = codes.to_dense()
+    torch.testing.assert_close(relate(codes, codes).a, relate(dense, dense).a)
+    correlations(codes, codes), mutual_information(codes, codes)
+    assert all(map(torch.equal, before, (codes.offsets, codes.indices, codes.values)))
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_half_precision_is_read_as_it_is(kind: torch.dtype) -> None:
+    a, b = (one.to(kind) for one in mixed(0))
+    for measure in (correlations, mutual_information):
+        assert torch.equal(measure(a, b), measure(a.double(), b.double()))
+    assert len(one_to_one(correlations(a, b).to(kind)).scores(correlations(a, b))) == 5
 
 
 def test_a_unit_that_never_varies_goes_with_none() -> None:

@@ -67,6 +67,13 @@ def test_the_objective_is_what_it_says_and_never_rises(weight: float) -> None:
     assert (now < 0.9 * found.objective[0]).all()
 
 
+def test_pixels_may_be_whole_numbers() -> None:
+    images, kernels = torch.arange(2 * 81).view(2, 9, 9) % 7, torch.ones(1, 2, 2)
+    assert torch.equal(
+        code(images.byte(), kernels, 0.1, 5).codes, code(images.float(), kernels, 0.1, 5).codes
+    )
+
+
 def test_images_are_coded_each_by_itself_and_wherever_they_are_moved() -> None:
     images, kernels = tiny(4, n=3)
     together = code(images, kernels, 0.2, steps=30)

@@ -52,6 +52,12 @@ def test_pooling_is_that_of_dense_codes(how: str, masked: bool) -> None:
     assert torch.allclose(prototype(found), expected.mean(0), atol=1e-6)
 
 
+def test_half_precision_is_added_up_in_more() -> None:
+    x = 100 * torch.ones(1, 700, 2)
+    found = pooled(Codes.from_dense(x.half()), "mean")
+    assert found.values.tolist() == [100, 100] and prototype(found).tolist() == [100, 100]
+
+
 @pytest.mark.parametrize("sizes", [[40], [1] * 40, [3, 30, 0, 7]])
 @pytest.mark.parametrize("count", [1, 6, 40, 99])
 def test_one_pass_chooses_what_a_sort_does(sizes: list[int], count: int) -> None:

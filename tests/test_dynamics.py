@@ -138,6 +138,16 @@ def test_scores_are_brute_force() -> None:
     assert outlier_scores(lambda z: z, known, torch.cat([known, known + 9]), 1, 1)[:6].abs().max() < 1e-6
 
 
+def test_scores_far_from_0_are_those_of_more_precision() -> None:
+    known, new = (100 + 1e-2 * drawn(n, 16, seed) for n, seed in ((200, 0), (30, 1)))
+    found, exact = (
+        outlier_scores(lambda z: z, one.to(kind), two.to(kind), 1)
+        for kind in (torch.float32, torch.float64)
+        for one, two in ((known.float(), new.float()),)
+    )
+    torch.testing.assert_close(found.double(), exact, rtol=1e-3, atol=0)
+
+
 def test_few_images_are_remembered() -> None:
     data = digits(0)
     images = data.train[:10]

@@ -33,6 +33,18 @@ def test_planted_gabors_are_recovered() -> None:
     assert ((found.sigma / p[:, 2:4].exp() - 1)[close].abs() < 0.05).all()
 
 
+@pytest.mark.parametrize("size", [32, 33, 48])
+def test_fields_are_read_to_their_ends(size: int) -> None:
+    p, _ = planted(20, 6)
+    p[:, 2:4] += math.log(3)
+    p[:, 5] -= math.log(3)
+    p[:, :2] = size - 12 + p[:, :2]  # towards the last corner
+    y, x = (a.flatten().double() for a in torch.meshgrid(*2 * [torch.arange(size)], indexing="ij"))
+    fields = gabor(p, y, x)[0].unflatten(1, (size, size))
+    noise = 0.03 * torch.randn(fields.shape, generator=torch.Generator().manual_seed(2)).double()
+    assert (fit_gabors(fields + noise).r2 >= 0.7).double().mean() >= 0.9
+
+
 def test_the_derivatives_are_those_of_finite_differences() -> None:
     p, _ = planted(5, 4)
     y, x = (a.flatten().double() for a in torch.meshgrid(torch.arange(12), torch.arange(12), indexing="ij"))

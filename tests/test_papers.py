@@ -231,7 +231,7 @@ def test_all_rows_go_on_where_they_were_stopped_and_none_stops_another(
     assert len(ran(toy)) == len(before) + 1
     shown = write_papers(rows, toy / "index.html").read_text()
     assert (
-        "4 papers, of 3 of which every claim holds; 3 of 3 claims hold." in shown
+        "4 papers in 0 minutes, of 3 of which every claim holds; 3 of 3 claims hold." in shown
         and "ZeroDivisionError" in shown
     )
     plain = (toy / "index.md").read_text()

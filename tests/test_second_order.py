@@ -195,6 +195,16 @@ def test_the_first_text_is_that_of_scikit_learns_pursuit() -> None:
     torch.testing.assert_close(ours, torch.from_numpy(theirs).T)
 
 
+@pytest.mark.parametrize("pair", [(3, 7), (3, 25), (20, 25)])
+def test_texts_of_one_embedding_are_named_whatever_is_held(pair: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.setattr("saekit.analyses.second_order.BLOCK", 8)
+    x = texts()
+    describe(x, x, 2)
+    x[pair[1]] = 2 * x[pair[0]]
+    with pytest.raises(saekit.SaekitError, match=rf"texts \[{pair[0]}, {pair[1]}\] have the same embedding"):
+        describe(x, x, 2)
+
+
 def test_lengths_of_texts_mean_nothing() -> None:
     x, wanted = texts(), texts(8, seed=1)
     found, other = describe(wanted, x, 3), describe(wanted, x * torch.linspace(0.1, 50, 30)[:, None], 3)

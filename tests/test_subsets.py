@@ -115,6 +115,19 @@ def test_what_an_echo_tells_was_told() -> None:
 
 
 @pytest.mark.parametrize("as_codes", [False, True])
+def test_sets_never_share_a_coordinate(as_codes: bool) -> None:
+    """Though all others never vary, so that what was taken is as good as they are."""
+    labels = torch.rand(600, generator=g()) < 0.3
+    x = torch.zeros(600, 8)
+    x[:, [0, 2, 5]] = labels[:, None] + 0.1 * torch.rand(600, 3, generator=g(1))
+    given, rest = ((Codes.from_dense(some) if as_codes else some) for some in (x[:400], x[400:]))
+    found = repeats(given, labels[:400], (rest, labels[400:]), k=2)
+    assert (
+        len(found) == 2 and len(torch.cat(found).unique()) == 4 and {0, 2, 5} < set(torch.cat(found).tolist())
+    )
+
+
+@pytest.mark.parametrize("as_codes", [False, True])
 def test_redundant_coordinates_are_counted(as_codes: bool) -> None:
     labels = torch.rand(600, generator=g()) < 0.3
     x = 0.1 * torch.rand(600, 12, generator=g(1))
@@ -123,7 +136,8 @@ def test_redundant_coordinates_are_counted(as_codes: bool) -> None:
     rest = Codes.from_dense(x[400:]) if as_codes else x[400:]
     found = repeats(given, labels[:400], (rest, labels[400:]))
     assert sorted(int(one) for one in found) == [2, 5, 7]
-    assert len(repeats(given, labels[:400], (rest, labels[400:]), k=2)) == 2
+    pairs = repeats(given, labels[:400], (rest, labels[400:]), k=2)
+    assert len(pairs) == 2 and len(torch.cat(pairs).unique()) == 4
     shuffled = labels[torch.randperm(600, generator=g(3))]
     assert repeats(given, shuffled[:400], (rest, shuffled[400:])) == []
 

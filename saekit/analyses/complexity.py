@@ -111,12 +111,14 @@ def importance(
         raise SaekitError("z has 0 rows; give at least one")
     if len(effects) != n:
         raise SaekitError(f"effects has {len(effects)} rows, and z {n} features; give one row a feature")
-    if len(output) != rows or not 0 <= int(output.min()) <= int(output.max()) < effects.shape[1]:
-        raise SaekitError(f"output must hold one of 0..{effects.shape[1] - 1} for each of the {rows} rows; it has {len(output)} in {int(output.min())}..{int(output.max())}")  # fmt: skip
+    if len(output) != rows:
+        raise SaekitError(f"output has {len(output)} numbers, and z {rows} rows; give one a row")
+    if not 0 <= int(output.min()) <= int(output.max()) < effects.shape[1]:
+        raise SaekitError(f"output must hold one of 0..{effects.shape[1] - 1} for each row; it has {int(output.min())}..{int(output.max())}")  # fmt: skip
     own = z.values if isinstance(z, Codes) else z
     if not (own.isfinite().all() and effects.isfinite().all()):
         raise SaekitError("z or effects hold NaN or Inf; leave those rows or features out")
-    size, values = effects.abs().double(), (z.values if isinstance(z, Codes) else z).detach().double().abs()
+    size, values = effects.abs().double(), own.detach().double().abs()
     if isinstance(z, Tensor):
         return (values * size.T[output]).mean(0)
     feature = z.indices.long()

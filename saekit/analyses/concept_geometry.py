@@ -112,7 +112,7 @@ def spectrum(atoms: Float[Tensor, "features d"]) -> Float[Tensor, " d"]:
     _check_finite("atoms", atoms)
     if len(atoms) < 2:
         raise SaekitError(f"atoms has {len(atoms)} row(s): a covariance needs 2 or more")
-    return torch.linalg.eigvalsh(atoms.detach().double().T.cov()).flip(0).clamp_min(0).float()
+    return torch.linalg.eigvalsh(atoms.detach().cpu().double().T.cov()).flip(0).clamp_min(0).float()
 
 
 @dataclass(frozen=True)
@@ -182,9 +182,13 @@ def clustering_entropy(
     as many points, since in many dimensions this lies far off for any cloud: for a Gaussian too, whose true entropy the paper
     compares with. Each of ``draws`` is of half of the atoms, without replacement: a bootstrap has copies, at distance 0.
     """
+    check_axes("atoms", atoms, "features", "d")
     _check_finite("atoms", atoms)
     _check_draws(draws)
-    x = atoms.detach().double() - atoms.detach().double().mean(0)
+    if len(atoms) < 4:
+        raise SaekitError(f"atoms has {len(atoms)} row(s), and halves need 2 or more; give at least 4")
+    x = atoms.detach().cpu().double()
+    x = x - x.mean(0)
     basis, values = _principal(x, components)
     x, g = x @ basis / values.sqrt(), torch.Generator().manual_seed(seed)
     n, found = len(x) // 2, []
@@ -203,8 +207,8 @@ def _check_draws(draws: int) -> None:
 def _principal(x: Tensor, components: int) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh(x.T.cov())
     size = int((values > 1e-9 * values[-1]).sum())
-    if not 1 <= components <= size or len(x) < 4:
-        raise SaekitError(f"components = {components} must lie in 1..{size}, the rank of the atoms' covariance; choose fewer, of 4 atoms or more")  # fmt: skip
+    if not 1 <= components <= size:
+        raise SaekitError(f"components = {components} must lie in 1..{size}, the rank of the atoms' covariance; choose fewer")  # fmt: skip
     return vectors[:, -components:], values[-components:]
 
 

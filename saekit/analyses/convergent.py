@@ -19,6 +19,7 @@ from scipy.sparse import csr_array, issparse
 from torch import Tensor
 
 from saekit.analyses.axes import check_axes
+from saekit.probes import binned
 from saekit.types import Codes, SaekitError
 
 BINS = 4  # of a unit's nonzero values, for mutual information
@@ -118,7 +119,7 @@ def one_to_one(scores: Float[Tensor, "n m"]) -> Matching:
 
     _check_scores(scores)
     partner = torch.full((len(scores),), -1)
-    own, other = linear_sum_assignment(scores.cpu().numpy(), maximize=True)
+    own, other = linear_sum_assignment(scores.cpu().double().numpy(), maximize=True)
     partner[torch.from_numpy(own)] = torch.from_numpy(other)
     return Matching(partner)
 
@@ -273,7 +274,8 @@ def _check(a: Tensor | Codes, b: Tensor | Codes) -> None:
 def _sparse(codes: Codes) -> csr_array:
     parts = (codes.values.double(), codes.indices, codes.offsets)
     values, indices, offsets = (part.detach().cpu().numpy() for part in parts)
-    return csr_array((values, indices, offsets), shape=(codes.rows, codes.n_features))
+    # scipy adds up in place what names a feature twice, as pursuits do: not in the caller's own
+    return csr_array((values, indices, offsets), shape=(codes.rows, codes.n_features), copy=True)
 
 
 class _Units(NamedTuple):
@@ -318,18 +320,9 @@ def _inverse(covariance: Float[Tensor, "n n"]) -> Float[Tensor, " n"]:
 def _cells(x: Tensor | Codes, bins: int) -> csr_array:
     """Ones where a unit's value lies in a bin, [rows, n x bins]; none where it is 0."""
     codes = x if isinstance(x, Codes) else Codes.from_dense(x)
-    rows, features = (one.cpu().numpy() for one in codes.active())
-    values = codes.values[codes.values != 0].detach().cpu().numpy()
-    order = np.lexsort((values, features))
-    rows, features, values = rows[order], features[order], values[order]
-    counts = np.bincount(features, minlength=codes.n_features)
-    place = np.arange(len(values))
-    again = np.zeros(len(values), dtype=bool)
-    again[1:] = (features[1:] == features[:-1]) & (values[1:] == values[:-1])
-    first = np.maximum.accumulate(np.where(again, 0, place))  # of equal values
-    within = (first - (counts.cumsum() - counts)[features]) * bins // counts[features]
+    rows, cells = (one.cpu().numpy() for one in binned(codes, bins))
     shape = (codes.rows, codes.n_features * bins)
-    return csr_array((np.ones(len(values)), (rows, features * bins + within)), shape=shape)
+    return csr_array((np.ones(len(rows)), (rows, cells)), shape=shape)
 
 
 def _with_rest(counts: np.ndarray, rows: int) -> np.ndarray:

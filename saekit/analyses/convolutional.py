@@ -12,9 +12,10 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Real
 from torch import Tensor
 
+from saekit.analyses.axes import check_axes
 from saekit.errors import SaekitError
 
 RELAXED, LEAST = 1.8, 1e-3  # over-relaxation of ADMM; the least weight that its step is chosen by
@@ -45,18 +46,20 @@ def convolved(codes: Float[Tensor, "image kernel h w"], kernels: Float[Tensor, "
 
 @torch.no_grad()
 def code(
-    images: Float[Tensor, "image h w"], kernels: Float[Tensor, "kernel a b"], weight: float, steps: int = 200
+    images: Real[Tensor, "image h w"], kernels: Float[Tensor, "kernel a b"], weight: float, steps: int = 200
 ) -> Maps:
     """Codes of images after ``steps`` steps from 0; ``weight`` is in the images' units times a kernel's norm.
 
     Memory: about 8 maps of [image, kernel, h, w].
     """
+    check_axes("images", images, "image", "h", "w")
     shape = images.shape[1:]
     _check(kernels, shape)
     if not 0 <= weight < math.inf or steps < 1:
         raise SaekitError(f"weight = {weight} must be at least 0, and steps = {steps} at least 1")
     if len(images) == 0 or not images.isfinite().all():
         raise SaekitError(f"images have shape {tuple(images.shape)}, or hold NaN or Inf; give at least one of finite pixels")  # fmt: skip
+    images = images.to(kernels)  # pixels may be integers
     d, x = torch.fft.rfft2(kernels, s=shape), torch.fft.rfft2(images)
     # codes are of the images' size: a step that shrinks by their deviation finds few, and soon
     size = images.square().mean((1, 2)).sqrt()
@@ -125,7 +128,7 @@ def bandwidths(kernels: Float[Tensor, "kernel a b"]) -> Float[Tensor, " kernel"]
     if not kernels.isfinite().all() or not kernels.flatten(1).any(1).all():
         raise SaekitError("kernels hold NaN or Inf, or one that is 0 everywhere; leave those out")
     size = max(PADDED, *kernels.shape[1:])
-    power = torch.fft.fft2(kernels.double(), s=(size, size)).abs().square()
+    power = torch.fft.fft2(kernels.detach().cpu().double(), s=(size, size)).abs().square()
     f = torch.fft.fftfreq(size, dtype=torch.float64)
     twice = 2 * torch.atan2(f[:, None], f[None])
     power[:, 0, 0] = 0  # of no orientation
@@ -142,7 +145,7 @@ def learn(
     A kernel's step is 1 over the square of its codes so far, which are forgotten by ``FORGOTTEN`` an image (as in online
     dictionary learning, Mairal et al. 2009), so that one that is rarely used isn't led by one place. Norms stay 1.
     """
-    own, used = kernels.detach().clone(), torch.zeros(len(kernels), dtype=kernels.dtype)
+    own, used = kernels.detach().clone(), kernels.new_zeros(len(kernels))
     for image in images:
         codes = code(image[None], own, weight, steps).codes
         square = codes.square().sum((0, 2, 3))

@@ -53,13 +53,13 @@ def coverage(
         if (one := y.all(0) | ~y.any(0)).any():
             raise SaekitError(f"{name}: factor {int(one.int().argmax())} has rows of one class: leave it out")
     tops = chosen.max(0).values.clamp(min=0)
-    best = torch.full((factors,), -1.0)
+    best = tops.new_full((factors,), -1.0, dtype=torch.float32)
     found, any_precise = torch.zeros_like(best), torch.zeros_like(truth)
     for t in THRESHOLDS:
         fires, fired = (chosen > t * tops).float(), (judged > t * tops).float()
         f1, precision = _scores(fires, labels)
         values, which = f1.max(0)
-        own = _scores(fired, truth)[0][which, torch.arange(len(best))]
+        own = _scores(fired, truth)[0].gather(0, which[None])[0]
         found, best = own.where(values > best, found), values.maximum(best)
         any_precise |= (fired @ (precision >= PRECISE).float()) > 0
     both, said = (any_precise & truth).sum(0), any_precise.sum(0)

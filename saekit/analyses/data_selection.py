@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saekit.analyses.axes import check_axes
+from saekit.probes import check_bools
 from saekit.types import Codes, SaekitError
 
 POOLINGS = ("max", "mean")
@@ -29,12 +30,13 @@ def pooled(codes: Codes, how: str = "max", mask: Bool[Tensor, "batch seq"] | Non
     _check(codes)
     batch, seq = codes.shape
     counts = torch.ones(batch, seq, dtype=torch.bool) if mask is None else mask
+    check_bools("mask", counts)
     if tuple(counts.shape) != (batch, seq):
         raise SaekitError(f"mask has shape {tuple(counts.shape)}, and codes {codes.shape}; give it the tokens' shape")  # fmt: skip
     row = codes.row_ids()
     kept = counts.to(row.device).flatten()[row] & (codes.values > 0)
     cell, place = (row[kept] // seq * codes.n_features + codes.indices[kept].long()).unique(return_inverse=True)  # fmt: skip
-    sample, values = cell // codes.n_features, codes.values[kept].detach()
+    sample, values = cell // codes.n_features, codes.values[kept].detach().float()
     out = values.new_zeros(len(cell))
     if how == "max":
         out = out.scatter_reduce(0, place, values, "amax")
@@ -50,8 +52,10 @@ def prototype(exemplars: Codes) -> Float[Tensor, " feature"]:
     _check_pooled("exemplars", exemplars)
     if not exemplars.rows or not bool((exemplars.values > 0).any()):
         raise SaekitError(f"the {exemplars.rows} exemplars fire no feature; give some that do")
-    total = exemplars.values.new_zeros(exemplars.n_features)
-    return total.index_add(0, exemplars.indices.long(), exemplars.values.detach()) / exemplars.rows
+    values = exemplars.values.detach().float()
+    return (
+        values.new_zeros(exemplars.n_features).index_add(0, exemplars.indices.long(), values) / exemplars.rows
+    )
 
 
 def jaccard(samples: Codes, prototype: Float[Tensor, " feature"]) -> Float[Tensor, " rows"]:

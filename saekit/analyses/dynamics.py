@@ -116,7 +116,7 @@ def attractors(step: Step, found: Flow, same: float = SAME) -> Attractors:
         for _ in range(int(found.period[first]) - 1):
             cycle.append(step(cycle[-1]))
         points = torch.cat(cycle)
-        gaps = torch.cdist(found.ends[left], points) / points.norm(dim=1).clamp_min(SMALL * found.size)
+        gaps = _distances(found.ends[left], points) / points.norm(dim=1).clamp_min(SMALL * found.size)
         near = (gaps.min(1).values < same) & (found.period[left] == found.period[first])
         near[0] = True
         of[left[near]] = len(firsts)
@@ -169,16 +169,23 @@ def outlier_scores(
     paths = (trajectories(step, one, steps) for one in (known, new))
     each = []
     for t, (a, b) in enumerate(zip(*paths, strict=True)):
-        distances = torch.cdist(b, a)
+        distances = _distances(b, a)
         if not distances.isfinite().all():
             raise SaekitError(f"steps = {steps}: after {t} of them distances are not finite; choose fewer")
         each.append(distances.kthvalue(neighbours, 1).values)
     return torch.stack(each).mean(0)
 
 
+def _distances(a: Tensor, b: Tensor) -> Tensor:
+    # not by squares less products, which lose distances that are small beside the rows
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+
+
 def _check(step: Step, starts: Tensor) -> None:
     if not len(starts):
         raise SaekitError("starts holds no rows; give at least one")
+    if starts.dtype not in (torch.float32, torch.float64):
+        raise SaekitError(f"starts are {str(starts.dtype).removeprefix('torch.')}, whose rounding would pass for convergence; give float32, and a step that takes it")  # fmt: skip
     if not starts.isfinite().all():
         raise SaekitError("starts hold NaN or Inf; remove the row")
     with torch.no_grad():

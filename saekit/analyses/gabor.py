@@ -15,7 +15,7 @@ from torch import Tensor
 from saekit.analyses.axes import check_axes
 from saekit.errors import SaekitError
 
-STEPS, PADDED = 60, 32
+STEPS, PADDED = 60, 32  # of the descent; pixels a side, at least, of the spectra that it begins from
 WIDTHS = (0.7, 1.4)  # of the windows begun with, over the field's own spread
 LIKE = 0.7  # share of a field's variance about 0 that makes it Gabor-like,
 WAVE = 0.02  # where this share of the fit or more has either sign: with half a cycle under its window it has only one
@@ -46,11 +46,12 @@ def fit_gabors(fields: Float[Tensor, "field h w"]) -> Gabors:
     check_axes("fields", fields, "field", "h", "w")
     if len(fields) == 0 or min(fields.shape[1:]) < 3:
         raise SaekitError(f"fields have shape {tuple(fields.shape)}; give at least one, of 3 x 3 pixels or more")  # fmt: skip
-    size = fields.detach().double().flatten(1).norm(dim=1)
+    fields = fields.detach().cpu().double()
+    size = fields.flatten(1).norm(dim=1)
     bad = ~(size.isfinite() & (size > 0))
     if bad.any():
         raise SaekitError(f"field {int(bad.nonzero()[0])} holds NaN or Inf, or nothing but 0; leave it out")
-    unit = fields.detach().double() / size[:, None, None]
+    unit = fields / size[:, None, None]
     tries = [_descend(unit, _start(unit, width)) for width in WIDTHS]
     left = torch.stack([t[1] for t in tries])
     best = torch.stack([t[0] for t in tries])[left.argmin(0), torch.arange(len(unit))]
@@ -96,11 +97,12 @@ def _start(fields: Tensor, width: float) -> Tensor:
     square = fields.flatten(1).square()
     cy, cx = square @ y, square @ x
     spread = ((square @ (y**2 + x**2) - cy**2 - cx**2) / 2).clamp_min(0.25).sqrt() * width
-    power = torch.fft.fft2(fields, s=(PADDED, PADDED)).abs()[:, :, : PADDED // 2]
+    n = 2 * math.ceil(max(PADDED, *fields.shape[1:]) / 2)
+    power = torch.fft.fft2(fields, s=(n, n)).abs()[:, :, : n // 2]
     peak = power.flatten(1).argmax(1)
-    fy = torch.fft.fftfreq(PADDED, dtype=torch.float64)[peak // (PADDED // 2)]
-    fx = (peak % (PADDED // 2)).double() / PADDED
-    f = torch.hypot(fy, fx).clamp_min(0.5 / PADDED)
+    fy = torch.fft.fftfreq(n, dtype=torch.float64)[peak // (n // 2)]
+    fx = (peak % (n // 2)).double() / n
+    f = torch.hypot(fy, fx).clamp_min(0.5 / n)
     p = torch.stack([cy, cx, spread.log(), spread.log(), torch.atan2(fy, fx), f.log()], 1)
     waves = gabor(torch.cat([p, torch.ones(len(p), 2)], 1), y, x)[1][..., 6:]
     gram = waves.mT @ waves + 1e-9 * torch.eye(2, dtype=torch.float64)

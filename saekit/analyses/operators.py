@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Complex, Float, Int
 from torch import Tensor, nn
 
+from saekit.analyses.axes import check_axes
 from saekit.errors import SaekitError
 
 FLOOR = 1e-4  # of a kernel's norm: what its modes hold below it is rounding
@@ -187,7 +188,7 @@ def atom_error(
         raise SaekitError(f"found atoms have {found.shape[1]} places, and planted ones {planted.shape[1]}; give both on as many")  # fmt: skip
     if len(found) < len(planted):
         raise SaekitError(f"{len(found)} atoms can't match {len(planted)} planted ones; give at least as many")  # fmt: skip
-    a, b = (nn.functional.normalize(v.double(), dim=1) for v in (found, planted))
+    a, b = (nn.functional.normalize(v.cpu().double(), dim=1) for v in (found, planted))
     if shifts:
         cross = torch.fft.rfft(b)[:, None] * torch.fft.rfft(a).conj()
         cos = torch.fft.irfft(cross, n=a.shape[1]).abs().amax(2)
@@ -208,10 +209,12 @@ def _check(weight: float, steps: int) -> None:
 
 
 def _check_atoms(name: str, atoms: Tensor) -> None:
+    check_axes(name, atoms, "atom", "n")
     if not len(atoms) or not (atoms.detach().norm(dim=1) > 0).all() or not atoms.isfinite().all():
         raise SaekitError(f"{name} has shape {list(atoms.shape)}, or a row that is 0, NaN or Inf; give at least one, all finite and not 0")  # fmt: skip
 
 
 def _check_rows(x: Tensor) -> None:
+    check_axes("x", x, "rows", "n")
     if len(x) == 0 or not x.isfinite().all():
         raise SaekitError(f"x has shape {tuple(x.shape)}, or holds NaN or Inf; give at least one finite row")  # fmt: skip

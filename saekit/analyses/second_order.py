@@ -21,12 +21,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saekit.analyses.axes import check_axes
 from saekit.analyses.clip_towers import Reading, Tower
 from saekit.dictionaries.selection.omp import OMP, OMPConfig
 from saekit.types import SaekitError
 
 TOP = 100  # images of the largest effects, which a neuron's direction comes from
 SHARE = 0.02  # of images, on which a neuron counts
+BLOCK = 1024  # texts that are compared with all at once
 TINY = 1e-6  # a length below which a text is none, and a cosine's distance from 1
 
 
@@ -183,6 +185,8 @@ def describe(
     their directions alone. (Public code divides each dimension by its norm over the texts instead.) A direction of 0 has weights of 0,
     which explain 0 of it.
     """
+    check_axes("directions", directions, "direction", "joint")
+    check_axes("texts", texts, "text", "joint")
     atoms = _atoms(texts)
     if directions.shape[1] != texts.shape[1]:
         raise SaekitError(f"directions have width {directions.shape[1]}, and texts {texts.shape[1]}; give texts' embeddings of the same joint space")  # fmt: skip
@@ -214,9 +218,11 @@ def _atoms(texts: Tensor) -> Tensor:
     if len(none := (lengths[:, 0] <= TINY).nonzero()):
         raise SaekitError(f"text {int(none[0])} has the mean of all texts for its embedding, and tells nothing; leave it out")  # fmt: skip
     atoms = centred / lengths
-    near = (atoms @ atoms.T).triu(1) >= 1 - TINY
-    if len(pairs := near.nonzero()):
-        raise SaekitError(f"texts {pairs[0].tolist()} have the same embedding; leave one of them out")
+    for first in range(0, len(atoms), BLOCK):
+        # of each text the later ones
+        near = (atoms[first : first + BLOCK] @ atoms[first:].T).triu(1) >= 1 - TINY
+        if len(pairs := near.nonzero()):
+            raise SaekitError(f"texts {(pairs[0] + first).tolist()} have the same embedding; leave one of them out")  # fmt: skip
     return atoms
 
 

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saekit.probes import FLOOR, Labelled, Rows, check_rows, columns, f1, mean_difference, sparse
+from saekit.probes import FLOOR, RANKERS, Labelled, Rows, check_rows, columns, f1, linear, mean_difference
 from saekit.types import Codes, SaekitError
 
 CANDIDATES = 50
@@ -22,11 +22,12 @@ CANDIDATES = 50
 
 @dataclass(frozen=True)
 class Subset:
-    """``explained``: the gain of the coordinates ``features``, at least 0, and at most 1 where nothing is shrunk. ``visited``: how
-    many sets were branched from."""
+    """``explained``: the gain of the coordinates ``features``, at least 0, and at most 1 where nothing is shrunk. ``shrink``: by how
+    much correlations were shrunk, in [0, 1]. ``visited``: how many sets were branched from."""
 
     features: Int[Tensor, " k"]
     explained: float
+    shrink: float
     visited: int
 
 
@@ -53,9 +54,9 @@ def best_subset(
     _check_size(k, len(labels))
     gram, moment = _moments(columns(x, some).detach().cpu().double().numpy(), labels.cpu().numpy())
     search = _Search(k)
-    gram = _shrunk(gram, _by_chance(gram, len(labels)) if shrink is None else shrink)
-    search.branch(gram, moment, np.arange(len(some)), (), 0.0)
-    return Subset(some[sorted(search.best)].sort().values, search.gain, search.visited)
+    shrink = _by_chance(gram, len(labels)) if shrink is None else shrink
+    search.branch(_shrunk(gram, shrink), moment, np.arange(len(some)), (), 0.0)
+    return Subset(some[sorted(search.best)].sort().values, search.gain, shrink, search.visited)
 
 
 def gain(x: Float[Tensor, "rows chosen"], labels: Bool[Tensor, " rows"], shrink: float = 0.0) -> float:
@@ -75,16 +76,21 @@ def repeats(
     Iterative pruning: each is what the ranker puts first when the ones before it are taken away. The number of sets is that
     of redundant neurons, or groups.
     """
-    width = x.n_features if isinstance(x, Codes) else x.shape[1]
+    check_rows(x, labels)
+    check_rows(*held_out)
+    rank, (width, other) = RANKERS[ranker], (one.n_features if isinstance(one, Codes) else one.shape[1] for one in (x, held_out[0]))  # fmt: skip
+    if other != width:
+        raise SaekitError(f"held_out is {other} wide, and x {width}; give the same coordinates")
     kept, found = torch.ones(width), list[Tensor]()
     while int(kept.sum()) >= k:
         left: Any = x.scale(kept.to(x.values)) if isinstance(x, Codes) else x * kept.to(x)
-        probe = sparse(left, labels, k, ranker, held_out)
-        if f1(probe(held_out[0]) > 0, held_out[1]) < level:
+        scores = rank(left, labels).cpu().masked_fill(kept == 0, -1.0)
+        chosen = scores.sort(descending=True, stable=True).indices[:k].sort().values
+        probe = linear(columns(x, chosen), labels)
+        if f1(probe(columns(held_out[0], chosen)) > 0, held_out[1]) < level:
             break
-        assert probe.features is not None
-        found.append(probe.features)
-        kept[probe.features.cpu()] = 0.0
+        found.append(chosen)
+        kept[chosen] = 0.0
     return found
 
 

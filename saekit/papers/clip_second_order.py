@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from statistics import fmean
 
 import torch
 from torch import Tensor, nn
@@ -151,13 +152,10 @@ def judge(found: Found) -> Reproduction:
         of = accuracies[layers]
         return [a - b for a, b in zip(of[WHOLE], of[name], strict=True)]
 
-    def mean(values: list[float]) -> float:
-        return sum(values) / len(values)
-
     def kept(layers: str) -> str:
-        return f"{names[layers]}: {mean(lost(ONE, layers)):.1f} points lost, {mean(lost(EXACT, layers)):.1f} with the whole effects for these images, {mean(lost(EVERYWHERE, layers)):.1f} with one component for all"
+        return f"{names[layers]}: {fmean(lost(ONE, layers)):.1f} points lost, {fmean(lost(EXACT, layers)):.1f} with the whole effects for these images, {fmean(lost(EVERYWHERE, layers)):.1f} with one component for all"
 
-    missed = [kept(layers) for layers in names if mean(lost(ONE, layers)) > 2]
+    missed = [kept(layers) for layers in names if fmean(lost(ONE, layers)) > 2]
     shown = {said: {name: accuracies[layers][name] for name in SHOWN} for layers, said in names.items()}
     return Reproduction(
         title="A neuron of a CLIP acts through later attention, along one direction that words tell of",
@@ -173,7 +171,7 @@ def judge(found: Found) -> Reproduction:
         figure=bars("Zero-shot accuracy with neurons' second-order effects replaced", "%", shown),
         notes=[
             "Digits alone need no second-order effects: with one in each image, patches of 2 x 2 pixels and no term in the loss, mean ablation of both layers took 0.7 points (one seed, not of these), and anything keeps accuracy. So the scenes, neurons that begin rare, and a loss that keeps the MLPs' outputs at the class token about the same for all images were chosen, on that seed, until neurons mattered as in large CLIPs.",
-            f"Neurons are planted in layer {PLANTED}, one for each word, among those whose largest effects lie along one direction already. What is set is what they write; the sign of a direction is that of most images, and can turn where as many lie on either side: {mean(words['sign']):.0%} have the word's. This was chosen after a look at seed 0: neurons of layer 0, of any kind and with the sign counted, had their word first in 41 %.",
+            f"Neurons are planted in layer {PLANTED}, one for each word, among those whose largest effects lie along one direction already. What is set is what they write; the sign of a direction is that of most images, and can turn where as many lie on either side: {fmean(words['sign']):.0%} have the word's. This was chosen after a look at seed 0: neurons of layer 0, of any kind and with the sign counted, had their word first in 41 %.",
             *(["One component for the top images does not keep accuracy within 2 points everywhere. " + "; ".join(missed) + "."] if missed else []),
         ],
         controls={

@@ -1,6 +1,7 @@
 """Networks that start apart learn the same units in part, and the same subspaces (1511.07543); so do dictionaries."""
 
 from collections.abc import Callable
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -179,12 +180,9 @@ def judge(found: Found) -> Reproduction:
     """Planted copies against the truth, and real networks and dictionaries against shuffled images."""
     planted, layers, codes = found["planted"], found["layers"], found["dictionaries"]
 
-    def mean(values: list[float]) -> float:
-        return sum(values) / len(values)
-
     def over_layers(name: str, which: str) -> list[float]:
         values = [layers[str(i + 1)][name][which] for i in range(LAYERS)]
-        return [mean(list(one)) for one in zip(*values, strict=True)]
+        return [fmean(list(one)) for one in zip(*values, strict=True)]
 
     def above(name: str) -> list[float]:
         return [a - b for a, b in zip(over_layers(name, OURS), over_layers(name, "largest"), strict=True)]
@@ -196,7 +194,7 @@ def judge(found: Found) -> Reproduction:
     return Reproduction(
         title="Networks of different starts share units in part, and subspaces; a matching finds what was planted",
         source="Li, Yosinski, Clune, Lipson and Hopcroft 2016, arXiv 1511.07543",
-        setting=f"two ReLU networks of {LAYERS} x 48 units that learnt scikit-learn's digits from other starts ({mean(found['accuracy']):.1%} of held-out digits right), two a seed; pairs, predictors and clusters are chosen on training images and judged on held-out ones, as is their null of {DRAWS} shuffles; planted: {BLOCKS} blocks of two units, turned by 30 to 60 degrees, {ROWS} rows, half of them to judge by; TopK of {WIDTH} features, k = {K}",
+        setting=f"two ReLU networks of {LAYERS} x 48 units that learnt scikit-learn's digits from other starts ({fmean(found['accuracy']):.1%} of held-out digits right), two a seed; pairs, predictors and clusters are chosen on training images and judged on held-out ones, as is their null of {DRAWS} shuffles; planted: {BLOCKS} blocks of two units, turned by 30 to 60 degrees, {ROWS} rows, half of them to judge by; TopK of {WIDTH} features, k = {K}",
         claims=[
             Claim("share of a permuted copy's units found, by the worst of three ways (argmax, one to one, information)", "an identity", planted["copy"], ">=", 1.0, planted["copy, shuffled"], "rows shuffled"),
             Claim("turned blocks: ARI of the clusters (spectral)", "subspaces are shared where units are not (figures)", planted["ARI"]["spectral"], ">=", 0.9, planted["ARI, shuffled"], "rows shuffled"),
@@ -209,11 +207,11 @@ def judge(found: Found) -> Reproduction:
             Claim("dictionaries of other starts: r of one-to-one features, above shuffled ones", "not in the paper", [a - b for a, b in zip(codes["TopK"]["r"], codes["TopK"][NULL], strict=True)], ">=", 0.3, codes[RANDOM]["r"], RANDOM),
         ],
         figure=figure("Two networks' units, on images that nothing was chosen by", "hidden layer", "mean over units", {
-            name + ("" if which == OURS else f", {which}"): (numbers, [mean(layers[str(i)][name][which]) for i in numbers])
+            name + ("" if which == OURS else f", {which}"): (numbers, [fmean(layers[str(i)][name][which]) for i in numbers])
             for name in (PAIRS, FEW, SUBSPACES) for which in (OURS, UNTRAINED, NULL)
         }, xaxis={"dtick": 1}),
         notes=[
-            "The lasso's sweep, first layer: " + ", ".join(f"penalty {p}: {mean(one['predictors']):.1f} predictors a unit, R2 {mean(one['R2']):.2f}" for p, one in found["sweep"].items()) + ".",
+            "The lasso's sweep, first layer: " + ", ".join(f"penalty {p}: {fmean(one['predictors']):.1f} predictors a unit, R2 {fmean(one['R2']):.2f}" for p, one in found["sweep"].items()) + ".",
 "Units of networks that learnt nothing are alike too, since they see the same images: what learning adds is the difference from those. "
             "Where the sign counts, one unit's partner is not its opposite, whatever that tells of it: pairs by |r| and by information may be of either sign.",
         ],

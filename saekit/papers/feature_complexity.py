@@ -1,5 +1,6 @@
 """Features that are read off late in a network are learnt late: bits, XORs and parities (2407.06076)."""
 
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -91,20 +92,17 @@ def judge(found: Found) -> Reproduction:
     """The order of complexity, and of learning, against an untrained network."""
     k, before, features = found[TRAINED]["K"], found[UNTRAINED]["K"], found["features"]
 
-    def mean(values: list[float]) -> float:
-        return sum(values) / len(values)
-
     def gap(by: dict[str, list[float]], more: str, less: str) -> list[float]:
         return [a - b for a, b in zip(by[more], by[less], strict=True)]
 
     def curve(name: str, kind: str) -> list[float]:
-        return [mean(list(one)) for one in zip(*found[name]["information"][kind], strict=True)]
+        return [fmean(list(one)) for one in zip(*found[name]["information"][kind], strict=True)]
 
     layers = list(range(BLOCKS + 1))
     return Reproduction(
         title="What a network computes late is learnt late: bits before XORs before parities",
         source="Fel, Bethune, Lampinen, Serre and Hermann 2024, arXiv 2407.06076",
-        setting=f"a residual network of {BLOCKS} blocks and width {WIDTH} that learnt {len(KINDS)} targets of 8 noisy bits at once, a network a seed ({mean(found['right']):.1%} right): bits, XORs of two, parities of four; linear information in the embedding and after each block, cross-validated on {ROWS} fresh rows",
+        setting=f"a residual network of {BLOCKS} blocks and width {WIDTH} that learnt {len(KINDS)} targets of 8 noisy bits at once, a network a seed ({fmean(found['right']):.1%} right): bits, XORs of two, parities of four; linear information in the embedding and after each block, cross-validated on {ROWS} fresh rows",
         claims=[
             Claim("K of XORs less that of single bits", "complex features are read off late (figures)", gap(k, XOR, LINEAR), ">=", 0.15, gap(before, XOR, LINEAR), UNTRAINED),
             Claim("K of parities less that of XORs", "the same", gap(k, PARITY, XOR), ">=", 0.15, gap(before, PARITY, XOR), UNTRAINED),
@@ -117,7 +115,7 @@ def judge(found: Found) -> Reproduction:
         }, xaxis={"dtick": 1}),
         notes=[
             "In the untrained network the order of complexity goes with the time of learning as well (see the control): the claim says what is learnt first, and not that training made it complex.",
-            "Half learnt at step: " + ", ".join(f"{kind} {mean(found['times'][kind]):.0f}" for kind in ORDER) + ". An XOR lies in what one block adds, and a parity in what two do: with the embedding K of an XOR is about 1/5 wherever one block finds it.",
+            "Half learnt at step: " + ", ".join(f"{kind} {fmean(found['times'][kind]):.0f}" for kind in ORDER) + ". An XOR lies in what one block adds, and a parity in what two do: with the embedding K of an XOR is about 1/5 wherever one block finds it.",
             f"Features of dictionaries of the last stream ({FEATURES}, k = {K}) that fire in 2 % of rows and more: mean K, and Spearman of K and importance (gradient x input, over all outputs). It is negative, as the paper finds, and so is that of atoms that nothing was learnt by: what varies for no target is both unimportant and nowhere linear.",
         ],
         controls={

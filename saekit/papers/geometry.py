@@ -1,5 +1,7 @@
 """Concepts have a geometry at three scales: crystals, lobes and galaxies (2410.19750)."""
 
+from statistics import fmean
+
 import torch
 
 from saekit.analyses.concept_geometry import agreement, clustering_entropy, crystals, power_law
@@ -77,9 +79,6 @@ def judge(found: Found) -> Reproduction:
         errors = [[abs(v - exponent) for v in galaxy[f"{exponent:g}"][key]] for exponent in EXPONENTS[1:]]
         return [max(one) for one in zip(*errors, strict=True)]
 
-    def mean(values: list[float]) -> float:
-        return sum(values) / len(values)
-
     isotropic = [[abs(v) for v in galaxy["0"][key]] for key in ("exponent", "fitted")]
     return Reproduction(
         title="Concepts have a geometry at three scales: relations as parallelograms, lobes of features that fire together, and a spectrum that is a power law",
@@ -92,10 +91,10 @@ def judge(found: Found) -> Reproduction:
             Claim(f"error of the exponent, the largest of {', '.join(f'{e:g}' for e in EXPONENTS[1:])}", "exponents of .25 to .47 in Gemma-2-2b (figure)", away("exponent"), "<=", 0.05, away("fitted"), RAW),
             Claim("exponent of isotropic atoms, without its sign", "about 0", isotropic[0], "<=", 0.05, isotropic[1], RAW),
         ],
-        figure=figure("Eigenvalues of atoms between ranks 10 and 150", "planted exponent", "found", {name: (EXPONENTS, [mean(galaxy[f"{e:g}"][key]) for e in EXPONENTS]) for name, key in (("exponent", "exponent"), (RAW, "fitted"))} | {"planted": (EXPONENTS, EXPONENTS)}),
+        figure=figure("Eigenvalues of atoms between ranks 10 and 150", "planted exponent", "found", {name: (EXPONENTS, [fmean(galaxy[f"{e:g}"][key]) for e in EXPONENTS]) for name, key in (("exponent", "exponent"), (RAW, "fitted"))} | {"planted": (EXPONENTS, EXPONENTS)}),
         notes=[
             "Half of each relation's pairs are judged in the space that the other half gives, and the other way round; the paper judges the pairs it fits.",
-            f"Clustering entropy in {COMPONENTS} dimensions: {mean(galaxy['clusters']):.2f} nats of {CLUSTERS} clusters, {mean(galaxy[ISOTROPIC]):.2f} of isotropic atoms. Both entropies are estimated from as many points; a Gaussian's true one, with which the paper compares, lies apart from any estimate in many dimensions.",
+            f"Clustering entropy in {COMPONENTS} dimensions: {fmean(galaxy['clusters']):.2f} nats of {CLUSTERS} clusters, {fmean(galaxy[ISOTROPIC]):.2f} of isotropic atoms. Both entropies are estimated from as many points; a Gaussian's true one, with which the paper compares, lies apart from any estimate in many dimensions.",
             "A sample spreads eigenvalues, so that the exponent is the one whose samples look like these.",
         ],
         controls={

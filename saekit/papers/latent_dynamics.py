@@ -1,5 +1,6 @@
 """What an autoencoder of few images remembers are the attractors of its loop; of many they are no image (2505.22785)."""
 
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -90,9 +91,6 @@ def judge(found: Found) -> Reproduction:
     by, outliers, ds = found["images"], found["outliers"], found["dictionaries"]
     few, every, raw = by[str(FEW)], by[ALL], by[UNTRAINED]
 
-    def mean(values: list[float]) -> float:
-        return sum(values) / len(values)
-
     names, n = (*map(str, SIZES), ALL), found["n"][0]
     lines = {"cosine of attractors and the nearest learnt image": "learnt", "and the nearest held-out one": "held out", f"share of codes that end within {NEAR} of a learnt image": "near"}  # fmt: skip
     return Reproduction(
@@ -105,10 +103,10 @@ def judge(found: Found) -> Reproduction:
             Claim(f"{n} images: share of held-out codes that converge to an attractor so near to a learnt image", "not where they are large (figures)", every["near"], "<=", 0.5, few["near"], f"{FEW} images"),
             Claim(f"AUROC of digits {STRANGE[0]} and {STRANGE[1]}, never seen: of trajectories less that of reconstruction errors", "AUROC 91 on iNaturalist and Places, ViT-MAE", [a - b for a, b in zip(outliers[TRAJECTORY], outliers[ERROR], strict=True)], ">=", 0.0, outliers[ERROR], ERROR),
         ],
-        figure=figure("What the attractors are", "images learnt", "cosine, or share", {label: ([*SIZES, n], [mean(by[name][key]) for name in names]) for label, key in lines.items()}, xaxis={"type": "log", "tickvals": [*SIZES, n]}),
+        figure=figure("What the attractors are", "images learnt", "cosine, or share", {label: ([*SIZES, n], [fmean(by[name][key]) for name in names]) for label, key in lines.items()}, xaxis={"type": "log", "tickvals": [*SIZES, n]}),
         notes=[
-            f"Convergence alone tells nothing: an untrained network has it, at one point, and so has that of all images ({mean(every['converge']):.1%} of codes). Of {FEW} images' attractors the least near is at {mean(few['least']):.3f} (mean over seeds), and {mean(few['near']):.1%} of codes end within {NEAR}. Nearness to one of {n} images is easy, whatever was learnt: the attractors of the network of all are hardly nearer to what it learnt than to held-out images. With linear outputs and no noise in training, which was tried first on three other seeds, 19 to 47 % of codes converged with {FEW} images, and 38 to 57 % diverged.",
-            f"Trajectories are compared by the nearest training trajectory over {STEPS} steps. With no step, by the nearest training code, the AUROC is {mean(outliers[CODE]):.3f}: where it is as high, the steps add nothing to it.",
+            f"Convergence alone tells nothing: an untrained network has it, at one point, and so has that of all images ({fmean(every['converge']):.1%} of codes). Of {FEW} images' attractors the least near is at {fmean(few['least']):.3f} (mean over seeds), and {fmean(few['near']):.1%} of codes end within {NEAR}. Nearness to one of {n} images is easy, whatever was learnt: the attractors of the network of all are hardly nearer to what it learnt than to held-out images. With linear outputs and no noise in training, which was tried first on three other seeds, 19 to 47 % of codes converged with {FEW} images, and 38 to 57 % diverged.",
+            f"Trajectories are compared by the nearest training trajectory over {STEPS} steps. With no step, by the nearest training code, the AUROC is {fmean(outliers[CODE]):.3f}: where it is as high, the steps add nothing to it.",
             "Dictionaries: x -> decode(encode(x)) from held-out images. They are no contractions: most images grow without end, and what neither converges, cycles nor diverges had not settled after 3000 steps.",
         ],
         controls={

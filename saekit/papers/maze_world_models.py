@@ -4,6 +4,7 @@ import random
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -216,9 +217,6 @@ def judge(found: Found) -> Reproduction:
     read, edited, unedited, seen = found["read"], found["edited"], found["unedited"], found["attended"]
     own = edited[SAE]
 
-    def mean(values: Sequence[float]) -> float:
-        return sum(values) / len(values)
-
     gap, once = (
         [a - b for a, b in zip(own[ADD][how][AFTER], own[REMOVE][SAE][AFTER], strict=True)]
         for how in (SAE, ONCE)
@@ -227,7 +225,7 @@ def judge(found: Found) -> Reproduction:
     return Reproduction(
         title="A solver of mazes knows passages by features, and goes through passages that only features tell of",
         source="Spies, Edwards, Ivanitskiy et al. 2024, arXiv 2412.11867",
-        setting=f"{LATTICE.side} x {LATTICE.side} cells, {LATTICE.passages} passages of {len(LATTICE.edges)}, up to {LATTICE.moved} of a random tree's standing elsewhere; 3 layers of width {CONFIG.d_model}, {STEPS} steps: {mean(found['solved']['shortest']):.1%} of paths are shortest ones, {mean(found['solved']['valid']):.1%} valid. {WIDTH} features, k = {K}, of the stream behind the first block at passages' second cells; features chosen on {CHOSEN} mazes, judged on {JUDGED}; strengths chosen on {TUNED}, interventions judged on {CHANGED}, right or wrong without them",
+        setting=f"{LATTICE.side} x {LATTICE.side} cells, {LATTICE.passages} passages of {len(LATTICE.edges)}, up to {LATTICE.moved} of a random tree's standing elsewhere; 3 layers of width {CONFIG.d_model}, {STEPS} steps: {fmean(found['solved']['shortest']):.1%} of paths are shortest ones, {fmean(found['solved']['valid']):.1%} valid. {WIDTH} features, k = {K}, of the stream behind the first block at passages' second cells; features chosen on {CHOSEN} mazes, judged on {JUDGED}; strengths chosen on {TUNED}, interventions judged on {CHANGED}, right or wrong without them",
         claims=[
             Claim(f"passages that a feature tells from all others with an AUROC of {CLEAR}", "one or few features for each connection", read[SAE][EDGES], ">=", 0.9, read[UNLEARNT][EDGES], UNLEARNT),
             Claim("attention of a head of the first block from a passage's second cell to its first one", "heads that gather a connection in its separator (figures)", seen["own"], ">=", 0.8, seen["before"], "to the first cell of the passage before"),
@@ -235,11 +233,11 @@ def judge(found: Found) -> Reproduction:
         ],
         figure=bars("Paths with a passage added or removed by its features", "share of paths", {key: {name: one[key] for name, one in shown.items()} for key in (AFTER, USES, DIFFERS)}),
         notes=[
-            f"Adding less removing: {mean(gap):+.2f} of paths ({', '.join(f'{one:+.2f}' for one in gap)} by seed), and {mean(once):+.2f} where what is added is in one place and no stronger than it would be there, as what is removed is. Added: {mean(own[ADD][SAE][AFTER]):.2f} become the other world's path, {mean(own[ADD][SAE][USES]):.2f} use the passage, {mean(own[ADD][SAE][DIFFERS]):.2f} differ; removed, with the features set to 0: {mean(own[REMOVE][SAE][AFTER]):.2f}, {mean(own[REMOVE][SAE][USES]):.2f} and {mean(own[REMOVE][SAE][DIFFERS]):.2f}. The paper found that removing works less reliably.",
-            f"At their mean in one place the features make {mean(own[ADD][ONCE][AFTER]):.2f} of paths the other world's, and the clearest of them alone, as strongly as all, {mean(own[ADD][SINGLE][AFTER]):.2f}. Strengths and places that suited other mazes: {', '.join(f'{s:g} x the mean in {n:g}' for s, n in zip(own['strength'], own['places'], strict=True))}. With the passage written in the prompt instead, {mean(unedited[ADD][TOLD][AFTER]):.2f}.",
-            f"Unlike the paper's, these models gather a passage in its second cell, not in the separator behind it: there no head gives the passage's two cells more than {mean(seen['separator']):.2f}. Features are read and held at second cells. Of the seeds' heads the least sharp one gives the first cell {min(seen['own']):.2f}.",
-            f"Passages lie so far apart there that features of atoms that nothing has learnt tell {mean(read[FROZEN][EDGES]):.0%} (trained encoder) and {mean(read[RANDOM][EDGES]):.0%} of them as clearly: AUROCs alone don't show that a dictionary has learnt passages. Held as strongly as suits them, they make {mean(edited[FROZEN][ADD][SAE][AFTER]):.2f} and {mean(edited[RANDOM][ADD][SAE][AFTER]):.2f} of paths the other world's.",
-            f"Width, k and the number of features were chosen on mazes of seed 0. Where {STEPS} steps of Muon leave {1 - mean(found['solved']['shortest']):.1%} of paths wrong, most of them long ones, 10,000 of AdamW left 11 % (one seed, in more time).",
+            f"Adding less removing: {fmean(gap):+.2f} of paths ({', '.join(f'{one:+.2f}' for one in gap)} by seed), and {fmean(once):+.2f} where what is added is in one place and no stronger than it would be there, as what is removed is. Added: {fmean(own[ADD][SAE][AFTER]):.2f} become the other world's path, {fmean(own[ADD][SAE][USES]):.2f} use the passage, {fmean(own[ADD][SAE][DIFFERS]):.2f} differ; removed, with the features set to 0: {fmean(own[REMOVE][SAE][AFTER]):.2f}, {fmean(own[REMOVE][SAE][USES]):.2f} and {fmean(own[REMOVE][SAE][DIFFERS]):.2f}. The paper found that removing works less reliably.",
+            f"At their mean in one place the features make {fmean(own[ADD][ONCE][AFTER]):.2f} of paths the other world's, and the clearest of them alone, as strongly as all, {fmean(own[ADD][SINGLE][AFTER]):.2f}. Strengths and places that suited other mazes: {', '.join(f'{s:g} x the mean in {n:g}' for s, n in zip(own['strength'], own['places'], strict=True))}. With the passage written in the prompt instead, {fmean(unedited[ADD][TOLD][AFTER]):.2f}.",
+            f"Unlike the paper's, these models gather a passage in its second cell, not in the separator behind it: there no head gives the passage's two cells more than {fmean(seen['separator']):.2f}. Features are read and held at second cells. Of the seeds' heads the least sharp one gives the first cell {min(seen['own']):.2f}.",
+            f"Passages lie so far apart there that features of atoms that nothing has learnt tell {fmean(read[FROZEN][EDGES]):.0%} (trained encoder) and {fmean(read[RANDOM][EDGES]):.0%} of them as clearly: AUROCs alone don't show that a dictionary has learnt passages. Held as strongly as suits them, they make {fmean(edited[FROZEN][ADD][SAE][AFTER]):.2f} and {fmean(edited[RANDOM][ADD][SAE][AFTER]):.2f} of paths the other world's.",
+            f"Width, k and the number of features were chosen on mazes of seed 0. Where {STEPS} steps of Muon leave {1 - fmean(found['solved']['shortest']):.1%} of paths wrong, most of them long ones, 10,000 of AdamW left 11 % (one seed, in more time).",
         ],
         controls={
             **{key: {name: read[name][key] for name in (SAE, FROZEN, RANDOM, UNLEARNT)} for key in (EDGES, "mean AUROC", "FVU")},

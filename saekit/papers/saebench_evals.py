@@ -1,5 +1,7 @@
 """SAEBench's evaluations on dictionaries with planted faults: what is measured is what was planted (2503.09532)."""
 
+from statistics import fmean
+
 import torch
 
 from saekit.evaluate.absorption import concept, measures, probed
@@ -157,9 +159,6 @@ def judge(found: Found) -> Reproduction:
         found[name] for name in ("absorption", "SCR", "TPP", "probing", "RAVEL", "unlearning")
     )
 
-    def mean(values: list[float]) -> float:
-        return sum(values) / len(values)
-
     off = [max(abs(absorbed["planted"][str(r)][i] - r) for r in RATES) for i in range(len(tpp["planted"]))]
     return Reproduction(
         title="SAEBench's evaluations find what was planted in dictionaries",
@@ -179,8 +178,8 @@ def judge(found: Found) -> Reproduction:
             Claim("what other texts lose", "spared", unlearnt["values"]["retain"], "<=", 0.01, unlearnt["values"]["own"], "share of worlds in which just that feature is clamped"),
             Claim("the same where every feature is of an entity, and texts are of other entities", "nothing can be forgotten", unlearnt["entities"]["forget"], "<=", 0.01, unlearnt["entities"][RANDOM], RANDOM),
         ],
-        figure=figure("Absorption, planted and found", "planted rate", "found", {"full": (list(RATES), [mean(absorbed["planted"][str(r)]) for r in RATES]), "fraction": (list(RATES), [mean(absorbed["fraction"][str(r)]) for r in RATES]), RANDOM: (list(RATES), [mean(absorbed[RANDOM][str(r)]) for r in RATES])}),
-        notes=[f"SCR of the attribute with features of its own by how many are ablated: {', '.join(f'{n}: {mean(own):.2f}' for n, own in scr['isolated']['by size'].items())}. Two are its own; ablating many more takes away what is asked for as well.", "Formulas are SAEBench's own to 1e-6 on the same tensors (tests/test_labelled_suites.py, with the package beside), but for its negatives of TPP, which are drawn anew for each accuracy.", "A mask of bare coordinates swaps attributes nearly as well as features of values do, where entities are few and attributes linear: RAVEL's score of a dictionary says little without it. Where features are of pairs, ablating them takes the probe to chance, which is why SCR falls so far below 0."],
+        figure=figure("Absorption, planted and found", "planted rate", "found", {"full": (list(RATES), [fmean(absorbed["planted"][str(r)]) for r in RATES]), "fraction": (list(RATES), [fmean(absorbed["fraction"][str(r)]) for r in RATES]), RANDOM: (list(RATES), [fmean(absorbed[RANDOM][str(r)]) for r in RATES])}),
+        notes=[f"SCR of the attribute with features of its own by how many are ablated: {', '.join(f'{n}: {fmean(own):.2f}' for n, own in scr['isolated']['by size'].items())}. Two are its own; ablating many more takes away what is asked for as well.", "Formulas are SAEBench's own to 1e-6 on the same tensors (tests/test_labelled_suites.py, with the package beside), but for its negatives of TPP, which are drawn anew for each accuracy.", "A mask of bare coordinates swaps attributes nearly as well as features of values do, where entities are few and attributes linear: RAVEL's score of a dictionary says little without it. Where features are of pairs, ablating them takes the probe to chance, which is why SCR falls so far below 0."],
         controls={
             "absorption at rate .5": {"planted": absorbed["planted"]["0.5"], RANDOM: absorbed[RANDOM]["0.5"]},
             "SCR": {"isolated": scr["isolated"]["planted"], "entangled": scr["entangled"]["planted"], RANDOM: scr["isolated"][RANDOM]},

@@ -62,7 +62,8 @@ def _filled(template: str, rows: Sequence[dict[str, Any]], **more: Any) -> str:
 def _tally(rows: Sequence[dict[str, Any]]) -> str:
     claims = [claim for row in rows for claim in row.get("claims", ())]
     whole = sum(row.get("holds", False) for row in rows)
-    return f"{len(rows)} papers, of {whole} of which every claim holds; {sum(c['holds'] for c in claims)} of {len(claims)} claims hold."
+    minutes = sum(row.get("seconds", 0) for row in rows) / 60
+    return f"{len(rows)} papers in {minutes:.0f} minutes, of {whole} of which every claim holds; {sum(c['holds'] for c in claims)} of {len(claims)} claims hold."
 
 
 def _shown(row: dict[str, Any]) -> dict[str, Any]:
