@@ -163,9 +163,9 @@ def judge(found: Found) -> Reproduction:
         setting=f"transformers' CLIP tower of {LAYERS} layers, {HEADS} heads and {NEURONS} neurons a layer, trained for {STEPS} steps on scenes of one handwritten digit among {CLUTTER} cells of clutter, with a bag-of-words text encoder over {len(WORDS)} words (a model a seed); directions from {FITTED} scenes, those of planted neurons from the scenes that nothing was planted by; judged on {JUDGED} others of held-out digits; zero-shot among {len(NAMES)} names. Layers as in the paper by themselves, and together",
         claims=[
             Claim("largest error of an embedding as the sum of a layer's effects and the rest", "exact by derivation", exact["all"], "<=", 1e-4, exact["other"], "attention patterns of another image"),
-            Claim("the same of one neuron's effect", "exact by derivation", exact["single"], "<=", 1e-4),
+            Claim("the same of one neuron's effect", "exact by derivation", exact["single"], "<=", 1e-4, exact["other"], "attention patterns of another image, all neurons"),
             *(Claim(f"points of accuracy lost with one component for the top {SHARE:.0%} of images, {said}", "accuracy kept (ViT-B/32, ViT-L/14)", lost(ONE, layers), "<=", 2.0, lost(MEAN, layers), "mean ablation") for layers, said in names.items()),
-            Claim("points lost by mean ablation, both layers", "none given at this scale", lost(MEAN, "both"), ">=", 10.0),
+            Claim("points lost by mean ablation, both layers", "none given at this scale", lost(MEAN, "both"), ">=", 10.0, lost(EXACT, "both"), f"whole effects for {SHARE:.0%} of images"),
             Claim("share of words that come first for the neuron planted along them", "none given", words["first"], ">=", 1.0, words["before"], "the same neurons before"),
         ],
         figure=bars("Zero-shot accuracy with neurons' second-order effects replaced", "%", shown),

@@ -107,8 +107,8 @@ def judge(found: Found) -> Reproduction:
             Claim("K of XORs less that of single bits", "complex features are read off late (figures)", gap(k, XOR, LINEAR), ">=", 0.15, gap(before, XOR, LINEAR), UNTRAINED),
             Claim("K of parities less that of XORs", "the same", gap(k, PARITY, XOR), ">=", 0.15, gap(before, PARITY, XOR), UNTRAINED),
             Claim("Spearman of K and the step at which the network's own output has half of its information", "simple features emerge first (figures)", found["order"], ">=", 0.8, found["order, untrained"], "K in the untrained network"),
-            Claim("K of an input coordinate, the largest", "0, a sanity check", found[INPUT], "<=", 0.1),
-            Claim("K of shuffled targets, the smallest", "1, a sanity check", found[NOTHING], ">=", 0.95),
+            Claim("K of an input coordinate, the largest", "0, a sanity check", found[INPUT], "<=", 0.1, found[NOTHING], "shuffled targets"),
+            Claim("K of shuffled targets, the smallest", "1, a sanity check", found[NOTHING], ">=", 0.95, found[INPUT], "input coordinates"),
         ],
         figure=figure("What a linear reader tells of a target", "block (0: the embedding)", "information, as R2", {
             kind + ("" if name == TRAINED else f", {name}"): (layers, curve(name, kind)) for name in (TRAINED, UNTRAINED) for kind in ORDER
