@@ -284,10 +284,7 @@ class Store:
 
     def check(self, hook_point: str) -> None:
         """Raise unless the hook point is here and all its values are finite."""
-        if hook_point not in self.manifest["hook_points"]:
-            raise SaekitError(
-                f"hook point {hook_point!r} is not in store {str(self.path)!r}{nearest(hook_point, self.hook_points)}"
-            )
+        self.width(hook_point)
         for entry in self.manifest["shards"]:
             if entry["nonfinite"].get(hook_point, 0):
                 raise SaekitError(
@@ -297,11 +294,19 @@ class Store:
 
     def width(self, hook_point: str | None) -> int:
         """Width of a hook point (of the only one, when none is named)."""
-        return self.manifest["hook_points"][hook_point or self.hook_points[0]]["width"]
+        name = hook_point or self.hook_points[0]
+        if name not in self.manifest["hook_points"]:
+            raise SaekitError(
+                f"hook point {name!r} is not in store {str(self.path)!r}{nearest(name, self.hook_points)}"
+            )
+        return self.manifest["hook_points"][name]["width"]
 
     def gather(self, hook_point: str, rows: "np.ndarray | Sequence[int]") -> Float[Tensor, "rows width"]:
         """Unmasked rows by number, in the order asked for, in fp32."""
-        rows = np.asarray(rows, dtype=np.int64)
+        rows = np.asarray(rows)
+        if len(rows) and rows.dtype.kind not in "iu":
+            raise SaekitError(f"rows are {rows.dtype}; give the numbers of rows, as np.flatnonzero(mask)")
+        rows = rows.astype(np.int64, copy=False)
         if len(rows) and not 0 <= rows.min() <= rows.max() < self.n_rows:
             raise SaekitError(
                 f"row {rows.min()} or {rows.max()} is not in 0..{self.n_rows - 1}, the rows of this store"

@@ -204,10 +204,11 @@ def intervened(
 ) -> Iterator[Model]:
     """Run the model with edits of dictionaries' features; also in generation, with or without cached keys and values.
 
-    The hooks are gone when the context ends, however it ends. Edits at positions that no pass came to are warned of.
+    The hooks are gone when the context ends, however it ends. Edits at positions that no pass came to, padding counted, are
+    warned of.
     Without ``error`` the dictionary's reconstruction takes the place of what the model has. ``masked``: special tokens,
     and tokens whose norm exceeds the limits of the dictionary's store, stay as they are but for edits that name their
-    position. Padding always does.
+    position (of a model without a tokenizer none is known to be special). Padding always does.
     """
     model = load_model(model)
     hooks: list[tuple[Site, Any]] = []
@@ -299,6 +300,8 @@ class _Editor:
 
     def _see(self, part: int, x: Tensor) -> None:
         d, layer = self.dictionary, part if self.layered else None
+        if part == 0:
+            self.added.clear()  # of a pass that was stopped before it came to what is written
         text = Text.of(self.clock, x, self.special, self.limits[part])
         codes = _encoded(d, x, layer)
         change = _change(d, codes, self.edits, layer, text)

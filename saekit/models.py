@@ -297,7 +297,8 @@ def load_model(
 ) -> Model:
     """``code-lm``, a local Hugging Face folder, a hub id, a TransformerBridge or any ``nn.Module``.
 
-    Weights are float32 unless ``dtype`` says otherwise; ``device`` defaults to the CPU. A hub id is
+    Weights are float32 unless ``dtype`` says otherwise; ``device`` defaults to the CPU. A module of your own is moved, and put
+    into eval mode, in place. A hub id is
     looked for locally first, and answered within 3 s when it can't be had. ``processor`` makes a list of PIL images
     what the module takes (pixels, or keyword arguments); a Hugging Face vision model brings its own.
     """

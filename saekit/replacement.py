@@ -4,7 +4,7 @@ Each reads what the replaced model gives it, not what the original would have. E
 original on its own input, make the sum the model's own output again: an exact model in terms of features.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -28,13 +28,16 @@ class Replacement:
     """A model with dictionaries in the places of what they read and write."""
 
     def __init__(
-        self, model: "Model | str | torch.nn.Module", dictionaries: "Dictionary | Sequence[Dictionary]"
+        self, model: "Model | str | torch.nn.Module", dictionaries: "Dictionary | Iterable[Dictionary]"
     ):
-        if isinstance(dictionaries, Dictionary):
+        if isinstance(dictionaries, Dictionary | str):
             dictionaries = [dictionaries]
         self.model, self.dictionaries = load_model(model), list(dictionaries)
         if not self.dictionaries:
             raise SaekitError("dictionaries is empty; give at least one")
+        for d in self.dictionaries:
+            if not isinstance(d, Dictionary):
+                raise SaekitError(f"dictionaries hold a {type(d).__name__}; give dictionaries, as saekit.load returns them")  # fmt: skip
         writes = [point for d in self.dictionaries for point in d.writes]
         for d in self.dictionaries:
             if not d.writes:

@@ -87,7 +87,7 @@ def steer(
     error: bool | None = None,
     masked: bool | None = None,
 ) -> Iterator[Model]:
-    """Run the model with edits of features; the model is what it was when the context ends, however it ends.
+    """Run the model with edits of features; the model is what it was when the context ends, however it ends (but in eval mode).
 
     ``edits``: {feature: value to set}, a list of :class:`saekit.Edit`, a :class:`Steering` or the file of one. The keywords
     make more of them, by feature: a number to add or to scale by, a range (low, high), ``ablate`` is a list. They act in
@@ -98,8 +98,8 @@ def steer(
 
     ``error`` (default True): what the dictionary leaves of the activation stays, so that an edit moves it by
     ``decode(edited) - decode(codes)``; False puts ``decode(edited)`` in its place. ``masked`` (default True): special
-    tokens, and outliers in norm as the dictionary's harvest saw them, are left alone by edits without a position. Padding
-    always is. Works in generation, with cached keys and values or without, and in batches with padding on either side.
+    tokens, which a model with a tokenizer knows, and outliers in norm as the dictionary's harvest saw them, are left alone by
+    edits without a position. Padding always is. Works in generation, with cached keys and values or without, and in batches with padding on either side.
     """
     if isinstance(edits, str | Path):
         edits = Steering.load(edits)
@@ -219,7 +219,8 @@ class Steering:
 
     def pairs(self, dictionary: Any) -> Changes:
         """Its edits with the dictionaries that they are of, which are found among those given by their digests."""
-        given = [dictionary] if isinstance(dictionary, Dictionary | str | Path) else list(dictionary)
+        several = isinstance(dictionary, Iterable) and not isinstance(dictionary, str)
+        given = list(dictionary) if several else [dictionary]
         found = {id(d): d for d in map(_opened, given)}
         wrong = next((d for d in found.values() if not isinstance(d, Dictionary)), None)
         if wrong is not None:
@@ -227,9 +228,10 @@ class Steering:
                 f"dictionary is of type {type(wrong).__name__}; give a dictionary, the folder of one, or several"
             )
         known = {d.digest(): d for d in found.values()}
+        placed = {(d.digest(), d.reads, d.writes): d for d in found.values()}
         out = []
         for part in self.parts:
-            one = known.get(part.digest)
+            one = placed.get((part.digest, part.reads, part.writes), known.get(part.digest))
             if one is None:
                 raise SaekitError(
                     f"the steering is of a dictionary {part.digest} of {part.n_features} features at {', '.join(part.writes)}, and those given are {', '.join(known)}; give the one that it was made for"

@@ -120,6 +120,8 @@ class Codes:
 
     def at(self, rows: Int[Tensor, " some"]) -> "Codes":
         """Some rows, in the order given; a row may come twice."""
+        if rows.dtype == torch.bool:
+            raise SaekitError("rows are bools; give the numbers of rows, as mask.nonzero()[:, 0]")
         counts = self.offsets.diff()[rows]
         offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         entry = torch.arange(int(offsets[-1]), device=offsets.device)
@@ -130,13 +132,14 @@ class Codes:
 
     def select(self, features: Int[Tensor, " chosen"]) -> Float[Tensor, "*shape chosen"]:
         """Dense values of a few features only, [*shape, chosen]."""
+        some, place = features.to(self.values.device).unique(return_inverse=True)
         column = torch.full((self.n_features,), -1, dtype=torch.int64, device=self.values.device)
-        column[features] = torch.arange(len(features), device=self.values.device)
+        column[some] = torch.arange(len(some), device=self.values.device)
         at = column[self.indices.long()]
         kept = at >= 0
-        out = self.values.new_zeros(self.rows, len(features))
+        out = self.values.new_zeros(self.rows, len(some))
         out = out.index_put((self.row_ids()[kept], at[kept]), self.values[kept], accumulate=True)
-        return out.view(*self.shape, len(features))
+        return out[:, place].view(*self.shape, len(features))
 
     def scale(self, by: Float[Tensor, " feature"]) -> "Codes":
         """Codes with every feature's values multiplied by its factor."""

@@ -100,8 +100,12 @@ def test_a_model_learns_to_live_with_them(replacement: Replacement) -> None:
     seen: list[dict[str, float]] = []
     finetune(replacement, stream, 30, batch_size=4, lr=3e-3, on_step=lambda _, r: seen.append(r))
     assert seen[-1]["ce"] < 0.7 * seen[0]["ce"] and len(seen) == 30
+    for steps in (1, 2, 10):
+        finetune(replacement, stream, steps, batch_size=4)
     with pytest.raises(SaekitError, match="steps = 0"):
         finetune(replacement, stream, 0)
+    with pytest.raises(SaekitError, match=r"warmup = 2\.0 lie in 0\.\.1"):
+        finetune(replacement, stream, 1, warmup=2.0)
 
 
 def test_a_fresh_threshold_is_trained_before_a_model_is(replacement: Replacement) -> None:

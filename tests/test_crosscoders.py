@@ -1,5 +1,6 @@
 """Dictionaries of several sources: an autoencoder where there is one, and what tells the sources apart."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -163,12 +164,29 @@ def test_stores_of_two_models_stand_side_by_side(two_stores: dict[str, Path], sm
         assert torch.equal(both.gather(point, rows), values[common])
     first = next(both.batches(points, 64, seed=0))
     assert first.shape == (64, sum(both.width(p) for p in points))
+    short = two_stores["base"].parent / "short"
+    harvest(
+        "code-lm", "stdlib", ["blocks.1.hook_resid_post"], out=short, tokens=2048, context=64, batch_rows=8
+    )
+    ways = [SideBySide(dict(pair)) for pair in itertools.permutations([("base", stores["base"]), ("short", Store(short))])]  # fmt: skip
+    assert ways[0].n_rows == ways[1].n_rows == Store(short).n_rows
+    name = "short/blocks.1.hook_resid_post"
+    assert torch.equal(*(way.gather(name, np.arange(way.n_rows)) for way in ways))
     with pytest.raises(SaekitError, match="hold different tokens"):
         other = two_stores["base"].parent / "other"
         harvest("code-lm", "stdlib", ["blocks.1.hook_resid_post"], out=other, tokens=2048, context=32)
         SideBySide({**stores, "other": Store(other)})
     with pytest.raises(SaekitError, match="is of none of the stores"):
         both.check("third/blocks.1.hook_resid_post")
+
+
+def test_stores_of_other_inputs_that_are_no_tokens_are_not_paired(tmp_path: Path) -> None:
+    net, g = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU()), torch.Generator().manual_seed(0)
+    one, other = (torch.randn(50, 4, generator=g) for _ in range(2))
+    stores = [harvest(net, [x], ["1"], out=tmp_path / str(i)) for i, x in enumerate((one, other, one))]
+    assert SideBySide({"a": stores[0], "b": stores[2]}).n_rows == 50
+    with pytest.raises(SaekitError, match="hold different"):
+        SideBySide({"a": stores[0], "b": stores[1]})
 
 
 def test_the_command_trains_one_of_two_models_and_one_of_all_layers(

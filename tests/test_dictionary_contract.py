@@ -175,15 +175,18 @@ def test_a_wrong_width_is_refused(small_dictionary: Dictionary) -> None:
         small_dictionary.encode(torch.zeros(3, 15))
 
 
-def test_codes_laws() -> None:
+def test_codes_laws(monkeypatch: pytest.MonkeyPatch) -> None:
     g = torch.Generator().manual_seed(0)
     dense = torch.randn(3, 5, 20, generator=g) * (torch.rand(3, 5, 20, generator=g) < 0.2)
     codes = Codes.from_dense(dense)
     assert torch.equal(codes.to_dense(), dense)
     assert torch.equal(codes.l0(), (dense != 0).sum(-1))
     assert torch.equal(codes.firing_counts(), (dense != 0).sum((0, 1)))
-    chosen = torch.tensor([7, 0, 13])
-    assert torch.equal(codes.select(chosen), dense[..., chosen])
+    for chosen in (torch.tensor([7, 0, 13]), torch.tensor([3, 3, 0])):
+        assert torch.equal(codes.select(chosen), dense[..., chosen])
+    monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)
+    with pytest.raises(ValueError, match="rows are bools; give the numbers of rows"):
+        codes.at(torch.ones(15, dtype=torch.bool))
     by = torch.arange(20.0)
     assert torch.equal(codes.scale(by).to_dense(), dense * by)
     with pytest.raises(ValueError, match="different numbers"):

@@ -85,6 +85,21 @@ def test_an_edit_of_nothing_changes_no_bit_and_an_exception_leaves_no_hook() -> 
     assert torch.equal(run(m, d.writes)["logits"], before["logits"])
 
 
+@pytest.mark.parametrize("name", ["transcoder", "clt"])
+def test_a_pass_that_was_stopped_leaves_nothing_behind(name: str) -> None:
+    """A look at what a dictionary reads, which ends the pass before it writes, also at another length."""
+    m = toy("layer norms, learned")
+    d = stand(name, m)
+    _, feature, value = active(d, m)
+    with intervened(m, [(d, [Edit(feature, add=value)])]):
+        before = run(m, d.writes)
+        for x in (X, X[:, :-2]):
+            given = m.inputs(x, torch.ones_like(x, dtype=torch.bool))
+            capture(lambda given=given: m.logits(given), {d.reads[0]: m.site(d.reads[0])})
+        after = run(m, d.writes)
+    assert all(torch.equal(before[point], after[point]) for point in before)
+
+
 def test_generation_is_the_same_with_and_without_cached_keys(code_lm: Model) -> None:
     d = saekit.create("topk", d_in=256, n_features=512, k=8, seed=0)
     d.reads = d.writes = ("blocks.1.hook_resid_post",)

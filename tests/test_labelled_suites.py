@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 
 import saekit
 from saekit.evaluate import SUITES, labelled
-from saekit.evaluate.absorption import absorbed, concept, probed, splits
+from saekit.evaluate.absorption import Absorbed, Concept, absorbed, concept, measures, probed, splits
 from saekit.evaluate.labelled import (
+    CONTEXT,
     Labelled,
     Texts,
     atoms_of,
@@ -297,6 +298,19 @@ def test_losses_are_the_model_s_own_where_nothing_that_fires_is_edited(code_lm: 
     assert not torch.allclose(losses(code_lm, d, texts, [Edit(loud, set=-90.0, when=When(loud))]).nats, found.nats, rtol=1e-2)  # fmt: skip
 
 
+def test_the_first_tokens_of_long_texts_are_judged_alone(code_lm: Model) -> None:
+    """Of one too long to be read at once too, which others stand behind."""
+    d, texts = small(code_lm), ["import os\n" * 8000, "x = 1\n" * 60, "import sys\nimport os"]
+    found = losses(code_lm, d, texts, [])
+    assert found.tokens.tolist() == [
+        CONTEXT - 1,
+        CONTEXT - 1,
+        losses(code_lm, d, texts[2:], []).tokens.item(),
+    ]
+    whole = gather(d, code_lm, Texts("t", texts, {}), controls=False)[""]
+    assert len(whole.x) == 3
+
+
 def _fires(model: Model, d: saekit.Dictionary, texts: list[str]) -> torch.Tensor:
     found = gather(d, model, Texts("t", texts, {}), controls=False)[""]
     return found.codes.firing_counts() > 0
@@ -335,6 +349,14 @@ def test_a_draw_takes_whole_documents() -> None:
     assert wide == pytest.approx(4 * (share * (1 - share) / 20) ** 0.5, rel=0.15)
     assert wide > 3 * (alone[1] - alone[0]) and whole[0] < share < whole[1]
     assert by_source(np.array([5, 2, 5]), np.array([[1.0], [2.0], [4.0]]))[0].tolist() == [[2.0], [5.0]]
+
+
+def test_concepts_of_few_texts_count_as_much_and_add_no_noise() -> None:
+    """All texts of one concept are absorbed and none of another's: whatever is drawn, half is."""
+    sizes, share = (10, 1000), torch.tensor([1.0, 0.0])
+    kinds = [Absorbed(torch.full((n,), bool(s)), torch.full((n,), s)) for n, s in zip(sizes, share.tolist(), strict=True)]  # fmt: skip
+    found = measures({"": [Concept(one, [0]) for one in kinds]}, 0)["absorption_fraction"]
+    assert float(found) == 0.5 and found.interval == (0.5, 0.5)
 
 
 def test_pairs_of_few_documents_spread_as_documents_do() -> None:

@@ -207,8 +207,11 @@ def test_bad_choices(trained, tiny_gpt2) -> None:
 def test_training_documents_are_not_called_held_out(tiny_gpt2, small_store) -> None:
     dictionary = saekit.create("topk", d_in=32, n_features=64, k=4)
     dictionary = saekit.train(dictionary, small_store, steps=1, batch_size=64).dictionary
-    with pytest.warns(UserWarning, match="not held out"):
-        evaluate(dictionary, tiny_gpt2, "stdlib", tokens=64, split="train", context=64, controls=False)
+    options = {"tokens": 64, "context": 64, "controls": False}
+    for given, split in ((dictionary, "train"), (dictionary, "all"), ([dictionary], "train")):
+        with pytest.warns(UserWarning, match="on the 'train' side of 'stdlib', .* not held out"):
+            evaluate(given, tiny_gpt2, "stdlib", split=split, **options)
+    evaluate(dictionary, tiny_gpt2, "stdlib", split="held_out", **options)
     report = evaluate(dictionary, tiny_gpt2, ["import os\n" * 90], tokens=64, context=64, controls=False)
     assert report.about["split"] == "all"
 

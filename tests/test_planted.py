@@ -352,6 +352,16 @@ def test_absorption_is_the_planted_share(orthogonal, share):
     assert abs(got - share) < 0.02
 
 
+@pytest.mark.parametrize(("parent", "words"), [([0, 0, 1], "leads from feature 0 back"), ([1, 0, -1], "leads from feature"), ([3, -1, -1], "one of 0..2"), ([-1], "it has 1")])  # fmt: skip
+def test_parents_that_are_none_are_refused(
+    parent: list[int], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)
+    atoms = torch.eye(3)
+    with pytest.raises(SaekitError, match=words):
+        R.absorption(atoms, atoms, Codes.from_dense(atoms), Codes.from_dense(atoms), torch.tensor(parent))
+
+
 def test_absorption_in_superposition(scored):
     world, codes = scored
     decoder, absorbed, _ = absorb(world, codes)

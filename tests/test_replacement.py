@@ -80,6 +80,19 @@ def test_error_terms_restore_the_model(model: Model, tokens: torch.Tensor) -> No
         assert torch.equal(logits(model, tokens), own)
 
 
+def test_error_terms_of_a_cross_layer_transcoder_restore_the_model(model: Model, tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    clt = saekit.create("clt", d_in=256, n_layers=4, n_features=256, k=16)
+    clt.reads = tuple(f"blocks.{i}.mlp:in" for i in range(4))
+    clt.writes = tuple(f"blocks.{i}.mlp:out" for i in range(4))
+    clt.b_dec.data.normal_()
+    whole, own = Replacement(model, clt), logits(model, tokens)
+    with whole.spliced(errors=whole.errors(activations(model, tokens, whole.points))):
+        assert torch.equal(logits(model, tokens), own)
+    monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)
+    with pytest.raises(SaekitError, match="dictionaries hold a str"):
+        Replacement(model, "run")  # type: ignore[arg-type]
+
+
 def test_the_order_of_the_dictionaries_is_nothing(model: Model, tokens: torch.Tensor) -> None:
     """Where one reads what another writes it reads the replaced model, whichever is named first."""
     point = "blocks.1.hook_resid_post"

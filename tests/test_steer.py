@@ -299,6 +299,16 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
         Steering.load(tmp_path / "nosuch.json")
 
 
+def test_one_dictionary_at_two_places_is_two() -> None:
+    m = family("gpt2")
+    pair = [(dictionary(m, f"blocks.{i}.hook_resid_post"), {3: 4.0}) for i in (0, 1)]
+    outs = []
+    for given in ((pair,), ([d for d, _ in pair], Steering.of(pair))):
+        with saekit.steer(m, *given):
+            outs.append(seen(m, (), BOTH)["logits"])
+    assert torch.equal(*outs)
+
+
 def test_wrong_arguments_are_refused_in_words() -> None:
     m = family("gpt2")
     d = dictionary(m)
@@ -325,6 +335,7 @@ def test_wrong_arguments_are_refused_in_words() -> None:
         (([(d, {3: 1.0}), (d, {4: 1.0})],), {"error": False}, "is written by two dictionaries"),
         ((other, kept), {}, "give the one that it was made for"),
         ((d, kept), {"add": {3: 1.0}}, "a Steering is given, which is complete"),
+        ((3, kept), {}, "dictionary is of type int"),
         ((d, "nosuch.json"), {}, "nosuch.json' is not there"),
         (("nosuch", {3: 1.0}), {}, "nosuch"),
     ]

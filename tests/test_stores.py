@@ -102,6 +102,11 @@ def test_rows_are_gathered_in_the_order_asked_for(stored: Store) -> None:
     for rows in ([-1], [0, stored.n_rows]):
         with pytest.raises(SaekitError, match=f"is not in 0..{stored.n_rows - 1}"):
             stored.gather(POINT, rows)
+    for rows in (np.ones(stored.n_rows, dtype=bool), np.array([0.7])):
+        with pytest.raises(SaekitError, match="give the numbers of rows"):
+            stored.gather(POINT, rows)
+    with pytest.raises(SaekitError, match=f"'nowhere' is not in store.*{POINT}|'nowhere' is not in store"):
+        stored.gather("nowhere", [0])
 
 
 def test_shards_are_safetensors_files_and_the_manifest_says_what_they_hold(stored: Store) -> None:

@@ -89,6 +89,15 @@ def test_the_direction_of_the_worse_biased_probe_counts() -> None:
     assert float(scr_measures({"": ways}, 0)["scr_dir1_5"]) == pytest.approx(0.5)
 
 
+def test_directions_that_tie_both_count_in_the_interval() -> None:
+    g = torch.Generator().manual_seed(0)
+    biased = torch.rand(200, generator=g) < 0.5
+    clean, other = torch.ones(200, dtype=torch.bool), biased[torch.randperm(200, generator=g)]
+    ways = [{"clean": clean, "biased": own, **{str(k): changed for k in ABLATED}} for own, changed in ((biased, biased), (other, clean))]  # fmt: skip
+    found = scr_measures({"": ways}, 0)["scr_5"]
+    assert float(found) == 0.5 and found.interval == (0.5, 0.5)
+
+
 def test_a_bias_that_costs_nothing_is_told() -> None:
     hits = {key: torch.arange(10) < 6 for key in ("clean", "biased", *map(str, ABLATED))}
     with pytest.warns(UserWarning, match="on 10 texts the biased probe is as accurate as the clean one"):

@@ -113,6 +113,50 @@ def test_duplicates_are_mapped_onto_the_first(rows: torch.Tensor) -> None:
         prune(make("groupmax"), torch.ones(128, dtype=torch.bool))
 
 
+def test_a_copy_of_a_copy_is_a_copy_only_if_it_is_alike() -> None:
+    """Atoms of steps of 0.3 radians, of which neighbours alone are alike: each second one stands for itself and the next."""
+    angles = 0.3 * torch.arange(6)
+    fan = torch.nn.functional.pad(torch.stack([angles.cos(), angles.sin()], 1), (0, 30))
+    d = make("relu", n_features=6, atoms="free")
+    with torch.no_grad():
+        for weight in (d.encoder, d.atoms.weight):
+            weight.copy_(fan)
+    onto = duplicates(d, cosine=0.95)
+    assert onto.tolist() == [0, 0, 2, 2, 4, 4] and torch.equal(onto[onto], onto)
+    merge(d, onto)
+
+
+def test_calibration_says_where_equals_stand_in_its_way() -> None:
+    d = saekit.create("relu", d_in=8, n_features=8, atoms="free", normalise="none")
+    with torch.no_grad():
+        for weight in (d.encoder, d.atoms.weight):
+            weight.copy_(torch.eye(8))
+    rows = torch.eye(8).repeat(100, 1)
+    for k, found in ((0.3, 0.0), (0.999, 1.0)):
+        if found == 0:
+            with pytest.warns(
+                UserWarning,
+                match=r"800 pre-activations are equal at the threshold that k = 0\.3 needs, so that L0 is 0",
+            ):
+                out = calibrate(d, rows, k)
+        else:
+            out = calibrate(d, rows, k)
+        assert out.encode(rows).l0().float().mean() == found
+
+
+def test_pruning_counts_dedicated_features_anew(rows: torch.Tensor) -> None:
+    d = make("crosscoder", n_features=24, dedicated=(6, 5), objective="reconstruction")
+    saekit.train(d, rows, steps=5, batch_size=256)
+    keep = torch.ones(24, dtype=torch.bool)
+    keep[[0, 13, 14, 15, 20]] = False  # of all, of the first source, and of the second
+    small, _ = prune(d, keep)
+    assert small.config.wiring[1].dedicated == (3, 4)
+    before = [part.norm(dim=1) for part in small.W_dec.detach().split((12, 20), 1)]
+    saekit.train(small, rows, steps=1, batch_size=256, lr=1e-6)
+    for old, new in zip(before, small.W_dec.detach().split((12, 20), 1), strict=True):
+        torch.testing.assert_close(new.norm(dim=1), old, atol=1e-3, rtol=0)
+
+
 @pytest.mark.parametrize("name", ["relu", "jumprelu", "gated", "batchtopk", "topk"])
 def test_duplicates_fire_together_where_features_decide_by_themselves(name: str) -> None:
     """Copies of twice and half the size are found; with another threshold, or a bias for it, they are no copies."""

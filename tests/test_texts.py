@@ -289,6 +289,14 @@ def test_what_is_no_text_is_refused(text: Any, words: str, tiny_gpt2) -> None:
         harvest(tiny_gpt2, text, POINT)
 
 
+@pytest.mark.parametrize(("ids", "said"), [([[1, 2, 3]], "that of a list"), (torch.tensor([1, 2]), r"\[2\]")])
+def test_token_ids_are_tensors_of_rows(ids: Any, said: str, tiny_gpt2) -> None:
+    with pytest.raises(
+        SaekitError, match=rf"input_ids of text item 0 have shape {said}; give a tensor \[batch, seq\]"
+    ):
+        next(iter(harvest(tiny_gpt2, [{"input_ids": ids}], POINT)))
+
+
 def test_a_text_without_rows_leaves_no_folder(tiny_gpt2, tmp_path: Path) -> None:
     (tmp_path / "b.py").write_text("import os\n")
     with pytest.raises(SaekitError, match="side of its split"):

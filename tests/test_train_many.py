@@ -99,6 +99,14 @@ def test_bad_sets_are_refused(given: dict, words: str, rows: torch.Tensor, tmp_p
     assert not (tmp_path / "x").exists()
 
 
+def test_weights_of_one_are_not_trained_by_another(rows: torch.Tensor) -> None:
+    d = make("topk")
+    with pytest.raises(SaekitError, match="'slow' and 'fast' share weights"):
+        saekit.train_many({"slow": d, "fast": d}, rows, 2, 100, each={"fast": {"lr": 0.1}})
+    with pytest.raises(SaekitError, match="'dictionary' and 'control' share weights"):
+        saekit.train(d, rows, 2, 100, control=d)
+
+
 def test_peers_see_each_other_as_they_were_before_the_step(rows: torch.Tensor) -> None:
     def pair(order: str) -> dict[str, torch.Tensor]:
         ds = {n: make("topk", objective=("reconstruction", "mutual"), seed="ab".index(n)) for n in order}

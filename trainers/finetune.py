@@ -1,5 +1,6 @@
 """A model trained on with dictionaries in place: both learn what the model loses through them (2310.17230)."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,8 +37,8 @@ def finetune(
     model, dictionaries = replacement.model, replacement.dictionaries
     if not model.predicts_tokens:
         raise SaekitError(f"model {model.name!r} predicts no tokens, so there is nothing to train it on")
-    if steps < 1:
-        raise SaekitError(f"steps = {steps} must be at least 1")
+    if steps < 1 or not 0 <= warmup <= 1:
+        raise SaekitError(f"steps = {steps} must be at least 1, and warmup = {warmup} lie in 0..1")
     _check_stream(replacement, stream)
     source = SequenceSource(stream)
     batches = source.batches((), batch_size, seed)
@@ -45,10 +46,18 @@ def finetune(
     own_weights = [p for d in dictionaries for p in d.parameters() if p.requires_grad]
     parameters = [
         {"params": list(model.module.parameters()), "weight_decay": 0.01},
-        {"params": own_weights, "weight_decay": 0.0},
+        {"params": own_weights, "weight_decay": 0.0, "lr": dictionary_lr},
     ]
     optimizer = torch.optim.AdamW(parameters, lr, fused=True)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, [lr, dictionary_lr], steps, pct_start=warmup)
+    risen = max(1, round(warmup * steps))
+
+    def share(step: int) -> float:
+        """Of the rates, at a step from 0."""
+        return min(
+            (step + 1) / risen, (1 + math.cos(math.pi * max(0, step - risen) / max(1, steps - risen))) / 2
+        )
+
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
     for step in range(1, steps + 1):
         batch = next(batches)
         assert batch.tokens is not None and batch.documents is not None

@@ -110,6 +110,8 @@ def train(
     ``on_step(step, record)`` is called where a log line is written. ``control`` is a dictionary that is
     trained beside it on the same batches, as a run of its own in the folder ``control``.
     """
+    if control is not None:
+        _check_apart({"dictionary": dictionary, "control": control})
     source = as_source(source, _takes_whole(dictionary))
     path = Path(out) if out is not None else None
     options |= {"steps": steps, "batch_size": default_batch(source) if batch_size is None else batch_size}
@@ -148,6 +150,7 @@ def train_many(
     """
     if not dictionaries:
         raise SaekitError("dictionaries is empty; give at least one as {name: dictionary}")
+    _check_apart(dictionaries)
     source = as_source(source, any(map(_takes_whole, dictionaries.values())))
     batch_size = default_batch(source) if batch_size is None else batch_size
     jobs, each = [], each or {}
@@ -170,6 +173,15 @@ def train_many(
             jobs[-1].on_step = partial(on_step, name)
     _run(jobs, source)
     return {job.name: job.result() for job in jobs}
+
+
+def _check_apart(dictionaries: Mapping[str, Dictionary]) -> None:
+    """Raise where two share weights, which would be trained twice."""
+    owner: dict[int, str] = {}
+    for name, dictionary in dictionaries.items():
+        for weight in dictionary.parameters():
+            if (other := owner.setdefault(id(weight), name)) != name:
+                raise SaekitError(f"{other!r} and {name!r} share weights, and each would train the other's; create one for each")  # fmt: skip
 
 
 def _attempt(job: Job, action: Callable[[], None]) -> None:

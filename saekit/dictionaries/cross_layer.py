@@ -130,13 +130,14 @@ class CrossLayer(Dictionary):
     def decode_layer(self, layer: int, codes: Sequence[Codes]) -> Float[Tensor, "*shape d_out"]:
         """What the codes of the layers up to this one (of :meth:`encode_layer`) write to it, in the units of the model."""
         at = self._columns_of(layer)
-        y = self.b_dec[at].expand(codes[0].rows, -1)
+        y = self.b_dec.new_zeros(codes[0].rows, at.stop - at.start)
         for source, c in enumerate(codes):
             first, stop = self.wiring.written(source)
             if first <= layer < stop:
                 start = self._columns(source).start
                 weight = self.parts[source].W_dec[:, at.start - start : at.stop - start].contiguous()
                 y = y + sparse_decode(c.offsets, c.indices, c.values, weight)
+        y = y + self.b_dec[at]  # last, as decode() has it, so that both round alike
         return self.norm_out.some(layer, layer + 1).invert(y).view(*codes[0].shape, -1)
 
     def _columns_of(self, layer: int) -> slice:

@@ -198,6 +198,8 @@ class Dictionary(nn.Module):
             written = read if target is x else written
             if target is not x:
                 written.add(target)
+        if read.n == 0:
+            raise SaekitError("rows hold none to estimate from; give some, and no generator that was gone through")  # fmt: skip
         self.norm_in.fit(read)
         self.norm_out.fit(written)
 

@@ -2,8 +2,12 @@
 
 import copy
 import dataclasses
+import warnings
+from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -26,6 +30,7 @@ NOT_THRESHOLDS = {
     "switch": "its codes depend on the router too",
     "codebook": "its codes are 1, and a threshold's are the pre-activations",
 }
+TIED = 0.01  # relative difference of an L0 from the one asked for that is said
 NEAR = 0.05  # relative difference of the offsets at which two features still fire together
 GROUPED = {
     "groupmax": "k",
@@ -92,11 +97,17 @@ def calibrate(dictionary: Dictionary, rows: Float[Tensor, "batch *seq d_in"], k:
     selection = ("jumprelu", SELECTIONS["jumprelu"].Config())
     out = dictionary.folded(selection, weight, bias, {"threshold": base.clamp(min=0)})
     assert out.encoder is not None  # of its own
+
+    def above() -> Iterator[Tensor]:
+        """By how much pre-activations lie above their thresholds; what lies below 0 can't become a code."""
+        for block in rows.split(max(1, 2048 * len(rows) // n)):
+            read = out.read(block.to(bias))
+            _, indices, u = threshold_encode(read, out.encoder, out.b_enc, torch.zeros_like(base))
+            yield u - base[indices.long()]
+
     best = torch.empty(0, device=bias.device)
-    for block in rows.split(max(1, 2048 * len(rows) // n)):
-        read = out.read(block.to(bias))
-        _, indices, u = threshold_encode(read, out.encoder, out.b_enc, torch.zeros_like(base))
-        best = torch.cat([best, u - base[indices.long()]])  # what lies below 0 can't become a code
+    for some in above():
+        best = torch.cat([best, some])
         best = best.topk(min(len(best), wanted + 1)).values
     if len(best) < wanted:
         raise SaekitError(
@@ -104,8 +115,19 @@ def calibrate(dictionary: Dictionary, rows: Float[Tensor, "batch *seq d_in"], k:
         )
     # between the last that passes and the first that doesn't; below all where all that are positive pass
     cut = (best[wanted - 1] + best[wanted]) / 2 if len(best) > wanted else -base.max()
+    if len(best) > wanted and best[wanted - 1] == best[wanted]:
+        cut = _beside(best[wanted], k, n, int((best > best[wanted]).sum()), sum(int((some >= best[wanted]).sum()) for some in above()))  # fmt: skip
     out.selection.threshold.copy_((base + cut).clamp(min=0))
     return out
+
+
+def _beside(tie: Tensor, k: float, n: int, fewer: int, more: int) -> Tensor:
+    """Above or below pre-activations that are equal, whichever gives an L0 nearer to k on n rows."""
+    down = more - k * n < k * n - fewer
+    found = (more if down else fewer) / n
+    if abs(found - k) > TIED * k:
+        warnings.warn(f"{more - fewer} pre-activations are equal at the threshold that k = {k} needs, so that L0 is {found:.3g}; give rows that differ", stacklevel=3)  # fmt: skip
+    return tie.nextafter(tie.new_tensor(-torch.inf if down else torch.inf))
 
 
 def _calibrated_layers(d: CrossLayer, rows: Tensor, k: float) -> CrossLayer:
@@ -118,7 +140,7 @@ def _calibrated_layers(d: CrossLayer, rows: Tensor, k: float) -> CrossLayer:
 
 @torch.no_grad()
 def duplicates(dictionary: Dictionary, cosine: float = 0.99) -> Int[Tensor, " feature"]:
-    """For every feature the first one that it copies; itself where there is none before it.
+    """For every feature the first one that it copies and that copies none itself; itself where there is none before it.
 
     A copy's atom and encoder both have at least this cosine with the other's. Where each feature decides by
     itself at inference, the two also fire together: how far along its encoder's direction a row must lie for a
@@ -130,16 +152,18 @@ def duplicates(dictionary: Dictionary, cosine: float = 0.99) -> Int[Tensor, " fe
         raise SaekitError(f"cosine = {cosine} must lie in -1..1; 0.99 finds near copies")
     sides = [torch.nn.functional.normalize(w, dim=-1) for w in (dictionary.W_dec, dictionary.W_enc.T)]
     offsets = _offsets(dictionary)
-    first = torch.arange(dictionary.n_features, device=dictionary.device)
+    first = np.arange(dictionary.n_features)
     for start in range(0, len(first), 1024):
-        block = slice(start, start + 1024)
-        alike = torch.stack([side[block] @ side.T for side in sides]).amin(0) >= cosine
-        mine, theirs = offsets[block, None], offsets[None]
+        block, before = slice(start, start + 1024), slice(start + 1024)
+        alike = torch.stack([side[block] @ side[before].T for side in sides]).amin(0) >= cosine
+        mine, theirs = offsets[block, None], offsets[None, before]
         larger = torch.maximum(mine.abs(), theirs.abs())
         alike &= (mine - theirs).abs() <= NEAR * larger + 1e-6  # by which 0 is rounded
-        alike |= torch.eye(len(first), dtype=torch.bool, device=first.device)[block]
-        first[block] = alike.int().argmax(1)
-    return first[first[first]]  # a chain of two ends at its head
+        for i, row in enumerate(alike.tril(start - 1).cpu().numpy(), start):
+            copied = row.nonzero()[0]
+            copied = copied[first[copied] == copied]  # what is a copy itself stands for another
+            first[i] = copied[0] if len(copied) else i
+    return torch.from_numpy(first).to(dictionary.device)
 
 
 def _offsets(dictionary: Rows) -> Float[Tensor, " feature"]:
@@ -246,7 +270,7 @@ def merge(
 
 
 def _narrowed(config: Config, keep: Tensor) -> Config:
-    """The config for the kept features: prefixes end where they ended, candidates stay as many."""
+    """The config for the kept features: prefixes end where they ended, candidates stay as many, and dedicated ones are counted anew."""
     n_old, n_new = config.n_features, int(keep.sum())
     below = keep.cpu().cumsum(0)
     terms = []
@@ -255,7 +279,12 @@ def _narrowed(config: Config, keep: Tensor) -> Config:
             ends = sorted({int(below[p - 1]) for p in term.fixed(n_old)} - {0} | {n_new})
             term = dataclasses.replace(term, prefixes=tuple(ends))
         terms.append((name, term))
+    wiring = config.wiring
+    if counts := getattr(wiring[1], "dedicated", None):
+        ends = [n_old - sum(counts), *(n_old - sum(counts[i + 1 :]) for i in range(len(counts)))]
+        kept = tuple(int(keep[a:b].sum()) for a, b in pairwise(ends))
+        wiring = (wiring[0], dataclasses.replace(wiring[1], dedicated=kept))
     atoms = config.atoms
     if atoms[0] == "archetypal" and atoms[1].candidates is None:
         atoms = (atoms[0], dataclasses.replace(atoms[1], candidates=n_old))
-    return dataclasses.replace(config, n_features=n_new, objective=tuple(terms), atoms=atoms)
+    return dataclasses.replace(config, n_features=n_new, objective=tuple(terms), atoms=atoms, wiring=wiring)

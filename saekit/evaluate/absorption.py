@@ -24,7 +24,7 @@ from saekit.evaluate.labelled import (
     halves,
     labels_of,
 )
-from saekit.evaluate.measure import Measure, Resampler, by_source
+from saekit.evaluate.measure import Measure, over_tasks
 from saekit.models import Model
 from saekit.probes import RANKERS, Probe, columns, f1, linear
 from saekit.types import Codes, SaekitError
@@ -86,16 +86,11 @@ def measures(
             name: float(np.mean([one.mean().item() for one in own])) if own else 0.0
             for name, own in rows.items()
         }
-        # each text weighs as its concept's mean does
-        weighed = torch.cat(
-            [one * (sum(map(len, rows[""])) / len(rows[""]) / len(one)) for one in rows[""]]
-        ).numpy()
-        of = np.arange(len(weighed)) if sources is None else torch.cat(list(sources)).numpy()
-        sums = by_source(of, weighed, np.ones(len(weighed)))
-        interval = Resampler(len(sums[0]), seed).interval(lambda a, n: a / n, *sums)
+        of = None if sources is None else [own.numpy() for own in sources if len(own)]
+        interval = over_tasks([one.numpy() for one in rows[""]], of, seed)
         beside = {name: value for name, value in mean.items() if name}
         out[f"absorption_{key}"] = Measure(
-            mean[""], len(weighed), "share of texts", interval, beside, "texts"
+            mean[""], sum(map(len, rows[""])), "share of texts", interval, beside, "texts"
         )
     sizes = {name: float(np.mean([len(one.own) for one in own])) for name, own in found.items()}
     out["splits"] = Measure(sizes.pop(""), len(found[""]), "features per value", None, sizes, "values")

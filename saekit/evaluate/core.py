@@ -241,11 +241,11 @@ def evaluate(
         dictionary, view, text, hook_point, tokens=tokens, batch_rows=batch_rows, split=split,
         context=dictionary.context if context is None else context,
     )  # fmt: skip
-    _warn_of_training_text(dictionary.card.get("data", {}).get("text", {}), stream)
+    warn_of_training_text(dictionary, stream)
     dictionary = dictionary.to(view.device)
     runs = {"": _Evaluation(dictionary)}
     shift: Tensor | None = None
-    done = 0
+    done = rows = 0
     index: dict[int, int] = defaultdict(lambda: len(index) % MAX_DOCUMENTS)
     for batch, logits, given in stream.with_logits(view.predicts_tokens):
         x, y = (_side(batch, points, view.name) for points in (reads, writes))
@@ -257,7 +257,8 @@ def evaluate(
             given_controls = controls if isinstance(controls, Mapping) else {}
             beside = {**(controls_for(dictionary, codes, seed) if controls else {}), **given_controls}
             runs |= {name: _Evaluation(c.to(view.device)) for name, c in beside.items()}
-        owners = _owners(batch, index)
+        owners = _owners(batch, index, rows)
+        rows += len(batch.mask)
         hats = {
             name: run.observe(run.dictionary.codes_of(batch, reads) if name else codes, x, y, owners, shift)
             for name, run in runs.items()
@@ -330,24 +331,24 @@ def opened(
     return stream, found[: len(reads)], found[-len(writes) :]
 
 
-def _owners(batch: ActivationBatch, index: Mapping[int, int]) -> np.ndarray:
-    """Which sum each unmasked row belongs to: its document's, or its sample's where there are none."""
+def _owners(batch: ActivationBatch, index: Mapping[int, int], before: int) -> np.ndarray:
+    """Which sum each unmasked position belongs to: its document's, or where there are none its row's, of which ``before`` came before."""
     owner = batch.documents
     if owner is None:
-        owner = torch.arange(len(batch.mask))[:, None].expand(batch.mask.shape)
+        owner = before + torch.arange(len(batch.mask))[:, None].expand(batch.mask.shape)
     return np.array([index[int(d)] for d in owner[batch.mask]])
 
 
-def _warn_of_training_text(trained: Mapping[str, Any], stream: Stream) -> None:
+def warn_of_training_text(dictionary: Dictionary, stream: Stream) -> None:
     """Say so when a dictionary is about to be measured on what it was trained on."""
-    mine = stream.text_identity()
+    trained, mine = dictionary.card.get("data", {}).get("text", {}), stream.text_identity()
     if (
         stream.named
         and trained.get("name") == mine["name"]
-        and trained.get("split") in ("all", mine["split"])
+        and (trained.get("split") == mine["split"] or "all" in (trained.get("split"), mine["split"]))
     ):
         warnings.warn(
-            f"the dictionary was trained on the {trained['split']!r} side of {mine['name']!r}: these documents are not held out from it",
+            f"a dictionary was trained on the {trained['split']!r} side of {mine['name']!r}, and is measured on {mine['split']!r}: these documents are not held out from it",
             stacklevel=3,
         )
 

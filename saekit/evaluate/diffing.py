@@ -88,8 +88,7 @@ def latent_scaling(
 
 def _squares(codes: Codes) -> Float[Tensor, " feature"]:
     """Sum of squared codes of each feature."""
-    out = torch.zeros(codes.n_features, dtype=codes.values.dtype)
-    return out.index_add_(0, codes.indices.long(), codes.values.square())
+    return codes.values.new_zeros(codes.n_features).index_add_(0, codes.indices.long(), codes.values.square())
 
 
 def specific(

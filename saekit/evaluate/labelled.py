@@ -7,6 +7,7 @@ piece of.
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +70,7 @@ class Texts:
     def values(self, attribute: str) -> list[str]:
         """Values that ``LEAST`` texts have, the most frequent first; raises unless there are two."""
         own = self.attributes[self.only(attribute)]
-        counts = {value: own.count(value) for value in sorted(set(own))}
+        counts = Counter(sorted(own))
         found = sorted((v for v in counts if counts[v] >= LEAST), key=lambda v: -counts[v])
         if len(found) < 2:
             raise SaekitError(
@@ -83,7 +84,8 @@ def read_texts(path: "str | Path") -> Texts:
     path = Path(path)
     rows: list[dict[str, Any]] = []
     try:
-        lines = [line for line in path.read_text().splitlines() if line.strip()]
+        # JSON may hold other ends of lines than "\n", which text has within it
+        lines = [line for line in path.read_text("utf-8").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise SaekitError(f"labels {str(path)!r} can't be read: {error}") from None
     for number, line in enumerate(lines, 1):
@@ -279,7 +281,7 @@ def gather(
             f"model {model.name!r} has no tokenizer, and labelled texts are words; give tokenizer= to load_model"
         )
     context = min(CONTEXT, model.context or CONTEXT)
-    cut = [text[: CHARACTERS * context] for text in texts.texts]
+    cut = beginnings(texts.texts, context)
     # short texts need no long rows; room is left for a start token and an end
     context = min(context, 2 + max(map(len, model.tokenizer(cut, add_special_tokens=False)["input_ids"])))
     stream, reads, writes = opened(
@@ -288,7 +290,7 @@ def gather(
     found: dict[str, _Pooled] = {}
     seen = torch.zeros(len(cut), dtype=torch.bool)
     for batch in stream:
-        batch = _first_rows(batch, seen)
+        batch = first_rows(batch, seen)
         owner = _documents(batch)[batch.mask]
         y = torch.cat([batch.rows(point) for point in writes], -1)
         if not found:
@@ -306,7 +308,12 @@ def gather(
     return {name: one.done(texts.sources()) for name, one in found.items()}
 
 
-def _first_rows(batch: ActivationBatch, seen: Bool[Tensor, " texts"]) -> ActivationBatch:
+def beginnings(texts: Sequence[str], context: int) -> list[str]:
+    """What of texts can be within their first ``context`` tokens."""
+    return [text[: CHARACTERS * context] for text in texts]
+
+
+def first_rows(batch: ActivationBatch, seen: Bool[Tensor, " texts"]) -> ActivationBatch:
     """The batch without rows of texts that a row before has begun; ``seen`` is brought up to date."""
     mask = batch.mask.clone()
     for i, own in enumerate(_documents(batch).amax(1).tolist()):

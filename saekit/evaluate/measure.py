@@ -1,6 +1,6 @@
 """A number with what makes it readable, and its interval by resampling documents."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -62,6 +62,24 @@ class Resampler:
             None if self.weights is None else self.weights[:, one] * self.weights[:, other],
         )
         return out
+
+
+def over_tasks(values: Sequence[np.ndarray], sources: Sequence[np.ndarray] | None, seed: int) -> tuple[float, float] | None:  # fmt: skip
+    """Interval of the mean over tasks of each one's mean over its rows.
+
+    What is drawn anew are documents, ``sources`` of each task's rows, which may have rows of several tasks (None: each row
+    stands alone).
+    """
+    asked = np.repeat(np.eye(len(values)), [len(one) for one in values], axis=0)
+    own = np.concatenate(values)[:, None] * asked
+    of = np.arange(len(own)) if sources is None else np.concatenate(sources)
+    sums = by_source(of, own, asked)
+    return Resampler(len(sums[0]), seed).interval(mean_of_means, *sums)
+
+
+def mean_of_means(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Mean over the last axis of sums over counts, of those that a draw has not missed."""
+    return np.nanmean(sums / np.where(counts > 0, counts, np.nan), -1)
 
 
 def by_source(sources: np.ndarray, *each: np.ndarray) -> list[np.ndarray]:

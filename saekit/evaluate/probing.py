@@ -8,7 +8,6 @@ their atoms' lengths). What is judged on was seen by no fit and no choice, and i
 from collections.abc import Callable
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
@@ -16,7 +15,7 @@ from saekit.dictionaries import Dictionary
 from saekit.dictionaries.rows import Rows
 from saekit.evaluate.core import Report
 from saekit.evaluate.labelled import Labelled, Texts, about, gather, labels_of, split
-from saekit.evaluate.measure import Measure, Resampler, by_source
+from saekit.evaluate.measure import Measure, over_tasks
 from saekit.models import Model
 from saekit.probes import columns, linear, sparse
 from saekit.types import Codes, SaekitError
@@ -79,14 +78,7 @@ def _measure(key: str, hits: dict[str, list[Hits]], sources: list[Int[Tensor, "_
     def mean(tasks: list[Hits]) -> float:
         return float(np.mean([task[key].double().mean().item() for task in tasks]))
 
-    def over_tasks(right: np.ndarray, asked: np.ndarray) -> np.ndarray:
-        return np.nanmean(right / np.where(asked > 0, asked, np.nan), -1)  # a draw may miss a value
-
-    # a text is judged for several values, and a document has several texts: what is drawn anew are documents
-    asked = np.repeat(np.eye(len(sources)), [len(own) for own in sources], axis=0)
-    right = torch.cat([task[key] for task in hits[""]]).double().numpy()[:, None] * asked
-    of = torch.cat(sources).numpy()
-    sums = by_source(of, right, asked)
-    interval = Resampler(len(sums[0]), seed).interval(over_tasks, *sums)
+    right = [task[key].double().numpy() for task in hits[""]]
+    interval = over_tasks(right, [own.numpy() for own in sources], seed)
     beside = {name: mean(tasks) for name, tasks in hits.items() if name and key.startswith("features")}
-    return Measure(mean(hits[""]), len(of), "share of texts", interval, beside, "texts")
+    return Measure(mean(hits[""]), sum(map(len, right)), "share of texts", interval, beside, "texts")

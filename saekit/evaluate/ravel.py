@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from saekit.dictionaries import Dictionary
 from saekit.evaluate.core import Report, controls_for, opened
 from saekit.evaluate.labelled import BATCH, CONTEXT, Texts, about, atoms_of
-from saekit.evaluate.measure import Measure, Resampler
+from saekit.evaluate.measure import Measure, Resampler, mean_of_means
 from saekit.hooks import Site, capture, intervene
 from saekit.models import Model
 from saekit.types import SaekitError
 
 FIELDS = ("entity", "asked", "answer")
 PAIRS = 512  # of prompts, of each mask and of each thing that is asked for: to learn on, and half as many to judge on
+PROMPTS = 2000  # that ask for one thing, of which pairs are drawn at most
 FITTED = 0.7  # share of the entities whose prompts masks are learnt on
 STEPS, EACH, RATE = (
     150,
@@ -155,15 +156,11 @@ def _measures(
         ("cause", slice(half), lambda v: v[0]),
         ("isolation", slice(half, None), lambda v: v[1]),
     ):
-        span = resampler.interval(_of_sides, right[:, some], asked[:, some])
+        span = resampler.interval(mean_of_means, right[:, some], asked[:, some])
         beside = {name: weigh(value) for name, value in values.items() if name}
         n = int(asked[:, some].sum())
         out[key] = Measure(weigh(values[""]), n, "share of pairs", span, beside, "pairs")
     return out
-
-
-def _of_sides(right: np.ndarray, asked: np.ndarray) -> np.ndarray:
-    return np.nanmean(right / np.where(asked > 0, asked, np.nan), -1)  # a draw may miss a side
 
 
 # prompts
@@ -269,6 +266,8 @@ def _pairs(prompts: Prompts, kind: str, kinds: Sequence[str], seed: int) -> tupl
             some = torch.tensor([
                 i for i, (e, a) in enumerate(zip(prompts.entities, prompts.asked, strict=True)) if e in own and a == asked
             ], dtype=torch.int64)  # fmt: skip
+            if len(some) > PROMPTS:
+                some = some[torch.randperm(len(some), generator=generator)[:PROMPTS]]
             a, b = torch.meshgrid(some, some, indexing="ij")
             differ = prompts.answers[a] != prompts.answers[b]
             a, b = a[differ], b[differ]

@@ -197,8 +197,9 @@ def scr_measures(
         return [hits for hits, own in zip(ways, accuracies, strict=True) if own == min(accuracies)]
 
     def gained(clean: np.ndarray, biased: np.ndarray, changed: np.ndarray, n: np.ndarray) -> np.ndarray:
-        gap = (clean - biased) / n
-        return np.where(gap < LEAST, 0.0, (changed - biased) / n / np.where(gap < LEAST, 1.0, gap))
+        gap = (clean - biased) / n[:, None]
+        share = np.where(gap < LEAST, 0.0, (changed - biased) / n[:, None] / np.where(gap < LEAST, 1.0, gap))
+        return share.mean(-1)  # over directions that tie
 
     out, tests = {}, len(runs[""][0]["clean"])
     if any(share(hits, "clean") == 0 for hits in chosen(runs[""])):
@@ -213,8 +214,10 @@ def scr_measures(
         values = {
             name: float(np.mean([share(hits, key) for hits in chosen(ways)])) for name, ways in runs.items()
         }
-        hits = chosen(runs[""])[0]
-        sums = [hits[name].double().numpy() for name in ("clean", "biased", key)]
+        own = chosen(runs[""])
+        sums = [
+            np.stack([hits[name].double().numpy() for hits in own], 1) for name in ("clean", "biased", key)
+        ]
         out[f"scr_{key}"] = Measure(
             values.pop(""),
             tests,

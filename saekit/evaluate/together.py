@@ -16,6 +16,7 @@ from saekit.evaluate.core import (
     check_ablation,
     controls_for,
     mean_written,
+    warn_of_training_text,
 )
 from saekit.evaluate.measure import Measure, Resampler
 from saekit.harvest import HarvestConfig, Stream
@@ -69,6 +70,8 @@ def evaluate_together(
         tuple(whole.points), tokens=tokens, split=split, batch_rows=batch_rows, context=context
     )
     stream = Stream(view, text, config)
+    for d in whole.dictionaries:
+        warn_of_training_text(d, stream)
     random: Replacement | None = None
     sums: dict[str, list[np.ndarray]] = defaultdict(list)
     owners: list[np.ndarray] = []

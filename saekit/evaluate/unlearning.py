@@ -16,7 +16,7 @@ from torch import Tensor
 from saekit import metrics
 from saekit.dictionaries import Dictionary
 from saekit.evaluate.core import Report, controls_for, opened
-from saekit.evaluate.labelled import CONTEXT, LEAST, Texts, about, halves, labels_of
+from saekit.evaluate.labelled import CONTEXT, LEAST, Texts, about, beginnings, first_rows, halves, labels_of
 from saekit.evaluate.measure import Measure, Resampler, by_source
 from saekit.harvest import Stream
 from saekit.interventions import Edit, When, intervened
@@ -105,8 +105,9 @@ class Losses:
 def losses(model: Model, dictionary: Dictionary, texts: Sequence[str], edits: Sequence[Edit]) -> Losses:
     """Next-token losses of texts where features are edited; of each its first ``CONTEXT`` tokens."""
     stream = _stream(model, dictionary, texts)
-    nats, tokens = torch.zeros(len(texts)), torch.zeros(len(texts))
+    nats, tokens, seen = torch.zeros(len(texts)), torch.zeros(len(texts)), torch.zeros(len(texts), dtype=torch.bool)  # fmt: skip
     for given, batch in stream.inputs():
+        batch = first_rows(batch, seen)
         assert batch.tokens is not None and batch.documents is not None  # texts are words
         with intervened(model, [(dictionary, list(edits))], masked=True):
             logits = model.logits(given)
@@ -122,7 +123,8 @@ def losses(model: Model, dictionary: Dictionary, texts: Sequence[str], edits: Se
 
 def _stream(model: Model, dictionary: Dictionary, texts: Sequence[str]) -> Stream:
     context = min(CONTEXT, model.context or CONTEXT)
-    return opened(dictionary, model, list(texts), None, tokens=None, batch_rows=BATCH, split="all", context=context, isolate=True)[0]  # fmt: skip
+    cut = beginnings(texts, context)
+    return opened(dictionary, model, cut, None, tokens=None, batch_rows=BATCH, split="all", context=context, isolate=True)[0]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,9 @@ class Rates:
 def _rates(model: Model, dictionary: Dictionary, texts: Texts, rows: Int[Tensor, " some"], forget: Bool[Tensor, " texts"]) -> Rates:  # fmt: skip
     n, own = dictionary.n_features, forget[rows]
     fired, sums, tokens = torch.zeros(2, n), torch.zeros(n), torch.zeros(2)
+    seen = torch.zeros(len(rows), dtype=torch.bool)
     for batch in _stream(model, dictionary, texts.at(rows)):
+        batch = first_rows(batch, seen)
         assert batch.documents is not None
         codes = dictionary.codes_of(batch)
         row, feature = codes.active()

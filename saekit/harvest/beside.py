@@ -80,6 +80,8 @@ def _check_alike(stores: Mapping[str, Store]) -> None:
     for other in others:
         pieces = zip(stores[first].tokens(COMPARED), stores[other].tokens(COMPARED), strict=False)
         same = all(np.array_equal(a[: len(b)], b[: len(a)]) for a, b in pieces)
+        if not any(len(piece) for piece in stores[first].tokens(COMPARED)):  # inputs that are no tokens
+            same &= stores[first].manifest["text"] == stores[other].manifest["text"]
         if not same or stores[first].manifest["seq"] != stores[other].manifest["seq"]:
             raise SaekitError(
                 f"stores {first!r} and {other!r} hold different tokens; harvest both from the same text, with the same tokenizer, context and rows per batch"
@@ -88,19 +90,20 @@ def _check_alike(stores: Mapping[str, Store]) -> None:
 
 def _common(stores: Sequence[Store]) -> list[np.ndarray]:
     """For each store the rows of the tokens that all keep, in order; two bytes per token are held meanwhile."""
-    total = sum(entry["tokens"] for entry in stores[0].manifest["shards"])
+    total = min(sum(entry["tokens"] for entry in store.manifest["shards"]) for store in stores)
     kept = np.ones(total, dtype=bool)
     for store in stores:
         own = np.zeros(total, dtype=bool)
         for positions in store.positions():
-            own[positions] = True
+            own[positions[positions < total]] = True
         kept &= own
     out = []
     for store in stores:
         wide = np.uint32 if store.n_rows < 1 << 32 else np.int64
         start, parts = 0, []
         for positions in store.positions():
-            parts.append((start + np.flatnonzero(kept[positions])).astype(wide))
+            some = kept[positions[positions < total]]  # they rise
+            parts.append((start + np.flatnonzero(some)).astype(wide))
             start += len(positions)
         out.append(np.concatenate(parts))
     return out

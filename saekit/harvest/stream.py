@@ -126,6 +126,9 @@ class Stream:
                     for key, value in item.items()
                 }
                 ids, attention = item.get("input_ids"), item.get("attention_mask")
+                if ids is not None and not (isinstance(ids, Tensor) and ids.ndim == 2):
+                    shape = list(ids.shape) if isinstance(ids, Tensor) else f"that of a {type(ids).__name__}"
+                    raise SaekitError(f"input_ids of text item {i} have shape {shape}; give a tensor [batch, seq], as a tokenizer does with return_tensors='pt'")  # fmt: skip
                 n = next((len(value) for value in item.values() if isinstance(value, Tensor)), 0)
             elif isinstance(item, Tensor):
                 given, ids, attention = item.to(device), None, None

@@ -196,6 +196,7 @@ def absorption(
     feature only fires alone. Invariant to the scale and sign of decoder rows.
     """
     check_codes(decoder, truth, codes, true_codes)
+    _check_parents(parent, len(truth))
     found = matches(decoder, truth)
     feature_of, tracked = found.feature_of, _tracked(found, parent)
     nearest, unit = _unit(decoder)[feature_of], _unit(truth)
@@ -220,6 +221,18 @@ def absorption(
         ancestor = torch.where(ancestor >= 0, parent[above], -1)
     total = torch.cat(events).unique().numel()
     return torch.cat(absorbed).unique().numel() / total if total else math.nan
+
+
+def _check_parents(parent: Tensor, n: int) -> None:
+    """Raise unless it names for each feature another, or -1, and following it always ends."""
+    if len(parent) != n or not bool(((parent >= -1) & (parent < n)).all()):
+        raise SaekitError(f"parent must hold -1 or one of 0..{n - 1} for each of the {n} true features; it has {len(parent)} in {parent.unique().tolist()[:9]}")  # fmt: skip
+    above = parent
+    for _ in range(n):
+        if not bool((above >= 0).any()):
+            return
+        above = torch.where(above >= 0, parent[above.clamp(min=0)], -1)
+    raise SaekitError(f"parent leads from feature {int((above >= 0).nonzero()[0])} back to itself; give -1 for those without a parent")  # fmt: skip
 
 
 def _tracked(found: Matches, parent: Tensor) -> Tensor:
