@@ -90,6 +90,7 @@ class Yardstick:
 
     def completeness(self, circuit: Circuit) -> float:
         """The faithfulness of all other nodes: 0 where nothing that matters was left out."""
+        check(self.spliced, circuit, self.tokens.shape[1])
         return self.faithfulness(complement(circuit))
 
     def curve(self, found: Effects, positions: bool = True, shares: Sequence[float] = SHARES) -> list[float]:

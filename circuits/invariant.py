@@ -11,20 +11,52 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saekit.circuits.frozen import Site, depth
+from saekit.circuits.frozen import Site, canonical, depth
 from saekit.circuits.rows import Own, Trace
 from saekit.circuits.weights import Norm, Weights
 from saekit.graph import Graph
 from saekit.types import SaekitError
 
 SITES = {"mlp_in": "before_mlp", "attn_in": "before_attention"}
+STREAM = ("resid_pre", "resid_mid", "resid_post")
+POST = {"attn_out": ("after_attention", "heads"), "mlp_out": ("after_mlp", "MLP")}  # norms behind what writes
 
 
 def through(weights: Weights, site: Site, read: Float[Tensor, "feature d"]) -> Float[Tensor, "feature d"]:
-    """What covectors at a site read of the stream before its norm, but for the size that the prompt divides by."""
+    """What covectors at a site read of the stream before its norm, but for the size that the prompt divides by.
+
+    The site is one of the stream, or what the MLP or the heads read.
+    """
     layer, name = site
+    _stream(weights, site)
     norm: Norm | None = getattr(weights.blocks[layer], SITES[name]) if name in SITES else None
     return read if norm is None else norm.back(read, read.new_ones(1))
+
+
+def _stream(weights: Weights, site: Site) -> Site:
+    """The place of the stream that is read at a site; raises where something else is."""
+    layer, name = site
+    if name not in (*SITES, *STREAM):
+        raise SaekitError(
+            f"{name} of layer {layer} doesn't read the stream, and what lies between is not in the weights alone; trace a prompt, or choose features that read the stream, mlp_in or attn_in"
+        )
+    late = name == "mlp_in" and not weights.blocks[layer].parallel
+    return canonical(site if name in STREAM else (layer, "resid_mid" if late else "resid_pre"))
+
+
+def _check_written(weights: Weights, site: Site) -> None:
+    """Raise unless what is written at a site is in the stream as it is."""
+    layer, name = site
+    if name not in (*POST, "attn_add", "mlp_add", *STREAM):
+        raise SaekitError(
+            f"{name} of layer {layer} is not added to the stream, and what lies between is not in the weights alone; trace a prompt, or choose features that write the stream, mlp_out or attn_out"
+        )
+    if name in POST:
+        norm, writer = POST[name]
+        if getattr(weights.blocks[layer], norm) is not None:
+            raise SaekitError(
+                f"layer {layer} has a norm behind its {writer}, whose size stands between the weights; trace a prompt"
+            )
 
 
 def de_embedding(
@@ -40,20 +72,19 @@ def connections(
 ) -> Float[Tensor, "later earlier"]:  # fmt: skip
     """What a unit of each earlier feature adds to each later one, whatever the prompt: by the stream, or by a head.
 
-    ``head`` (layer, head): per unit of its pattern; sizes of norms and patterns are the prompt's.
+    ``written``: what is added to the stream by itself, with no norm behind it. ``head`` (layer, head): per unit of its
+    pattern; sizes of norms and patterns are the prompt's.
     """
     covectors = through(weights, site, read)
     if head is not None:
         layer, h = head
         if not 0 <= layer < len(weights.blocks) or not 0 <= h < len(weights.blocks[layer].attention.W_O):
             raise SaekitError(f"head {head} is none of the model's; give (layer, head), each counted from 0")
-        block = weights.blocks[layer]
-        a = block.attention
+        _check_written(weights, (layer, "attn_out"))
+        if depth((layer, "attn_out")) > depth(_stream(weights, site)):
+            raise SaekitError(f"head {head} adds nothing to what is read at {site}; give one before it")
+        a = weights.blocks[layer].attention
         kv = h * len(a.W_V) // len(a.W_O)
-        if block.after_attention is not None:
-            raise SaekitError(
-                f"layer {layer} has a norm behind its heads, whose size stands between the weights; trace a prompt"
-            )
         covectors = through(weights, (layer, "attn_in"), covectors @ a.W_O[h] @ a.W_V[kv])
     return covectors @ written.T
 
@@ -74,15 +105,13 @@ class Factors:
 def factors(run: Trace, earlier: Own, later: Own, head: tuple[int, int] | None = None) -> Factors:
     """Edges between the active features of two parts by the stream (same position), or by one head, in two factors.
 
-    Written directions are of one unit of activation.
+    Written directions are of one unit of activation, and the sum over all places where a feature writes that the later
+    part reads, or the head.
     """
     frozen, w = run.frozen, run.frozen.weights
-    if not depth(earlier.writes[0]) < depth(later.read):
-        raise SaekitError(
-            f"a dictionary that writes {earlier.writes[0]} is not before one that reads {later.read}"
-        )
+    written = _written(run, earlier, later, head)
     values = earlier.part.values
-    units = earlier.part.written[0] / values[:, None]
+    units = written / values[:, None]
     fixed = connections(w, units, later.read, later.part.w.to(units), head)
     at, source = later.part.positions, earlier.part.positions
     dependent = values.expand_as(fixed) / _size(run, later.read)[at][:, None]
@@ -91,6 +120,41 @@ def factors(run: Trace, earlier: Own, later: Own, head: tuple[int, int] | None =
     layer, h = head
     pattern = frozen.seen[layer]["patterns"][h][at][:, source]
     return Factors(fixed, dependent * pattern / _size(run, (layer, "attn_in"))[source])
+
+
+def _written(
+    run: Trace, earlier: Own, later: Own, head: tuple[int, int] | None
+) -> Float[Tensor, "earlier d"]:
+    """What the earlier features write of what the later ones, or the head, read; raises unless it gets there as it is."""
+    w, to = run.frozen.weights, later.read if head is None else (head[0], "attn_in")
+    if later.part.patterns is not None:
+        raise SaekitError(
+            f"features of {run.placed[later.stand].name} read what heads gather, not what stands at their own position; trace a prompt, or give a later part that is behind no heads"
+        )
+    own = {later.read} if later.before else set()  # is read as it was before dictionaries wrote there
+    found = [
+        (site, vectors)
+        for site, vectors in zip(earlier.writes, earlier.part.written, strict=True)
+        if depth(site) <= depth(_stream(w, to)) and site not in own
+    ]
+    if not found:
+        raise SaekitError(f"a dictionary that writes {earlier.writes[0]} is not before one that reads {to}")
+    way = [place for site, _ in found for place in _way(w, site, to)]
+    if head is not None:
+        way += [(head[0], "z"), (head[0], "attn_out"), *_way(w, (head[0], "attn_out"), later.read)]
+    for site, _ in found:
+        _check_written(w, site)
+    if taken := [place for place in way if place in run.cuts and place not in own]:
+        raise SaekitError(
+            f"a dictionary writes {taken[0]} in between, and no edge passes it; trace without that dictionary"
+        )
+    return torch.stack([vectors for _, vectors in found]).sum(0)
+
+
+def _way(weights: Weights, start: Site, to: Site) -> list[Site]:
+    """The places by which the stream takes what is written at ``start`` to what reads ``to``."""
+    stream = [(layer, name) for layer in range(len(weights.blocks)) for name in ("resid_mid", "resid_post")]
+    return [*(site for site in stream if depth(start) < depth(site) <= depth(_stream(weights, to))), to]
 
 
 def _size(run: Trace, site: Site) -> Tensor:
@@ -113,7 +177,12 @@ def paths(graph: Graph, target: int = 0, branches: int | None = 5, least: float 
 
     Greedy (Dunefsky et al.): from all paths of a length the ``branches`` that carry most are followed, of either sign.
     Exact with ``branches=None``: every path that carries more than ``least``; with 0 they add up to the target.
+    A difference of graphs has no paths: a feature that is as active on both sides is 0 there, of which edges have no share.
     """
+    if len(graph.present) > 1:
+        raise SaekitError(
+            "a difference has no paths, for what comes through features whose values don't change has no share in them; take those of its graphs"
+        )
     if not 0 <= target < len(graph.targets):
         raise SaekitError(f"target {target} is none of the graph's {len(graph.targets)}; count from 0")
     node = int(graph.of[len(graph.of) - len(graph.targets) + target])

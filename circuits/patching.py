@@ -321,8 +321,14 @@ def edges(
 
 
 def check(spliced: Spliced, circuit: Circuit, seq: int) -> None:
-    """Raise unless a circuit has a mask for each group, of its size."""
+    """Raise unless a circuit has a mask for each group, of its size and of bools: of others ``~`` isn't all other nodes."""
     wanted = [(group.n,) for group in spliced.groups]
+    for g, kept in enumerate(circuit):
+        if not isinstance(kept, Tensor) or kept.dtype != torch.bool:
+            kind = str(getattr(kept, "dtype", type(kept).__name__)).removeprefix("torch.")
+            raise SaekitError(
+                f"circuit has {kind} for group {g}; give a mask of bools, as in circuit[{g}] > 0"
+            )
     for g, n in enumerate(wanted):
         if len(circuit) != len(wanted) or tuple(circuit[g].shape) not in (n, (seq, *n)):
             got = tuple(circuit[g].shape) if g < len(circuit) else "nothing"

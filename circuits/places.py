@@ -1,7 +1,10 @@
 """Where dictionaries, neurons and heads stand in a frozen model, and what they read and write there."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -11,6 +14,7 @@ from saekit.circuits.frozen import Frozen, Site, canonical, depth
 from saekit.circuits.weights import Weights
 from saekit.dictionaries import Dictionary
 from saekit.dictionaries.parts import Attending, Part, constant, parts
+from saekit.hub import load
 from saekit.models import Model
 from saekit.types import SaekitError
 
@@ -30,6 +34,7 @@ class Heads:
 
 
 Stand = Dictionary | Neurons | Heads
+Placeable = Stand | str | Path  # a dictionary may be named by its path
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,22 @@ class Placed:
     name: str
     parts: tuple[tuple[Part, Site, tuple[Site, ...]], ...]
     written: tuple[Written, ...]
+
+
+def stands_of(given: "Placeable | Sequence[Placeable]") -> list[Stand]:
+    """The stands that are given, one or several, with dictionaries read that are named by their paths."""
+    several = isinstance(given, Sequence) and not isinstance(given, str)
+    return [_stand(one) for one in (given if several else [given])]  # type: ignore[union-attr]
+
+
+def _stand(one: Any) -> Stand:
+    if isinstance(one, str | Path):
+        return load(one)
+    if not isinstance(one, Dictionary | Neurons | Heads):
+        raise SaekitError(
+            f"{one!r} is no dictionary; give a dictionary or its path, Neurons(hook point) or Heads(hook point)"
+        )
+    return one
 
 
 @torch.no_grad()

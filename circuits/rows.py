@@ -308,12 +308,17 @@ class Trace:
         out[:, self.final] += bias[:, None]
         return out
 
-    def _feature(self, target: Feature, *how: Any) -> Tensor:
+    def _feature(self, target: Feature, through: bool, free: str | None, *how: Any) -> Tensor:
         own, at = self.feature(target)
         some = torch.tensor([at], device=own.part.positions.device)
-        out = self.rows(own.read, self.covectors(own, some), own.before, *how)
-        out[:, own.bias] += own.part.b[at].to(out)
-        return out[0]
+        covectors = self.covectors(own, some)
+        fixed = covectors.new_zeros(1, self.columns.n)
+        fixed[:, own.bias] += own.part.b[at].to(fixed)
+        if free is not None and own.part.attending is not None:
+            share = fixed.new_zeros(1, at + 1)  # of the entries up to the target's, all of its own
+            share[0, at] = 1
+            covectors = covectors + self._looks(own, share, at + 1, len(covectors), fixed, free)
+        return (self.rows(own.read, covectors, own.before, through, free, *how) + fixed)[0]
 
     def value(self, target: Target | Feature) -> Tensor:
         """A target's value in the model's own pass."""

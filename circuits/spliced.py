@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from saekit.circuits.frozen import Site, depth
-from saekit.circuits.places import Heads, Neurons, Stand, layer_of, site_of, sites_of
+from saekit.circuits.places import Heads, Neurons, Placeable, Stand, layer_of, site_of, sites_of, stands_of
 from saekit.circuits.weights import Mlp, Weights, run_block, weights
 from saekit.dictionaries import Dictionary
 from saekit.dictionaries.cross_layer import CrossLayer
@@ -54,18 +54,17 @@ class Changes:
 
 
 class Spliced:
-    """A model with stands in place (dictionaries, :class:`Neurons`, :class:`Heads`); :meth:`run` passes through it.
+    """A model with stands in place (dictionaries or their paths, :class:`Neurons`, :class:`Heads`); :meth:`run` passes through it.
 
     :attr:`groups` are all nodes. ``readout``: the hook point that metrics read, [prompt, seq, d]; None: the logits.
     """
 
     def __init__(
-        self, model: "Model | str | nn.Module", stands: "Stand | Sequence[Stand]", readout: str | None = None
-    ):
+        self, model: "Model | str | nn.Module", stands: "Placeable | Sequence[Placeable]", readout: str | None = None
+    ):  # fmt: skip
         self.model = load_model(model)
         self.weights: Weights = weights(self.model)
-        given = list(stands) if isinstance(stands, Sequence) else [stands]
-        self.stands = [self._placed(stand) for stand in given]
+        self.stands = [self._placed(stand) for stand in stands_of(stands)]
         self.readout = None if readout is None else site_of(self.weights, self.model, readout)
         self.written: dict[
             Site, tuple[int, int]
@@ -125,7 +124,7 @@ class Spliced:
     def _tokens(self, tokens: Any) -> Tensor:
         try:
             ids = torch.as_tensor(tokens, device=self.weights.W_E.device)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise SaekitError(
                 f"tokens are no prompts of one length ({error}); give ids, [prompt, seq]"
             ) from error

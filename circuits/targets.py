@@ -14,6 +14,7 @@ from saekit.circuits.frozen import Frozen
 from saekit.models import Model
 from saekit.types import SaekitError
 
+_AT = " (position {})"
 MOST, SHARE = 10, 0.95  # of the default targets: how many, and the probability that they cover together
 
 
@@ -57,7 +58,12 @@ class Logit:
         object.__setattr__(self, "position", position)
         if not self.terms:
             raise SaekitError("a logit has no terms; give a token")
-        for one, _ in self.terms:
+        for term in self.terms:
+            if not (isinstance(term, tuple) and len(term) == 2 and isinstance(term[1], numbers.Real)):
+                raise SaekitError(
+                    f"term {term!r} of a logit is none; give (token, sign), or write Logit('a') - Logit('b')"
+                )
+            one = term[0]
             if not isinstance(one, str | numbers.Integral) or isinstance(one, bool):
                 raise SaekitError(f"token {one!r} of a logit is none; give text that is one token, or an id")
 
@@ -128,10 +134,23 @@ def resolve(frozen: Frozen, model: Model, given: "Given | Sequence[Given] | None
                 f"target position {one.position} lies outside of the prompt's {len(frozen.last)} tokens"
             )
         out.append(one)
-    for name in (names := [one.name for one in out]):
+    for name in (names := names_of(out, len(frozen.last))):
         if names.count(name) > 1:
             raise SaekitError(f"target {name!r} is given {names.count(name)} times; give each target once")
     return out
+
+
+def names_of(targets: Sequence[Target | Feature], seq: int) -> tuple[str, ...]:
+    """What each target goes by in a graph: its name, with its position where another has the same at another one."""
+    own = [(one.name, int(one.position) % seq) for one in targets]
+    return tuple(
+        f"{name}{_AT.format(at)}" if any(n == name and a != at for n, a in own) else name for name, at in own
+    )
+
+
+def plain_name(name: str, position: int) -> str:
+    """A target's name without its position."""
+    return name.removesuffix(_AT.format(position))
 
 
 def _finite(target: Target) -> bool:
@@ -165,7 +184,7 @@ def _token(model: Model, token: str | int, vocabulary: int) -> int:
             raise SaekitError(
                 f"target {token!r} is text, and model {model.name!r} has no tokenizer; give a token id"
             )
-        ids = model.tokenizer(token)["input_ids"]
+        ids = model.tokenizer(token, add_special_tokens=False)["input_ids"]
         if len(ids) != 1:
             raise SaekitError(f"target {token!r} is {len(ids)} tokens; give text that is one token, or an id")
         return int(ids[0])

@@ -3,7 +3,6 @@
 import dataclasses
 import numbers
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from threading import Lock
 from typing import Any
 
@@ -14,16 +13,14 @@ from scipy.sparse import csr_array
 from torch import Tensor, nn
 
 from saekit.circuits.frozen import Frozen
-from saekit.circuits.places import Heads, Neurons, Stand, place
+from saekit.circuits.places import Placeable, place, stands_of
 from saekit.circuits.rows import Own, Trace
-from saekit.circuits.targets import Feature, Given, Target, resolve
+from saekit.circuits.targets import Feature, Given, Target, names_of, resolve
 from saekit.circuits.weights import weights
-from saekit.dictionaries import Dictionary
 from saekit.graph import Graph
 from saekit.graph.compress import Rows, below, compress
 from saekit.graph.data import with_targets
 from saekit.graph.prune import without
-from saekit.hub import load as read
 from saekit.kernels.threads import parallel
 from saekit.models import Model, load_model
 from saekit.types import SaekitError
@@ -31,7 +28,6 @@ from saekit.types import SaekitError
 BATCH = 128  # targets whose gradients are walked down together
 BUDGET, EDGES = 8192, 8192  # features that get a row, and entries of a row
 WAYS = ("whole", "slope")  # of going through scores
-Placeable = Stand | str | Path  # a dictionary may be named by its path
 ROUND = 4  # batches between two rankings
 
 
@@ -83,22 +79,10 @@ def traced(
 ) -> Trace:
     """A prompt with dictionaries in place."""
     model = load_model(model)
-    one = isinstance(dictionaries, str) or not isinstance(dictionaries, Sequence)
-    given: list[Any] = [dictionaries] if one else list(dictionaries)  # type: ignore[arg-type]
-    stands = [_stand(each) for each in given]
+    stands = stands_of(dictionaries)
     w = weights(model)
     frozen = Frozen(w, _tokens(model, prompt, len(w.W_E)))
     return Trace(frozen, [place(frozen, model, stand) for stand in stands])
-
-
-def _stand(one: Any) -> Stand:
-    if isinstance(one, str | Path):
-        return read(one)
-    if not isinstance(one, Dictionary | Neurons | Heads):
-        raise SaekitError(
-            f"{one!r} is no dictionary; give a dictionary or its path, Neurons(hook point) or Heads(hook point)"
-        )
-    return one
 
 
 class _Rows:
@@ -106,6 +90,7 @@ class _Rows:
 
     def __init__(self, run: Trace, targets: Sequence[Target | Feature], edges: int, batch: int, scores: str):
         self.run, self.targets, self.edges, self.batch, self.scores = run, targets, edges, batch, scores
+        self.names = names_of(targets, run.seq)
         self.ends = np.cumsum([0, *(len(own.part.positions) for own in run.parts)])
         self.numbers: list[np.ndarray] = []  # of the features whose rows are there
         self.found: list[Rows] = []
@@ -186,15 +171,15 @@ class _Rows:
             table, matrix, of, tuple(dict.fromkeys(e for e in ends if e)), dropped, aware,
             tuple(t.weight if isinstance(t, Target) else 1.0 for t in self.targets), tokens,
             () if decode is None else tuple(decode([t]) for t in tokens), tuple(one.name for one in run.placed),
-            tuple(run.biases), tuple(t.name for t in self.targets), {} if model is None else self._about(model),
+            tuple(run.biases), self.names, {} if model is None else self._about(model),
         )  # fmt: skip
 
     def _about(self, model: Model) -> dict[str, Any]:
         """What graphs say of their model: its name, and its words for tokens that are targets."""
-        plain = [t.name for t in self.targets if t.name.isdecimal()]
-        words = (
-            {} if model.tokenizer is None else {name: model.tokenizer.decode([int(name)]) for name in plain}
-        )
+        words = {}
+        for name, target in zip(self.names, self.targets, strict=True):
+            if model.tokenizer is not None and target.name.isdecimal():
+                words[name] = model.tokenizer.decode([int(target.name)]) + name.removeprefix(target.name)
         return {
             "model": model.name,
             "vocabulary": len(self.run.frozen.weights.W_E),
@@ -216,7 +201,7 @@ def _tokens(model: Model, prompt: "str | Sequence[int] | Tensor", vocabulary: in
         tokens = given.to(model.device, torch.int64)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise SaekitError(f"prompt {ids!r} is none; give text or token ids") from None
-    if given.is_floating_point() and len(given):
+    if given.is_floating_point() and given.numel():
         raise SaekitError(f"prompt has numbers of type {given.dtype}; give whole numbers, the ids of tokens")
     if tokens.ndim != 1 or len(tokens) == 0:
         raise SaekitError(f"prompt has shape {tuple(tokens.shape)}; give one sequence of at least one token")

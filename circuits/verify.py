@@ -13,9 +13,10 @@ from torch import Tensor
 
 from saekit.circuits.frozen import Site
 from saekit.circuits.intervene import EMBEDDING, FrozenPass, free_pass
+from saekit.circuits.places import Placeable
 from saekit.circuits.rows import Trace
-from saekit.circuits.targets import Given, Logit, Target, resolve
-from saekit.circuits.trace import Placeable, traced
+from saekit.circuits.targets import Given, Logit, Target, plain_name, resolve
+from saekit.circuits.trace import traced
 from saekit.graph import KINDS, Graph
 from saekit.models import load_model
 from saekit.types import SaekitError
@@ -146,13 +147,14 @@ def verify(
 def _named(graph: Graph) -> list[Given]:
     """A graph's targets by their names."""
     out: list[Given] = []
-    for i, name in enumerate(graph.targets):
+    for i, named in enumerate(graph.targets):
+        node = graph.of[len(graph.of) - len(graph.targets) + i]
+        name = plain_name(named, int(graph.nodes.position[node]))
         terms = re.findall(r"([+-])(\d+)", name if name[0] in "+-" else "+" + name)
         if "".join(sign + token for sign, token in terms) != (name if name[0] in "+-" else "+" + name):
             raise SaekitError(
                 f"target {name!r} of the graph is no sum of tokens; give target as it was traced"
             )
-        node = graph.of[len(graph.of) - len(graph.targets) + i]
         out.append(
             Logit(
                 tuple((int(t), 1.0 if s == "+" else -1.0) for s, t in terms), int(graph.nodes.position[node])

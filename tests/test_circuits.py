@@ -1,17 +1,19 @@
 """Attribution graphs close where kinds are mixed or missing, and what cannot be traced is refused; for all else see test_identities."""
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
 import torch
 from test_weights import TOYS, toy
+from tokenizers.processors import TemplateProcessing
 
 import saekit
 from saekit.circuits.places import Heads, Neurons
 from saekit.circuits.targets import Logit, Target
 from saekit.circuits.trace import trace, traced
 from saekit.graph import Graph
-from saekit.models import Model
+from saekit.models import Model, load_model
 from saekit.types import SaekitError
 
 LAYERS = range(2)
@@ -70,7 +72,8 @@ def test_rows_close_where_kinds_are_mixed() -> None:
     check(trace(m, [stand("clt", m), stand("jumprelu", m)], TOKENS, batch=7))
 
 
-def test_what_cannot_be_traced_is_refused() -> None:
+def test_what_cannot_be_traced_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)  # users run without checks of shapes
     m = toy("layer norms, learned")
     two = saekit.create("crosscoder", d_in=(32, 32), n_features=64, k=4)
     two.reads = two.writes = ("layers.0", "layers.1")
@@ -93,18 +96,36 @@ def test_what_cannot_be_traced_is_refused() -> None:
         ([], TOKENS + 60, None, r"token \d+ of the prompt is none; the model has 0 to 63"),
         ([], [3, -1], None, "token -1 of the prompt is none"),
         ([], "text", None, "has no tokenizer; give token ids"),
+        ([], 3.5, None, "prompt has numbers of type torch.float32; give whole numbers"),
+        ([], torch.tensor(3.5), None, "prompt has numbers of type torch.float32; give whole numbers"),
         ([], TOKENS, [3, Logit(3)], "target '3' is given 2 times"),
+        ([], TOKENS, [Logit(3, p) for p in (1, 2, -11)], r"target '3 \(position 1\)' is given 2 times"),
         ("nowhere/run", TOKENS, None, "nowhere/run"),
         (Neurons("blocks.0.self_attn"), TOKENS, None, "is no MLP"),
         (Heads("blocks.0.mlp"), TOKENS, None, "is no attention layer"),
     ):
         with pytest.raises(SaekitError, match=words):
             trace(m, stands, prompt, target)
+    for terms in (("a", "b"), ("a", 1.0), (("a", "b"),)):
+        with pytest.raises(SaekitError, match="of a logit is none; give"):
+            Logit(terms)
     own = stand("topk", m)
     own.card = {"data": {"model": m.identity()}}
     trace(m, own, TOKENS)
     with pytest.raises(SaekitError, match=r"budget = 0 must be a whole number"):
         trace(m, own, TOKENS, budget=0)
+
+
+def test_text_is_the_same_target_where_a_tokenizer_begins_texts() -> None:
+    plain = load_model("code-lm")
+    assert plain.tokenizer is not None
+    tokenizer = deepcopy(plain.tokenizer)
+    begin = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    tokenizer.backend_tokenizer.post_processor = begin
+    path, begun = plain.tokenizer("path")["input_ids"], tokenizer("path")["input_ids"]
+    assert begun == [0, *path]
+    graph = trace(load_model(plain.module, tokenizer=tokenizer), [], "import os", "path")
+    assert graph.targets == (str(path[0]),) and graph.tokens[0] == 0
 
 
 @pytest.mark.parametrize("names", [("abstopk", "transcoder"), ("transcoder",), ("abstopk",)])

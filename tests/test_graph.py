@@ -20,6 +20,7 @@ from saekit.circuits.qk import loadings
 from saekit.circuits.targets import Feature, Logit, Target, resolve
 from saekit.circuits.trace import trace, traced
 from saekit.circuits.verify import effects
+from saekit.circuits.weights import run_block
 from saekit.graph import KINDS, Graph, Nodes
 from saekit.graph.compress import compress
 from saekit.graph.prune import cut
@@ -216,6 +217,48 @@ def test_totals_by_slope_are_the_free_models_gradient(case: str) -> None:
     (target[0].direction @ (last if w.norm is None else w.norm(last))).backward()
     tokens = (change.grad[0] * w.W_E[TOKENS]).sum(-1)
     torch.testing.assert_close(found[run.tokens], tokens, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["lorsa", "heads"])
+def test_a_features_totals_by_slope_go_through_its_own_attention(kind: str) -> None:
+    """They are the gradient of the feature itself where it is the target, by autograd of attention and norms."""
+    m = toy("attention alone")
+    one: Any = Heads("layers.1.self_attn") if kind == "heads" else stand("lorsa", m)
+    run = traced(m, one, TOKENS)
+    (own,) = run.parts
+    blocks = run.frozen.weights.blocks
+    embedded = run.frozen.weights.W_E[TOKENS].requires_grad_()
+    seen: dict[str, torch.Tensor] = {}
+    stream = run_block(blocks[0], embedded[None], lambda _, value: value)
+    run_block(blocks[1], stream, lambda name, value: seen.setdefault(name, value))
+    values = seen["z"] if kind == "heads" else one.encode(seen["attn_in"]).to_dense()
+    for entry in range(0, len(own.part.positions), 30):
+        at, feature = int(own.part.positions[entry]), int(own.part.features[entry])
+        (gradient,) = torch.autograd.grad(values[0, at, feature], embedded, retain_graph=True)
+        found = trace(m, one, TOKENS, Feature(feature, 0, at))
+        tokens = (gradient * embedded).sum(-1).detach().numpy()
+        np.testing.assert_allclose(found.aware[0, found.of_kind("token")], tokens, rtol=1e-4, atol=1e-4)
+
+
+def test_targets_of_one_name_go_by_their_positions() -> None:
+    """Each has the row that it has alone, and verifying finds them by their names."""
+    m = toy("layer norms, learned")
+    d = stand("topk", m)
+    codes = trace(m, d, TOKENS, 3)
+    places = codes.nodes.place[codes.find("feature")]
+    feature = int(np.bincount(places).argmax())
+    at = codes.nodes.position[codes.find("feature", place=feature)][:2].tolist()
+    for one, given, names in (
+        ("5", [Logit(5, 4), Logit(5, 9), Logit(6, 9)], ("5 (position 4)", "5 (position 9)", "6")),
+        ("feature", [Feature(feature, 0, p) for p in at], tuple(f"feature {feature} of dictionary 0 (position {p})" for p in at)),
+    ):  # fmt: skip
+        graph = trace(m, d, TOKENS, given)
+        assert graph.targets == names, one
+        for i, target in enumerate(given):
+            alone = trace(m, d, TOKENS, target)
+            np.testing.assert_allclose(graph.total_effects()[i, : alone.pruned], alone.total_effects()[0, : alone.pruned], atol=1e-5)  # fmt: skip
+        if one == "5":
+            assert graph.verify(m, d, top=3).about["verified"]["frozen"] == pytest.approx(1, abs=1e-2)
 
 
 def test_a_hundred_thousand_nodes_are_pruned_in_seconds() -> None:

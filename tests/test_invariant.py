@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from test_circuits import TOKENS
+from test_circuits import TOKENS, stand
 from test_weights import toy
 
+import saekit
 from saekit.circuits.invariant import connections, de_embedding, factors, paths
 from saekit.circuits.places import Heads, Neurons
 from saekit.circuits.qk import loadings
@@ -28,6 +29,22 @@ def test_weights_times_prompt_are_the_traced_edges(case: str) -> None:
     assert (edges - rows.flip(0)).abs().max() > 0.1
     with pytest.raises(SaekitError, match="is not before one that reads"):
         factors(run, later, earlier)
+
+
+def test_what_is_written_in_many_places_is_a_sum() -> None:
+    """Of a cross-layer transcoder over three layers, with the attention between silenced: edges are the traced ones."""
+    m = toy(CASES[0], n_layers=3)
+    with torch.no_grad():
+        for p in m.module.layers[1].self_attn.o_proj.parameters():
+            p.zero_()
+    clt = saekit.create("clt", d_in=32, n_features=96, k=9, n_layers=3, seed=1)
+    clt.reads, clt.writes = (tuple(f"layers.{i}.mlp:{side}" for i in range(3)) for side in ("in", "out"))
+    run = traced(m, clt, TOKENS)
+    earlier, _, later = run.parts
+    rows = run.features(later, torch.arange(len(later.part.positions)))[:, earlier.nodes]
+    found = [factors(run, earlier, later, way).edges for way in (None, *((2, h) for h in range(4)))]
+    assert len(earlier.writes) == 3 and all(part.abs().max() > 1e-2 for part in found)
+    torch.testing.assert_close(sum(found), rows, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -71,5 +88,33 @@ def test_what_has_no_weights_between_is_refused() -> None:
     ):
         with pytest.raises(SaekitError, match=words):
             connections(weights, x, (1, "mlp_in"), x, head)
+    graph = trace(toy(CASES[0]), [], TOKENS, 3)
     with pytest.raises(SaekitError, match="target 2 is none of the graph's 1"):
-        paths(trace(toy(CASES[0]), [], TOKENS, 3), 2)
+        paths(graph, 2)
+    with pytest.raises(SaekitError, match="a difference has no paths"):
+        paths(graph - graph)
+
+
+@pytest.mark.parametrize(
+    ("case", "names", "head", "words"),
+    [
+        (CASES[0], ("skip_transcoder", "codebook"), None, "mlp_out of layer 1 doesn't read the stream"),
+        (CASES[0], ("skip_transcoder", "switch"), None, "attn_out of layer 1 doesn't read the stream"),
+        (CASES[0], ("jumprelu", "transcoder"), None, "z of layer 0 is not added to the stream"),
+        (CASES[0], ("abstopk", "matching_pursuit"), None, "mlp_in of layer 1 is not added to the stream"),
+        (CASES[0], ("skip_transcoder", "lorsa"), None, "features of layers.1.self_attn:out read what heads gather"),
+        ("post norms, silu", ("skip_transcoder", "topk"), None, "layer 0 has a norm behind its MLP"),
+        ("parallel, norms of queries", ("skip_transcoder", "transcoder"), (1, 0), r"head \(1, 0\) adds nothing to"),
+        (CASES[0], ("skip_transcoder", "transcoder"), (0, 0), r"is not before one that reads \(0, 'attn_in'\)"),
+        (CASES[0], ("skip_transcoder", "transcoder", "topk"), None, r"writes \(0, 'resid_post'\) in between"),
+        (CASES[0], ("skip_transcoder", "transcoder", "switch"), (1, 0), r"writes \(1, 'attn_out'\) in between"),
+    ],
+)  # fmt: skip
+def test_edges_that_the_weights_alone_do_not_give_are_refused(
+    case: str, names: tuple[str, ...], head: tuple[int, int] | None, words: str
+) -> None:
+    m = toy(case)
+    run = traced(m, [stand(name, m) for name in names], TOKENS)
+    earlier, later = (next(own for own in run.parts if own.stand == i) for i in range(2))
+    with pytest.raises(SaekitError, match=words):
+        factors(run, earlier, later, head)

@@ -247,7 +247,8 @@ def test_areas_are_mibs() -> None:
     assert areas([0.0, 1.0, 1.0], [0.0, 0.5, 1.0]) == (0.75, 0.25)
 
 
-def test_what_means_nothing_is_refused_in_a_sentence() -> None:
+def test_what_means_nothing_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)  # users run without checks of shapes
     m = toy(CASE)
     d = stand("topk")
     spliced = Spliced(m, d)
@@ -267,6 +268,9 @@ def test_what_means_nothing_is_refused_in_a_sentence() -> None:
         ("there are no nodes", lambda: effects(Spliced(m, []), metric, CLEAN)),
         ("have no gradients, of which edges are made", lambda: edges(spliced, metric, found, whole, CLEAN, PATCH)),
         (r"circuit has \(95,\) for group 0 of 2; give a mask \(96,\) or \(6, 96\)", lambda: Yardstick(spliced, metric, CLEAN, PATCH).faithfulness([whole[0][1:], whole[1]])),
+        (r"circuit has int64 for group 0; give a mask of bools, as in circuit\[0\] > 0", lambda: Yardstick(spliced, metric, CLEAN, PATCH).faithfulness([part.long() for part in whole])),
+        ("circuit has float32 for group 1", lambda: Yardstick(spliced, metric, CLEAN, PATCH).completeness([whole[0], whole[1].float()])),
+        ("circuit has list for group 1", lambda: edges(spliced, metric, effects(spliced, metric, CLEAN), [whole[0], [True]], CLEAN)),
         ("ablation 'meen' is unknown; did you mean 'mean'", lambda: Yardstick(spliced, metric, CLEAN, PATCH, "meen")),
         ("other is not given, and ablation 'mean'", lambda: Yardstick(spliced, metric, CLEAN)),
         ("other prompts have 5 tokens and the metric's 6", lambda: Yardstick(spliced, metric, CLEAN, PATCH[:, 1:])),
@@ -275,6 +279,7 @@ def test_what_means_nothing_is_refused_in_a_sentence() -> None:
         ("stand 1 is none; there are 1", lambda: ablate(spliced, CLEAN, {1: [0]})),
         (r"tokens have shape \(6,\); give ids", lambda: spliced.run(CLEAN[0])),
         ("tokens are no prompts of one length", lambda: spliced.run([[1, 2], [3]])),
+        ("tokens are no prompts of one length", lambda: spliced.run(row for row in CLEAN.tolist())),
         ("prompts have 36 tokens and model 'toy' reads 32", lambda: spliced.run(CLEAN.repeat(1, 6))),
         ("token 64 is none; the model has 0 to 63", lambda: spliced.run([[64]])),
         ("group 1 is not one of features", lambda: spliced.run(CLEAN, Changes({1: spliced.run(CLEAN).codes(0)}))),
@@ -285,6 +290,8 @@ def test_what_means_nothing_is_refused_in_a_sentence() -> None:
         ("is inside of what a circuit takes as one step", lambda: Spliced(m, [], readout="layers.0.mlp.act_fn")),
         ("reads layers.0, layers.1 at once", lambda: Spliced(m, two)),
         ("d_in = 16 and d_out = 16 stands where the model is 32 and 32 wide", lambda: Spliced(m, narrow)),
+        ("nowhere/run", lambda: Spliced(m, "nowhere/run")),
+        ("<generator object .* is no dictionary; give a dictionary or its path", lambda: Spliced(m, (one for one in [d]))),
         ("is no MLP", lambda: Spliced(m, Neurons("blocks.0.self_attn"))),
         ("is no attention layer", lambda: Spliced(m, Heads("blocks.0.mlp"))),
     ):  # fmt: skip
