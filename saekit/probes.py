@@ -61,6 +61,7 @@ class Probe:
         read = x if self.features is None and isinstance(x, Tensor) else columns(x, self.features)
         if read.shape[-1] != len(self.weight):
             raise SaekitError(f"x is {read.shape[-1]} wide, and the probe {len(self.weight)}; give the coordinates that it was fitted to")  # fmt: skip
+        read = read if read.is_floating_point() else read.to(self.weight)
         return read @ self.weight.to(read) + self.bias
 
     @property
@@ -278,7 +279,12 @@ def _fitted(
         check_rows(*held_out)
         penalty = _penalty((rows, own), (held_out[0].detach().cpu().double(), held_out[1].cpu()))
     weight, bias = _regression(rows, own, penalty)
-    return Probe(weight.to(x), bias, penalty, None if chosen is None else chosen.to(x.device))
+    return Probe(
+        weight.to(x.device, x.dtype if x.is_floating_point() else torch.float32),
+        bias,
+        penalty,
+        None if chosen is None else chosen.to(x.device),
+    )
 
 
 def _held_out(held_out: Labelled | None, x: Rows, chosen: Tensor | None) -> "tuple[Tensor, Tensor] | None":

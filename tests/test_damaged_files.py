@@ -278,6 +278,29 @@ def test_a_finished_run_without_its_log_is_still_finished(here: Path) -> None:
     assert done.finished and done.metrics == {}
 
 
+def test_what_cannot_be_saved_leaves_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)
+    good, other, wide = (saekit.create("topk", d_in=8, n_features=16, k=2, seed=seed) for seed in range(3))
+    saekit.save(good, tmp_path / "d")
+    other.card["metrics"] = {"fvu": torch.tensor(0.1)}
+    wide = wide.double()
+    assert wide.to_inference().dtype == torch.float64
+    refused: list[tuple[Any, str]] = [
+        (other, "card holds what no JSON can"),
+        (wide, "of float64, .* save dictionary.float"),
+        ([good], "is of type list"),
+    ]
+    for bad, words in refused:
+        with pytest.raises(SaekitError, match=words):
+            saekit.save(bad, tmp_path / "d")
+    x = torch.randn(5, 8)
+    assert torch.equal(saekit.load(tmp_path / "d")(x), good(x))
+    with pytest.raises(SaekitError, match="device 'nodevice' can't be used here"):
+        saekit.load(tmp_path / "d", device="nodevice")
+    with pytest.raises(SaekitError, match="path is of type int"):
+        saekit.load(5)  # type: ignore[arg-type]
+
+
 def test_a_state_of_another_kind_is_a_damaged_checkpoint(here: Path) -> None:
     newest = max((here / "run" / "checkpoints").iterdir())
     (newest / "state.json").write_text("[]")

@@ -259,6 +259,15 @@ REPOS = [
 ]  # fmt: skip
 
 
+def test_the_nearest_folder_says_where_a_file_without_a_config_stands(tmp_path: Path) -> None:
+    d = saekit.create("jumprelu", d_in=8, n_features=16).to_inference()
+    folder = tmp_path / "transcoder_study" / "resid_post" / "layer_9_width_16k"
+    here = saekit.save(d, folder, format="gemma_scope_2")
+    (here / "config.json").unlink()
+    found = saekit.load(here)
+    assert found.config.wiring[0] == "autoencoder" and found.reads == ("model.layers.9:out",)
+
+
 @pytest.mark.parametrize(("place", "read", "written"), REPOS)
 def test_a_path_says_what_gemma_scope_reads(
     place: str, read: str | None, written: str | None, tmp_path: Path

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import saekit
+from saekit.dictionaries import TrainState
 from saekit.dictionaries.objective import OBJECTIVES
 from saekit.types import SaekitError
 
@@ -79,6 +80,18 @@ def test_budgets_above_k_are_refused() -> None:
     with pytest.raises(SaekitError, match=r"budgets = \(4, 64\) end above the 8 codes of a row"):
         saekit.create("hierarchical_topk", d_in=8, n_features=128, k=8, budgets=(4, 64))
     saekit.create("hierarchical_topk", d_in=8, n_features=128, k=8, budgets=(4, 8))
+
+
+def test_budgets_above_a_k_that_anneals_are_met_by_all_of_a_row() -> None:
+    d = saekit.create(
+        "hierarchical_topk", d_in=16, n_features=64, k=16, k_start=4, anneal=1.0, budgets=(8, 16)
+    )
+    alone = saekit.create(
+        "hierarchical_topk", d_in=16, n_features=64, k=5, budgets=(5,)
+    )  # that of the first step
+    x = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
+    state = TrainState(step=0, steps=10)
+    assert torch.equal(d.loss(x, state).total, alone.loss(x, state).total) and d.loss(x, state).total > 1
 
 
 def test_create_refuses_them_too() -> None:

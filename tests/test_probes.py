@@ -73,6 +73,15 @@ def test_a_planted_direction_is_found_and_ranks_other_rows() -> None:
     assert abs(auroc(shuffled(other), truth) - 0.5) < 0.3 < auroc(probe(other), truth) - 0.5
 
 
+def test_whole_numbers_are_read_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)
+    g = torch.Generator().manual_seed(0)
+    labels = torch.rand(300, generator=g) < 0.5
+    x = torch.randint(-3, 4, (300, 6), generator=g) + 2 * labels[:, None]
+    whole, same = linear(x, labels), linear(x.float(), labels)
+    assert torch.equal(whole.weight, same.weight) and torch.equal(whole(x), same(x.float()))
+
+
 def test_it_doesn_t_depend_on_units_or_origin() -> None:
     x, labels, _ = planted()
     scale, shift = torch.logspace(-3, 3, D), torch.linspace(-5, 5, D)

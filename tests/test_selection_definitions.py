@@ -316,6 +316,48 @@ def test_codes_at_inference(selection: str, options: dict[str, Any], seed: int) 
     torch.testing.assert_close(d.encode(rows).to_dense(), z)
 
 
+@pytest.mark.parametrize(
+    "kind", ["relu", "topk", "abstopk", "groupmax", "batchtopk", "jumprelu", "gated", "matching_pursuit"]
+)
+def test_what_a_code_reads_is_its_gradient(kind: str) -> None:
+    """Of parts that are trained too, and with ``value = w x + b``."""
+    g, d = torch.Generator().manual_seed(0), saekit.create(kind, d_in=16, n_features=64, k=4, seed=0)
+    with torch.no_grad():
+        for weight in d.selection.parameters():
+            weight.add_(0.3 * torch.randn(weight.shape, generator=g))
+    x = torch.randn(20, 16, generator=g, requires_grad=True)
+    codes = d.encode(x)
+    w, b = d.read_by(codes.detach(), x.detach())
+    on, row = codes.values != 0, codes.row_ids()
+    firsts = torch.stack([((row == r) & on).nonzero()[0, 0] for r in row[on].unique()])
+    (slope,) = torch.autograd.grad(codes.values[firsts].sum(), x)
+    torch.testing.assert_close(slope[row[firsts]], w[firsts])
+    torch.testing.assert_close(((w * x.detach()[row]).sum(1) + b)[on], codes.values.detach()[on])
+
+
+@pytest.mark.parametrize("kind", ["omp", "switch", "unrolled", "pursuit", "topk"])
+def test_rows_that_are_no_numbers_are_named(kind: str) -> None:
+    k = {} if kind == "unrolled" else {"k": 4}
+    name, chosen = (
+        (kind, {})
+        if kind in ("omp", "switch", "topk")
+        else ("relu", {"selection": kind, "objective": "reconstruction"})
+    )
+    d = saekit.create(name, d_in=16, n_features=64, **k, **chosen)
+    x = torch.randn(60, 16, generator=torch.Generator().manual_seed(0))
+    x[40, 3] = torch.nan
+    with pytest.raises(ValueError, match=r"x holds NaN.* 40; remove it"):
+        d.encode(x)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_pursuits_solve_in_more_than_half_precision(kind: torch.dtype) -> None:
+    d = saekit.create("omp", d_in=16, n_features=64, k=4, normalise="none")
+    x = torch.randn(60, 16, generator=torch.Generator().manual_seed(0)).to(kind)
+    half, whole = d.to(kind)(x).float(), d.float()(x.float())
+    assert saekit.metrics.fvu(whole, half) < 0.05 and half.isfinite().all()
+
+
 def test_options_that_stop_a_pursuit_do_so() -> None:
     """Each of them ends some rows of these tests early, at different steps, and not all."""
     for options in ({"tolerance": 0.4}, {"residual": 1.0}, {"until_repeat": True}):

@@ -14,6 +14,7 @@ from saekit import kernels
 from saekit.kernels.budgets import reference as budgets_reference
 from saekit.kernels.encode import reference as encode_reference
 from saekit.kernels.error import reference as error_reference
+from saekit.kernels.product import feature_sums
 from saekit.kernels.product import reference as product_reference
 from saekit.kernels.pursuit import reference as pursuit_reference
 
@@ -97,6 +98,15 @@ def test_pursuit_equals_its_reference(
     same(gradients([values, residual], [x, weight]), gradients([theirs[0], theirs[2]], [x, weight]))
     offsets = torch.arange(rows + 1) * k
     same((kernels.sparse_decode(offsets, indices.flatten(), values.flatten(), weight) + residual,), (x,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sums_of_many_rows_do_not_stall_in_half_precision(dtype: torch.dtype) -> None:
+    features = torch.zeros(10_000, dtype=torch.int32)
+    assert feature_sums(features, torch.ones(10_000, dtype=dtype), 2).tolist() == [
+        torch.tensor(1e4).to(dtype).item(),
+        0,
+    ]
 
 
 def test_rows_of_many_entries_equal_their_reference() -> None:

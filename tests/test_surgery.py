@@ -315,6 +315,13 @@ def test_weights_of_any_tool_become_a_dictionary(rows: torch.Tensor, tmp_path: P
     for options, words in (
         ({"threshold": 1.0}, "selection 'relu' has none"),
         ({"b_enc": b_dec}, "b_enc has shape"),
+        ({"selection": "pursuit", "k": 4}, "selection 'pursuit' reads x by more"),
+        ({"selection": "switch", "k": 4, "experts": 2}, "selection 'switch' reads x by more"),
+        (
+            {"selection": "jumprelu", "threshold": torch.ones(3)},
+            r"threshold has shape \(3,\), .* one of \(128,\)",
+        ),
+        ({"b_enc": torch.full((128,), torch.nan)}, "b_enc holds NaN"),
     ):
         with pytest.raises(SaekitError, match=words):
             from_weights(W_enc, W_dec, **options)

@@ -57,7 +57,10 @@ def sum_outer(rows, features, values, matrix, n_features):
 def feature_sums(features, values, n_features):
     """``out[i] = sum of the values of feature i``, in their order on every device: [n_features]."""
     if values.device.type == "cpu":
-        return values.new_zeros(n_features).index_add_(0, features.long(), values)
+        wide = (
+            values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+        )  # sums would stall
+        return wide.new_zeros(n_features).index_add_(0, features.long(), wide).to(values.dtype)
     one = values.new_ones(1, 1)  # index_add_ would add in any order
     return sum_outer(torch.zeros_like(features), features, values, one, n_features)[:, 0]
 

@@ -106,13 +106,8 @@ class Rows(Dictionary):
         elif hasattr(self.selection, "tangent"):
             weight, bias = self.selection.tangent(codes, self._inside(codes, x), self._encoder_rows())
         else:
-            terms = weight * self._inside(codes, x)
-            before = terms.sum(1) + bias
-            rounding = 16 * torch.finfo(terms.dtype).eps * (terms.abs().sum(1) + bias.abs())
-            off = codes.values - before
-            scaled = off.abs() > rounding  # a router scales codes
-            slope = torch.where(scaled, codes.values / before, 1.0)
-            weight, bias = weight * slope[:, None], torch.where(scaled, bias * slope, bias + off)
+            before = (weight * self._inside(codes, x)).sum(1) + bias
+            bias = bias + (codes.values - before)  # what rounds otherwise
         rows = self._raw(x)[codes.row_ids()] if self.norm_in.by_rows else None
         weight, shift = self.norm_in.fold(weight, rows)
         return weight.to(self.dtype), (shift + bias).to(self.dtype)
@@ -135,6 +130,8 @@ class Rows(Dictionary):
         self, codes: Codes, x: Float[Tensor, "*shape d_in"] | None = None
     ) -> Float[Tensor, "*shape d_out"]:
         """What the codes write, in the units of the model; ``x`` is for wirings that pass input through, and for rows with units of their own."""
+        if codes.n_features != self.n_features:
+            raise SaekitError(f"codes are of {codes.n_features} features, and the dictionary has {self.n_features}; give its own")  # fmt: skip
         passes = self.wiring.skip is not None or self.wiring.kind == "transforms"
         if passes and x is None:
             raise SaekitError("x is not given, and this dictionary passes its input on; decode(codes, x)")
@@ -257,7 +254,9 @@ class Rows(Dictionary):
         wiring = (self.config.wiring[0], dataclasses.replace(self.config.wiring[1], normalise=kind))
         fit = ("reconstruction", OBJECTIVES["reconstruction"].Config())
         free = ("free", ATOMS["free"].Config())
-        folded = type(self)(Config(self.n_features, wiring, selection, free, (fit,))).to(self.device)
+        folded = type(self)(Config(self.n_features, wiring, selection, free, (fit,))).to(
+            self.device, self.dtype
+        )
         assert folded.encoder is not None  # free atoms are not tied
         encoder, shift = self.norm_in.fold(weight)
         folded.encoder.copy_(encoder)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from saekit.dictionaries.dictionary import Dictionary
 from saekit.dictionaries.presets import create
 from saekit.dictionaries.rows import as_rows
+from saekit.dictionaries.selection import SELECTIONS
 from saekit.types import SaekitError
 
 
@@ -32,6 +33,12 @@ def from_weights(
     "jumprelu" or "batchtopk". With ``wiring`` "transcoder" the output may be another width, and ``W_skip`` passes
     the input on. ``options`` are those of the selection, as ``k`` of a "topk".
     """
+    for name, matrix in (("W_enc", W_enc), ("W_dec", W_dec)):
+        if matrix.ndim != 2:
+            raise SaekitError(f"{name} has shape {tuple(matrix.shape)}; give [{'d_in, n_features' if matrix is W_enc else 'n_features, d_out'}]")  # fmt: skip
+    made = SELECTIONS[selection]
+    if not made.affine or hasattr(made, "tangent"):
+        raise SaekitError(f"selection {selection!r} reads x by more than W_enc and b_enc; choose one that doesn't, as 'topk'")  # fmt: skip
     d_in, n_features = W_enc.shape
     if wiring not in ("autoencoder", "transcoder"):
         raise SaekitError(
@@ -42,7 +49,9 @@ def from_weights(
         "W_dec": (W_dec, (n_features, d_out)), "b_enc": (b_enc, (n_features,)), "b_dec": (b_dec, (d_out,)),
         "pre_bias": (pre_bias, (d_in,)), "W_skip": (W_skip, (d_out, d_in)),
     }  # fmt: skip
-    for name, (given, shape) in shapes.items():
+    for name, (given, shape) in {"W_enc": (W_enc, (d_in, n_features)), **shapes}.items():
+        if given is not None and not given.isfinite().all():
+            raise SaekitError(f"{name} holds NaN or Inf; give finite weights")
         if given is not None and given.shape != shape:
             raise SaekitError(
                 f"{name} has shape {tuple(given.shape)}; with W_enc [d_in, n_features] = {tuple(W_enc.shape)} it must be {shape}"
@@ -69,7 +78,10 @@ def from_weights(
             raise SaekitError(
                 f"threshold: selection {selection!r} has none; choose 'jumprelu' or 'batchtopk', or leave it out"
             )
-        d.selection.threshold.copy_(torch.as_tensor(threshold))
+        given, own = torch.as_tensor(threshold), d.selection.threshold
+        if given.ndim and given.shape != own.shape:
+            raise SaekitError(f"threshold has shape {tuple(given.shape)}, and selection {selection!r} one of {tuple(own.shape)}; give that, or one number")  # fmt: skip
+        own.copy_(given)
     d.prepared.fill_(True)
     return d
 

@@ -29,6 +29,15 @@ def load(
     it computes there: codes and outputs agree to 1e-5 in fp32; what was folded, and what the files don't say, is in
     ``dictionary.card["imported"]``. Raises SaekitError with what is there, and with the formats that there are.
     """
+    if not isinstance(path, str | Path):
+        raise SaekitError(
+            f"path is of type {type(path).__name__}; give that of a folder or file, or an hf:// address"
+        )
+    if device is not None:
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise SaekitError(f"device {device!r} can't be used here ({str(error).splitlines()[0]}); choose 'cpu', or leave it out") from None  # fmt: skip
     address = str(path)
     path = remote.fetch(address, format) if address.startswith(remote.SCHEME) else Path(path)
     if format == "native" or (format is None and _own(path)):
@@ -67,6 +76,8 @@ def save(dictionary: Dictionary, path: "str | Path", format: str = "native", **o
     What the other format can't say is refused with the reason, before anything is written. A folder of another tool's is
     a new one, or empty. ``options`` are the format's, such as ``dtype`` of its weights.
     """
+    if not isinstance(dictionary, Dictionary):
+        raise SaekitError(f"dictionary is of type {type(dictionary).__name__}; give one dictionary")
     if format == "native":
         checked("native", native.save, options)
         return native.save(dictionary, path)

@@ -166,10 +166,12 @@ def load_second(
 
 def _guessed(path: str) -> dict[str, Any]:
     """The config that is missing, from the folders' names."""
-    layer, kind = re.search(r"layer_(\d+)", path), [name for name in PLACES if name in path]
+    layer = re.search(r"layer_(\d+)", path)
+    # the innermost folder that names a place: others may be called anything
+    kind = next((name for part in reversed(path.split("/")) for name in PLACES if name in part), None)
     if not layer or not kind:
         return {}
-    read, written = (f"model.layers.{layer[1]}.{at}" if at else None for at in PLACES[kind[-1]])
+    read, written = (f"model.layers.{layer[1]}.{at}" if at else None for at in PLACES[kind])
     return {"hf_hook_point_in": read, "hf_hook_point_out": written}
 
 

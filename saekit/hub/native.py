@@ -45,8 +45,9 @@ def save(dictionary: Dictionary, path: "str | Path") -> Path:
     from safetensors.torch import save as to_bytes
 
     path = Path(path)
+    if dictionary.dtype != torch.float32:
+        raise SaekitError(f"the dictionary is of {str(dictionary.dtype).removeprefix('torch.')}, and what is saved is float32; save dictionary.float()")  # fmt: skip
     try:
-        path.mkdir(parents=True, exist_ok=True)
         data = to_bytes(
             {key: value.detach().contiguous().cpu() for key, value in dictionary.state_dict().items()}
         )
@@ -55,8 +56,12 @@ def save(dictionary: Dictionary, path: "str | Path") -> Path:
             "writes": list(dictionary.writes), "sha256": hashlib.sha256(data).hexdigest(), "torch": torch.__version__,
             **dictionary.card,
         }  # fmt: skip
+        text = json.dumps(card, indent=1).encode()
+        path.mkdir(parents=True, exist_ok=True)
         write_atomic(path / WEIGHTS, data)
-        write_atomic(path / CARD, json.dumps(card, indent=1).encode())
+        write_atomic(path / CARD, text)
+    except (TypeError, ValueError) as error:
+        raise SaekitError(f"the dictionary's card holds what no JSON can ({error}); give it numbers, strings, lists and dicts") from None  # fmt: skip
     except OSError as error:
         raise SaekitError(
             f"out {str(path)!r} can't be written: {error.strerror}; choose another folder"

@@ -53,7 +53,8 @@ class Hierarchical(nn.Module):
         shares, k = None, values.shape[1]
         if self.config.budgets is not None:
             chosen = self.config.budgets
-            shares = [1 / len(chosen) if j in chosen else 0.0 for j in range(1, k + 1)]
+            # while k anneals, all of a row stands for the budgets above it
+            shares = [sum(min(b, k) == j for b in chosen) / len(chosen) for j in range(1, k + 1)]
         total, squared = budget_error(indices, values, forward.atoms, forward.b_dec, forward.y, shares)
         forward.squared = squared[:, -1]
         with torch.no_grad():

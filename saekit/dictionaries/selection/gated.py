@@ -77,6 +77,11 @@ class Gated(nn.Module):
         codes = pi.with_values(self._magnitude(pi, bias))
         return Selected(codes, dead_codes(x, W_enc, b_enc, state, k_aux), gate=gate)
 
+    def read_by(self, codes: Codes, W_enc: Float[Tensor, "feature d_in"]) -> tuple[Tensor, Tensor]:
+        """``value = w x + b`` of each code: its magnitude, with the gate as it is."""
+        at = codes.indices.long()
+        return W_enc[at] * self.r.exp()[at, None], self.b_mag[at]
+
     def _magnitude(self, gate: Codes, b_enc: Tensor) -> Tensor:
         at = gate.indices.long()
         return torch.relu(self.r.exp()[at] * (gate.values - b_enc[at]) + self.b_mag[at])

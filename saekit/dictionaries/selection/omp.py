@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from saekit.dictionaries.selection.topk import check_k
 from saekit.dictionaries.training import Selected, TrainState
+from saekit.kernels.checks import finite
 from saekit.types import Codes
 
 BLOCK = 512  # rows pursued at a time: the [block, n_features] correlations should stay in cache
@@ -50,10 +51,12 @@ class OMP(nn.Module):
         b_enc: Float[Tensor, " feature"],
     ) -> Codes:
         """Codes of the rows: k entries each, in the order of the steps; the bias is not used."""
-        parts = [self._pursue(block, W_enc) for block in x.split(BLOCK)]
+        finite(x, x=x)
+        kind = torch.promote_types(x.dtype, torch.float32)  # no triangle is solved in less
+        parts = [self._pursue(block, W_enc.to(kind)) for block in x.to(kind).split(BLOCK)]
         indices = torch.cat([p[0] for p in parts]) if parts else x.new_zeros(0, self.config.k).long()
         values = torch.cat([p[1] for p in parts]) if parts else x.new_zeros(0, self.config.k)
-        return Codes.from_rectangular(indices, values, W_enc.shape[0])
+        return Codes.from_rectangular(indices, values.to(x.dtype), W_enc.shape[0])
 
     def read_by(self, codes: Codes, W_enc: Float[Tensor, "feature d_in"]) -> tuple[Tensor, Tensor]:
         """``value = w x + b`` of each code, with the atoms taken as they are: their least-squares fit."""

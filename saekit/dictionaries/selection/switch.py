@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from saekit.dictionaries.selection.topk import check_k, dead_codes
 from saekit.dictionaries.training import Selected, TrainState
 from saekit.kernels import topk_encode
+from saekit.kernels.checks import finite
 from saekit.types import Codes, SaekitError
 
 
@@ -75,8 +76,21 @@ class Switch(nn.Module):
         codes, p = self._routed(x, W_enc, b_enc)
         return Selected(codes, dead_codes(x, W_enc, b_enc, state, k_aux), routes=p)
 
+    def tangent(
+        self, codes: Codes, x: Float[Tensor, "entry d_in"], W_enc: Float[Tensor, "feature d_in"]
+    ) -> tuple[Tensor, Tensor]:
+        """``value = w x + b`` of each code, with the probability of its expert as it is."""
+        weight = W_enc[codes.indices.long()]
+        if not self.config.heaviside:
+            weight = weight * self._experts(x).amax(1, keepdim=True)
+        return weight, codes.values - (weight * x).sum(1)
+
+    def _experts(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.b_router, x, self.router.T).softmax(-1)
+
     def _routed(self, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> tuple[Codes, Tensor]:
-        p = torch.addmm(self.b_router, x, self.router.T).softmax(-1)
+        finite(x, x=x)
+        p = self._experts(x)
         weight, expert = p.max(-1)
         order = expert.argsort(stable=True)
         size, values, indices = len(W_enc) // self.config.experts, [], []

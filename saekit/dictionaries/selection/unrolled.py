@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from saekit.dictionaries.selection.proximal import PENALTIES, iterate
 from saekit.dictionaries.training import Selected, TrainState
+from saekit.kernels.checks import finite
 from saekit.registry import nearest
 from saekit.types import Codes, SaekitError
 
@@ -62,6 +63,7 @@ class Unrolled(nn.Module):
         b_enc: Float[Tensor, " feature"],
     ) -> Codes:
         """Codes of the rows, by rising index; the bias is not used."""
+        finite(x, x=x)
         return _joined([Codes.from_dense(self._codes(rows, W_enc)) for rows in x.split(BLOCK)], len(x))
 
     def tangent(
