@@ -190,9 +190,13 @@ def _solved(model: Model, mazes: Sequence[Maze]) -> Found:
 
 def measure(seed: int, tell: Tell, folder: Path) -> Found:
     """A solver of mazes, features of passages in its stream, and what it does when they are changed."""
-    tell(0, 4, "learning to solve mazes")
-    model, base = solver(seed, folder), 100 * seed + 10_000
-    tell(2, 4, "dictionaries")
+    total = STEPS + 4 * STEPS // 8
+
+    def learning(step: int) -> None:
+        tell(step, total, "learning to solve mazes")
+
+    model, base = solver(seed, folder, on_step=learning), 100 * seed + 10_000
+    tell(STEPS, total, "dictionaries")
     ds = _dictionaries(_rows(model, _drawn(MAZES, base)), {SAE: "topk", FROZEN: "frozen"}, seed)
     ds[RANDOM] = untrained(ds[FROZEN])
     some, other = _drawn(CHOSEN, base + 1), _drawn(JUDGED, base + 2)
@@ -204,8 +208,8 @@ def measure(seed: int, tell: Tell, folder: Path) -> Found:
         "solved": _solved(model, other), "attended": _attended(model, base + 6),
         "read": {UNLEARNT: _features(raw, unlearnt, some, other)[1]}, "edited": {},
     }  # fmt: skip
-    for name, d in ds.items():
-        tell(3, 4, f"interventions: {name}")
+    for i, (name, d) in enumerate(ds.items(), 1):
+        tell(STEPS + i * STEPS // 8, total, f"interventions: {name}")
         facts, out["read"][name] = _features(model, d, some, other)
         out["edited"][name] = _intervened(model, d, facts, tuned, add, remove, base)
     out["unedited"] = {ADD: _unedited(model, add), REMOVE: {NOTHING: _unedited(model, remove)[NOTHING]}}

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,8 +22,13 @@ RATE, MUON_RATE, DECAY = 3e-3, 6e-3, 0.01
 WARM, FLAT = 200, 0.4  # steps to the full rate, and the share of steps at which it begins to fall to 0
 
 
-def solver(seed: int, folder: Path | None = None, steps: int = STEPS) -> Model:
-    """The model; its weights are read from ``folder`` if they are there, else left there.
+def solver(
+    seed: int,
+    folder: Path | None = None,
+    steps: int = STEPS,
+    on_step: Callable[[int], None] = lambda _: None,
+) -> Model:
+    """The model; its weights are read from ``folder`` if they are there, else left there. ``on_step`` gets the number of each step.
 
     Matrices of the blocks are learnt by Muon, which takes half the steps of AdamW here, and the rest by AdamW. Mazes are
     drawn anew for each step. The same for the same seed and thread count.
@@ -38,7 +44,7 @@ def solver(seed: int, folder: Path | None = None, steps: int = STEPS) -> Model:
     if file and file.is_file():
         model.load_state_dict(load_file(file))
     else:
-        _learn(model, seed, steps)
+        _learn(model, seed, steps, on_step)
         if file:
             file.parent.mkdir(parents=True, exist_ok=True)
             save_file(model.state_dict(), part := file.with_suffix(f".{os.getpid()}"))
@@ -46,7 +52,7 @@ def solver(seed: int, folder: Path | None = None, steps: int = STEPS) -> Model:
     return load_model(model.eval(), name="maze solver")
 
 
-def _learn(model: Transformer, seed: int, steps: int) -> None:
+def _learn(model: Transformer, seed: int, steps: int, on_step: Callable[[int], None]) -> None:
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and name.startswith("layers")]
     known = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in known]
@@ -60,7 +66,8 @@ def _learn(model: Transformer, seed: int, steps: int) -> None:
 
     rates = [torch.optim.lr_scheduler.LambdaLR(one, share) for one in optimizers]
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
+    for step in range(steps):
+        on_step(step)
         rng = random_of(generator)
         prompts = LATTICE.prompts([LATTICE.draw(rng) for _ in range(ROWS)], rng)
         allowed = prompts.allowed[prompts.asked].float()
