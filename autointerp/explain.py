@@ -1,7 +1,7 @@
 """Features in words, and how well the words foretell them: from a dictionary, its model and a text to scored explanations."""
 
 import numbers
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from saekit.autointerp import llm
-from saekit.autointerp.explanation import Explanation, save
+from saekit.autointerp.explanation import Explanation, feature_numbers, save
 from saekit.autointerp.firings import Firings, record
-from saekit.autointerp.neurons import logits_of
+from saekit.autointerp.neurons import directions_of, logits_of
 from saekit.autointerp.prompts import Reader, reader_of
 from saekit.autointerp.scorers import SCORERS
 from saekit.autointerp.scorers.binary import FEWEST as FEWEST_SHOWN
-from saekit.autointerp.scoring import Judge, N, Summary, score, summaries
+from saekit.autointerp.scoring import SHUFFLED, Judge, N, Summary, score, summaries
 from saekit.autointerp.statistics import Statistics
 from saekit.autointerp.windows import SIDES, WIDTH, Windows
 from saekit.dictionaries import Dictionary
@@ -117,7 +117,9 @@ def said(summary: Summary) -> str:
         [f"{summary.corrected:.3f} without the judge's own errors"] if summary.corrected is not None else []
     )
     parts += [f"blind: {controls}"] if controls else []
-    won = [name for name, value in summary.controls.items() if value > CHANCE.get(summary.scorer, 1.0) + WON]
+    # "shuffled" reads an explanation, of another feature that may fire in the same texts
+    bar = CHANCE.get(summary.scorer, 1.0) + WON
+    won = [name for name, value in summary.controls.items() if name != SHUFFLED and value > bar]
     parts += [f"can be won without the explanation, by {' and '.join(won)}"] if won else []
     if summary.failures:
         parts.append(
@@ -139,12 +141,12 @@ def explain(
     dictionary: "Dictionary | str | Path",
     model: Any = None,
     text: Any = None,
-    features: "Sequence[int] | int | None" = None,
+    features: "Iterable[Any] | int | None" = None,
     *,
     method: str = "statistics",
-    given: "Sequence[Explanation] | None" = None,
+    given: "Iterable[Explanation] | None" = None,
     judge: "Judge | None" = None,
-    scorers: "Sequence[Any]" = DEFAULT,
+    scorers: "Iterable[Any]" = DEFAULT,
     tokens: int | None = 200_000,
     n: int = N,
     width: int = WIDTH,
@@ -162,6 +164,7 @@ def explain(
     tokens that each scorer shows of a feature, and as many silent ones. ``firings``: a folder to keep (or find) the
     recorded firings in. ``draw`` is told (what, done, of how many).
     """
+    scorers = list(scorers)
     for scorer in scorers:
         if isinstance(scorer, str) and scorer not in SCORERS:
             raise SaekitError(f"scorer {scorer!r} is unknown{nearest(scorer, list(SCORERS))}")
@@ -170,7 +173,10 @@ def explain(
     for name, value, least in (("n", n, FEWEST_SHOWN), ("width", width, 2), ("seed", seed, 0)):
         if not isinstance(value, numbers.Integral) or value < least:
             raise SaekitError(f"{name} = {value!r} must be a whole number from {least}")
+    n, width, seed = int(n), int(width), int(seed)  # NumPy's can't be kept in a file
+    tokens = int(tokens) if isinstance(tokens, numbers.Integral) else tokens
     if given is not None:
+        given = list(given)
         if features is not None or not given or not all(isinstance(one, Explanation) for one in given):
             raise SaekitError(
                 "given are explanations of their own features; give some, and leave features out"
@@ -183,7 +189,7 @@ def explain(
             f"method {method!r} asks a language model; give judge= (--endpoint), or choose 'statistics'"
         )
     d = dictionary_of(dictionary)
-    _check_features(features, d.n_features)
+    features = _checked(features, d.n_features)
     own_model, own_text = origin(d.card)
     view = load_model(model if model is not None else own_model)
     if text is None and own_text is None:
@@ -219,21 +225,18 @@ def _made(scorer: Any, model: Model, d: Dictionary) -> Any:
     return SCORERS[scorer](model, d) if scorer == "intervention" else SCORERS[scorer]()
 
 
-def _check_features(features: "Sequence[int] | int | None", n_features: int) -> None:
+def _checked(features: "Iterable[Any] | int | None", n_features: int) -> "list[int] | int | None":
+    """The features asked for, or how many, as ints."""
     if features is None:
-        return
-    if isinstance(features, int):
+        return None
+    if isinstance(features, numbers.Integral):
         if features < 1:
             raise SaekitError(f"features = {features} must be numbers of features, or how many from 1")
-        return
-    listed = list(features)
-    for feature in listed:
-        if not isinstance(feature, numbers.Integral):
-            raise SaekitError(f"feature {feature!r} is no number; give a list of numbers, or how many")
-        if not 0 <= feature < n_features:
-            raise SaekitError(f"feature {feature} is none of the dictionary's {n_features}")
+        return int(features)
+    listed = feature_numbers(features, n_features)
     if not listed or len(set(listed)) < len(listed):
         raise SaekitError("features are empty, or some are listed twice; give each once")
+    return listed
 
 
 def _chosen(windows: Windows, features: "Sequence[int] | int | None") -> tuple[list[int], list[int]]:
@@ -262,14 +265,12 @@ Promoted = Callable[[int], "tuple[list[str], list[str]] | None"]
 def promoted(
     d: Dictionary, model: Model, reader: Reader, feature: int
 ) -> "tuple[list[str], list[str]] | None":
-    """Tokens whose logits a feature raises and lowers the most, directly; None where it doesn't write the model's stream."""
-    directions = d.W_dec[[feature]].detach()
-    way = logits_of(model, directions) if len(d.writes) == 1 else None
+    """Tokens whose logits a feature raises and lowers the most, directly; None where it writes no one direction in the stream."""
+    written = directions_of(d, [feature])
+    way = None if written is None else logits_of(model, written)
     if way is None:
         return None
-    own = way.directions - way.directions.mean(-1, keepdim=True) if way.centred else way.directions
-    logits = ((own * way.gain) @ way.W_U.T)[0]
-    order = logits.argsort(descending=True, stable=True).tolist()
+    order = way.effects(way.directions)[0].argsort(descending=True, stable=True).tolist()
     known = [t for t in order if t < reader.n_tokens]
     return [reader.texts[t] for t in known[:SHOWN]], [reader.texts[t] for t in known[::-1][:SHOWN]]
 

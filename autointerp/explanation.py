@@ -1,6 +1,7 @@
 """What is said of a feature, by whom, and how well it held up; and the file that keeps it beside the dictionary."""
 
 import json
+import numbers
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -40,7 +41,8 @@ class Score:
     """How well an explanation foretells its feature, on text that it was not made from.
 
     ``value`` is in the unit that ``metric`` names, None where nothing could be scored, with its 95 % interval ``low``
-    to ``high`` over ``n`` examples. ``wrong`` is the value where every failed answer counts as wrong (in ``value`` it
+    to ``high`` over ``n`` examples, taken as independent: those of one document are alike, so that for other documents it is
+    too narrow. ``wrong`` is the value where every failed answer counts as wrong (in ``value`` it
     is left out), ``failures`` counts them by kind. ``controls`` hold the same measure for judges that don't know the
     explanation, ``strata`` the share of examples judged rightly by kind. ``auc`` goes by the judge's chances;
     ``skill`` is the judge's sensitivity + specificity - 1, by what rules say of the same examples.
@@ -117,7 +119,7 @@ def save(explanations: Iterable[Explanation], path: "str | Path", about: Mapping
     file = Path(path) / FILE if Path(path).is_dir() else Path(path)
     listed = [
         {
-            "feature": one.feature, "text": one.text, "method": one.method, "about": dict(one.about),
+            "feature": int(one.feature), "text": one.text, "method": one.method, "about": dict(one.about),
             **({"rule": one.rule.to_json()} if one.rule is not None else {}),
             "scores": [asdict(score) for score in one.scores],
         }
@@ -175,3 +177,14 @@ def check_features(listed: Iterable[Explanation], dictionary: Dictionary, named:
             raise SaekitError(
                 f"{named} name feature {one.feature}, which is not in a dictionary of {dictionary.n_features} features; give this dictionary's"
             )
+
+
+def feature_numbers(features: Any, n_features: int) -> list[int]:
+    """Numbers of features (a list, a generator, an array, a tensor) as ints; raises unless all are of the dictionary's ``n_features``."""
+    listed: list[Any] = features.tolist() if hasattr(features, "tolist") else list(features)
+    for feature in listed:
+        if not isinstance(feature, numbers.Integral):
+            raise SaekitError(f"feature {feature!r} is no number of a feature; give a list of whole numbers")
+        if not 0 <= int(feature) < n_features:
+            raise SaekitError(f"feature {feature} is none of the dictionary's {n_features}")
+    return [int(feature) for feature in listed]

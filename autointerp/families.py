@@ -17,8 +17,9 @@ from numpy import ndarray
 from torch import Tensor, nn
 
 from saekit.autointerp.grams import BITS, MOST, SIZES, Grams, gram_keys, gram_of
-from saekit.autointerp.neurons import Logits, check_finite, logits_of, neurons_of
+from saekit.autointerp.neurons import Logits, check_finite, directions_of, logits_of, neurons_of
 from saekit.autointerp.positions import NATS, ROWS, Positional, position_information, positional
+from saekit.autointerp.stats import wilson
 from saekit.dictionaries import Dictionary
 from saekit.harvest import HarvestConfig, Stream
 from saekit.models import Model, load_model
@@ -164,16 +165,6 @@ class Families:
             f"  suppression: {s.suppressing} of {s.n} detectors put their trigger in the lower half of the logits"
             + (f" ({s.share:.1%}, 95 % interval {low:.1%} to {high:.1%}; random directions {s.random:.1%}, those of other detectors {s.others:.1%}), {s.lowest} in the lowest {LOWEST:.0%}" if s.n else "")
         )  # fmt: skip
-
-
-def wilson(hits: int, n: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share of ``hits`` in ``n``; (0, 1) for none."""
-    if n == 0:
-        return 0.0, 1.0
-    z, p = 1.959963984540054, hits / n
-    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
 
 
 class FamilyCollector:
@@ -406,7 +397,7 @@ def families(
     else:
         points = dictionary.reads if hook_point is None else (hook_point,)
         name, context = f"features of {', '.join(points)}", context or dictionary.context
-        codes, written = _codes(dictionary, points), _written(dictionary)
+        codes, written = _codes(dictionary, points), directions_of(dictionary)
     stream = Stream(view, text, HarvestConfig(points, max_tokens, context, split=split))
     collector: FamilyCollector | None = None
     done = 0
@@ -438,11 +429,3 @@ def _codes(dictionary: Dictionary, points: tuple[str, ...]) -> Callable[[Activat
         return dictionary.encode(x.to(dictionary.device))
 
     return codes
-
-
-@torch.no_grad()
-def _written(dictionary: Dictionary) -> Tensor | None:
-    """What each feature writes, where that is one direction at one place."""
-    if dictionary.wiring.kind == "transforms" or len(dictionary.wiring.parts_out) > 1:
-        return None
-    return dictionary.norm_out.directions(dictionary.W_dec).detach()

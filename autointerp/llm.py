@@ -47,7 +47,7 @@ def request(examples: Examples, quiet: "Examples | None", reader: Reader, unit: 
     listed = []
     for i, (tokens, own, marks) in enumerate(zip(examples.tokens, levels, strong, strict=True), 1):
         words = (
-            f"{prompts.shown(reader.texts[t]).strip()} {level}"
+            f"{prompts.seen(prompts.shown(reader.texts[t]))} {level}"
             for t, level in zip(tokens[marks], own[marks], strict=True)
         )
         listed.append(f"{i}: {', '.join(words)}")

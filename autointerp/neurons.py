@@ -1,6 +1,6 @@
-"""Neurons of MLPs: where they stand, when they fire and what they, or other directions, write to the logits."""
+"""Neurons of MLPs: where they stand, when they fire and what they, or a dictionary's features, write to the logits."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ from jaxtyping import Float, Float64, Int64
 from numpy import ndarray
 from torch import Tensor, nn
 
+from saekit.dictionaries import Dictionary
 from saekit.models import Model
 from saekit.types import ActivationBatch, Codes, SaekitError
 
@@ -30,17 +31,36 @@ class Logits:
     centred: bool
     W_U: Float[Tensor, "vocabulary d"]
 
+    def _moved(self, directions: Float[Tensor, "row d"]) -> Float[Tensor, "row vocabulary"]:
+        if self.centred:
+            directions = directions - directions.mean(-1, keepdim=True)
+        return (directions.to(self.W_U) * self.gain) @ self.W_U.T
+
+    def effects(self, directions: Float[Tensor, "row d"]) -> Float[Tensor, "row vocabulary"]:
+        """What each direction adds to the logits, about their mean."""
+        logits = self._moved(directions)
+        return logits - logits.mean(-1, keepdim=True)
+
     def ranks(
         self, directions: Float[Tensor, "row d"], tokens: Int64[ndarray, " token"]
     ) -> Float64[ndarray, "row token"]:
         """Share of the vocabulary whose logits each direction leaves below those of ``tokens``, ties counted half."""
-        if self.centred:
-            directions = directions - directions.mean(-1, keepdim=True)
-        logits = (directions.to(self.W_U.dtype) * self.gain) @ self.W_U.T
+        logits = self._moved(directions)
         own = logits[:, torch.from_numpy(tokens).to(logits.device)].contiguous()
         ordered = logits.sort(-1).values
         below, to = (torch.searchsorted(ordered, own, right=right) for right in (False, True))
         return ((below + to - 1).double() / 2 / max(1, logits.shape[1] - 1)).cpu().numpy()
+
+
+@torch.no_grad()
+def directions_of(
+    dictionary: Dictionary, features: Sequence[int] | None = None
+) -> Float[Tensor, "feature d"] | None:
+    """What each feature (or each of some) writes, in the model's units; None where that is not one direction at one place."""
+    if dictionary.wiring.kind == "transforms" or len(dictionary.wiring.parts_out) > 1:
+        return None
+    rows = dictionary.W_dec if features is None else dictionary.W_dec[list(features)]
+    return dictionary.norm_out.directions(rows).detach()
 
 
 def logits_of(model: Model, directions: Tensor) -> Logits | None:

@@ -1,11 +1,12 @@
 """How windows and questions are put to a language model.
 
-An example is one line: line breaks are shown as ↵, and what is marked stands between « and », word by word. Every prompt
-of a scorer has the explanation on a line of its own, and examples with numbers by which the answers name them. What is
-the same in all prompts comes first, so that servers can keep it.
+An example is one line: line breaks are shown as ↵, and what is marked stands between « and », word by word; mere spaces
+that are marked are shown as ·, so that no mark is unseen. Every prompt of a scorer has the explanation on a line of its own,
+and examples with numbers by which the answers name them. What is the same in all prompts comes first, so that servers can
+keep it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +15,8 @@ from jaxtyping import Bool, Int64
 from numpy import ndarray
 
 from saekit.autointerp.requests import Message
+from saekit.tokens import Decode, in_text
+from saekit.types import SaekitError
 
 TASK = "You judge whether a feature of a language model is active in texts, going by an explanation of the feature alone."
 WORDS = {"\n": "↵", "\r": "", "\t": "⇥", "«": "‹", "»": "›"}  # marks in the text itself mark nothing
@@ -22,13 +25,18 @@ WORDS = {"\n": "↵", "\r": "", "\t": "⇥", "«": "‹", "»": "›"}  # marks 
 class Reader:
     """Token ids as text that is shown; ``decode`` takes a list of ids."""
 
-    def __init__(self, decode: Callable[[list[int]], str], n_tokens: int):
+    def __init__(self, decode: Decode, n_tokens: int):
         self.decode, self.n_tokens = decode, n_tokens
+
+    @cached_property
+    def within(self) -> Decode:
+        """What ``decode`` says of tokens within a text."""
+        return in_text(self.decode, self.n_tokens)
 
     @cached_property
     def texts(self) -> list[str]:
         """Each token's own text."""
-        return [self.decode([token]) for token in range(self.n_tokens)]
+        return [self.within([token]) for token in range(self.n_tokens)]
 
     @cached_property
     def sizes(self) -> Int64[ndarray, " token"]:
@@ -48,9 +56,11 @@ class Reader:
         cuts = np.flatnonzero((marked[1:] != marked[:-1]) | (marked[1:] & self._opens[tokens[1:]])) + 1
         out = []
         for piece, on in zip(np.split(tokens, cuts), np.split(marked, cuts), strict=True):
-            text = shown(self.decode(piece.tolist()))
-            inner = text.strip()
-            if on[0] and inner:
+            text = shown(self.within(piece.tolist()))
+            if on[0]:
+                inner = text.strip()
+                if not inner:  # a mark that nobody sees would tell by its absence
+                    text = inner = seen(text)
                 lead = text[: len(text) - len(text.lstrip())]
                 text = f"{lead}«{inner}»{text[len(lead) + len(inner) :]}"
             out.append(text)
@@ -62,6 +72,11 @@ def shown(text: str) -> str:
     for old, new in WORDS.items():
         text = text.replace(old, new)
     return text
+
+
+def seen(text: str) -> str:
+    """A marked text without what surrounds it; mere white space as signs, and nothing at all as one."""
+    return text.strip() or "·" * len(text) or "∅"
 
 
 def chat(system: str, *parts: str) -> tuple[Message, ...]:
@@ -81,8 +96,6 @@ def numbered(lines: Sequence[str]) -> str:
 
 def reader_of(model: Any) -> Reader:
     """The reader of a model's tokens; raises where it has no tokenizer."""
-    from saekit.types import SaekitError
-
     if model.tokenizer is None:
         raise SaekitError(f"model {model.name!r} has no tokenizer, so its features can't be shown as text")
     return Reader(lambda ids: model.tokenizer.decode(ids), len(model.tokenizer))

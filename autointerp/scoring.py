@@ -99,7 +99,7 @@ def score(
         raise SaekitError(
             f"judge is a {type(judge).__name__}; give saekit.autointerp.scoring.Judge(endpoint, ledger)"
         )
-    out = list(explanations)
+    out, n = list(explanations), int(n)
     for given in scorers:
         scorer = SCORERS[given]() if isinstance(given, str) else given
         jobs = _jobs(scorer, out, windows, n, controls, seed, side, on_feature)

@@ -1,14 +1,15 @@
-"""Measures of judges and their 95 % intervals: pure functions of truth and judgement."""
+"""Measures of judges and their 95 % intervals: pure functions of truth and judgement.
 
-from collections.abc import Callable
+Examples are taken as independent. Windows of one document are alike, so that for other documents intervals are too narrow:
+by about a sixth (a design effect of 1.4) in the median of counted rules on code-lm, by more where few documents are scored.
+"""
 
 import numpy as np
 from jaxtyping import Bool, Float
 from numpy import ndarray
 
 Interval = tuple[float, float]
-Z = 1.959964  # of a 95 % interval
-DRAWS = 400  # of a bootstrap
+Z = 1.959963984540054  # of a 95 % interval
 SKILL = 0.1  # of a judge, sensitivity + specificity - 1, below which its errors can't be taken off
 
 
@@ -22,7 +23,7 @@ def wilson(hits: float, n: float) -> Interval:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def jeffreys(hits: float, n: int) -> Interval:
+def jeffreys(hits: float, n: float) -> Interval:
     """Jeffreys' interval of a share, which ends at 0 and 1 where all or none are hits."""
     from scipy.special import betaincinv
 
@@ -54,6 +55,56 @@ def balanced_interval(truth: Bool[ndarray, " n"], judged: Bool[ndarray, " n"]) -
     down = np.sqrt(sum((mean - low) ** 2 for mean, (low, _) in zip(means, ends, strict=True))) / 2
     up = np.sqrt(sum((high - mean) ** 2 for mean, (_, high) in zip(means, ends, strict=True))) / 2
     return float(max(0.0, middle - down)), float(min(1.0, middle + up))
+
+
+def f1_interval(
+    hits: Float[ndarray, " firing"], false: Float[ndarray, " firing"], true: Float[ndarray, " firing"],
+    silent: Float[ndarray, " silent"], ratio: float,
+) -> Interval:  # fmt: skip
+    """Interval of F1 over tokens, from windows of two kinds of which the text has ``ratio`` silent ones for each firing one.
+
+    Of each firing window: how many tokens are found, said falsely, and true; of each silent one how many are said. Recall,
+    true tokens and false ones of either kind get an interval each, over windows, and these are combined as in
+    :func:`balanced_interval`: by how far F1 moves with each. Where no window says anything false, some may.
+    """
+    from scipy.stats import t
+
+    def f1(parts: list[float]) -> float:
+        recall, each, here, elsewhere = parts
+        return 2 * recall * each / (each * (1 + recall) + here + ratio * elsewhere)
+
+    said, n, mean = hits + false, len(true), float(true.mean())
+    size = float(said[said > 0].mean()) if said.any() else 1.0
+    half = float(t.ppf(0.975, n - 1)) * float(true.std(ddof=1)) / np.sqrt(n)
+    parts = [
+        _ratio(hits, true), (mean, max(1.0, mean - half), mean + half),  # a window that fires has a true token
+        _rate(false, size), _rate(silent, size) if len(silent) else (0.0, 0.0, 0.0),
+    ]  # fmt: skip
+    middle = [value for value, _, _ in parts]
+    found, down, up = f1(middle), 0.0, 0.0
+    for i, (_, low, high) in enumerate(parts):
+        ends = sorted(f1([*middle[:i], end, *middle[i + 1 :]]) for end in (low, high))
+        down, up = down + min(0.0, ends[0] - found) ** 2, up + max(0.0, ends[1] - found) ** 2
+    return float(max(0.0, found - np.sqrt(down))), float(min(1.0, found + np.sqrt(up)))
+
+
+def _ratio(part: Float[ndarray, " n"], whole: Float[ndarray, " n"]) -> tuple[float, float, float]:
+    """A share of tokens, and Jeffreys' interval for as many draws as its variance over windows is worth."""
+    from scipy.stats import t
+
+    n, share = len(part), float(part.sum() / whole.sum())
+    variance = float(np.square(part - share * whole).sum()) / (n * (n - 1) * float(whole.mean()) ** 2)
+    worth = share * (1 - share) / variance * (Z / float(t.ppf(0.975, n - 1))) ** 2 if variance > 0 else n
+    worth = min(worth, float(whole.sum()))  # never more than there are tokens
+    return share, *jeffreys(share * worth, worth)
+
+
+def _rate(counts: Float[ndarray, " n"], size: float) -> tuple[float, float, float]:
+    """Mean of counts that mostly are 0: Jeffreys' interval of how often, times how many; ``size`` where it isn't seen."""
+    total, n = float(counts.sum()), len(counts)
+    each = float(np.square(counts).sum()) / total if total else size
+    low, high = jeffreys(min(total / each, n), n)  # as many events of equal size as vary as much
+    return total / n, low * each, high * each
 
 
 def auc(truth: Bool[ndarray, " n"], score: Float[ndarray, " n"]) -> float | None:
@@ -116,19 +167,6 @@ def correlation_interval(
     half = float(t.ppf(0.975, fewest - 1)) * np.sqrt(variance)
     middle = scaled(every)
     return float(np.tanh(middle - half)), float(np.tanh(middle + half))
-
-
-def bootstrap(
-    n: int, measure: Callable[[ndarray], float | None], seed: int, draws: int = DRAWS
-) -> "Interval | None":
-    """Percentile interval of a measure of numbers 0 to n - 1, drawn with replacement; None if most draws have none."""
-    rng = np.random.default_rng(seed)
-    found = [measure(rng.integers(0, n, n)) for _ in range(draws)] if n else []
-    known = [one for one in found if one is not None]
-    if 2 * len(known) <= len(found) or not known:
-        return None
-    low, high = np.quantile(known, [0.025, 0.975])
-    return float(low), float(high)
 
 
 def mean_interval(values: Float[ndarray, " n"]) -> Interval:

@@ -164,7 +164,7 @@ class Windows:
         if how not in SAMPLINGS:
             raise SaekitError(f"how = {how!r} is not one of {', '.join(SAMPLINGS)}")
         window, peak = self.peaks(feature)
-        own = self.side[window] == SIDES.index(side)
+        own = np.isin(window, self.of_side(side))
         window, peak = window[own], peak[own]
         order = np.argsort(-peak, kind="stable")
         rng = np.random.default_rng([self.seed, seed, feature, 2])

@@ -23,6 +23,7 @@ from saekit.graph.data import with_targets
 from saekit.graph.prune import without
 from saekit.kernels.threads import parallel
 from saekit.models import Model, load_model
+from saekit.tokens import Decode, in_text
 from saekit.types import SaekitError
 
 BATCH = 128  # targets whose gradients are walked down together
@@ -165,7 +166,7 @@ class _Rows:
         table = with_targets(run.columns.table(), len(run.frozen.weights.blocks), positions, values)
         of = np.concatenate([self._nodes()[numbers], np.arange(len(table) - n_targets, len(table))])
         tokens = tuple(run.frozen.tokens.tolist())
-        decode = None if model is None or model.tokenizer is None else model.tokenizer.decode
+        decode = None if model is None else _words(model)
         aware = np.pad(self.aware.cpu().double().numpy(), ((0, 0), (0, n_targets)))
         return Graph(
             table, matrix, of, tuple(dict.fromkeys(e for e in ends if e)), dropped, aware,
@@ -176,10 +177,10 @@ class _Rows:
 
     def _about(self, model: Model) -> dict[str, Any]:
         """What graphs say of their model: its name, and its words for tokens that are targets."""
-        words = {}
+        words, decode = {}, _words(model)
         for name, target in zip(self.names, self.targets, strict=True):
-            if model.tokenizer is not None and target.name.isdecimal():
-                words[name] = model.tokenizer.decode([int(target.name)]) + name.removeprefix(target.name)
+            if decode is not None and target.name.isdecimal():
+                words[name] = decode([int(target.name)]) + name.removeprefix(target.name)
         return {
             "model": model.name,
             "vocabulary": len(self.run.frozen.weights.W_E),
@@ -213,3 +214,8 @@ def _tokens(model: Model, prompt: "str | Sequence[int] | Tensor", vocabulary: in
     if len(wrong):
         raise SaekitError(f"token {int(wrong[0])} of the prompt is none; the model has 0 to {vocabulary - 1}")
     return tokens
+
+
+def _words(model: Model) -> Decode | None:
+    """What tokens say within a text, where the model has a tokenizer."""
+    return None if model.tokenizer is None else in_text(model.tokenizer.decode, len(model.tokenizer))

@@ -155,17 +155,21 @@ def pushed(
 ) -> Iterator[Model]:  # fmt: skip
     """Run the model with a vector added to what stands at a hook point, also in generation.
 
-    ``positions`` count from the text's beginning (None: everywhere); padding is left alone.
+    ``positions`` count from the text's beginning (None: everywhere); those beyond its end may be reached in generation.
+    Padding is left alone.
     """
     model = load_model(model)
+    at = None if positions is None else [int(position) for position in positions]
+    if at is not None and min(at, default=0) < 0:
+        raise SaekitError(f"position {min(at)} must be counted from the text's beginning, from 0")
 
     def add(x: Tensor, clock: Clock) -> Tensor:
         if x.shape[-1] != len(vector):
             raise SaekitError(f"vector is {len(vector)} wide, and {hook_point!r} {x.shape[-1]}; give one of its width")  # fmt: skip
         text = Text.of(clock, x)
         here = text.real
-        if positions is not None:
-            here = here & torch.isin(text.at, torch.tensor(list(positions), device=x.device))
+        if at is not None:
+            here = here & torch.isin(text.at, torch.tensor(at, device=x.device))
         return torch.where(here[..., None], x + vector.to(x), x)
 
     with passes(model.module) as clock, intervene([(model.site(hook_point), partial(add, clock=clock))]):

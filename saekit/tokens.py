@@ -10,7 +10,7 @@ import logging
 import os
 import platform
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ import numpy as np
 from saekit import stdlib
 from saekit.stdlib import Document
 from saekit.types import SaekitError
+
+Decode = Callable[[list[int]], str]
 
 PIECE = 1 << 16  # characters; a longer text is several documents, so that one file can be split
 ENCODE_AT_ONCE = 1 << 17  # characters tokenised in one call: bounds memory, keeps the cores busy
@@ -299,6 +301,22 @@ class Special:
         # an unknown word is content, unless the tokenizer has but one special token for everything
         ids = ids - {unknown} if len(ids) > 1 else ids
         return Special(some("cls", "bos", "eos"), some("sep", "eos", "bos"), some("sep")[:1], pad[0], ids)
+
+
+def in_text(decode: Decode, n_tokens: int) -> Decode:
+    """Decodes token ids as they stand within a text, with the space in front that some decoders take from a text's first token.
+
+    They are decoded behind a token of mere letters or digits, whose own text is taken off again.
+    """
+    alone = ((token, decode([token])) for token in range(n_tokens))
+    token, before = next((one for one in alone if one[1].isascii() and one[1].isalnum()), (0, ""))
+
+    def decoded(ids: list[int]) -> str:
+        text = decode([token, *ids]) if before else ""
+        # where the first token reads otherwise beside the others, as bytes of one character do, they are decoded alone
+        return text[len(before) :] if before and text.startswith(before) else decode(ids)
+
+    return decoded
 
 
 def _encoded(

@@ -125,9 +125,18 @@ def test_features_are_chosen_by_number_or_by_density(run, good, tmp_path):
     assert done.returncode == 0, done.stderr
     assert [one["index"] for one in read(out.read_text())["features"]] == [3, 17]
     out.unlink()
-    for extra, words in ((("--feature", "64"), "feature 64 is not"), (("--features", "0"), "n_features = 0")):
+    for extra, words in (
+        (("--feature", "64"), "feature 64 is none"),
+        (("--features", "0"), "n_features = 0"),
+    ):
         done = command(*few, *extra)
         assert done.returncode == 2 and words in done.stderr and not out.exists()
+    for features in (np.array([17, 3]), torch.tensor([3, 17]), (one for one in (3, 17))):
+        saekit.dashboard(run, out, model=model, tokens=1024, features=features)
+        assert [one["index"] for one in read(out.read_text())["features"]] == [3, 17]
+    for features, words in (([1.0], "feature 1.0 is no number"), ([], "features is empty"), ([-1], "feature -1 is none")):  # fmt: skip
+        with pytest.raises(SaekitError, match=words):
+            saekit.dashboard(run, out, model=model, tokens=1024, features=features)
     density = torch.tensor([0.1, 0, 0.3, 0.2, 0, 0.4])
     assert spread(density, 1000) == [0, 2, 3, 5] and spread(density, 2) == [0, 5]
     assert spread(torch.zeros(3), 2) == [0, 2]

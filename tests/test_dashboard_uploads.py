@@ -74,12 +74,19 @@ def test_an_upload_is_cut_into_batches_and_written_whole_or_not_at_all(made: Fir
     write_upload(made, tmp_path / "up", TARGET, words)
     batches = list(read_upload(tmp_path / "up"))
     assert [len(batch["features"]) for batch in batches] == [10, 10, 7]
-    for features, said in (([N], f"feature {N} is none"), ([], "none that fire")):
+    write_upload(made, tmp_path / "some", TARGET, words, (np.int64(f) for f in (9, 4)))
+    (batch,) = read_upload(tmp_path / "some")
+    assert [one["feature_index"] for one in batch["features"]] == [4, 9]
+    for features, said in (
+        ([N], f"feature {N} is none"),
+        ([], "none that fire"),
+        ([4.0], "feature 4.0 is no number"),
+    ):
         with pytest.raises(SaekitError, match=said):
             write_upload(made, tmp_path / "no", TARGET, words, features)
     with pytest.raises(ZeroDivisionError):
         write_upload(made, tmp_path / "no", TARGET, lambda tokens: [str(1 // 0)])
-    assert [p.name for p in tmp_path.iterdir()] == ["up"]
+    assert {p.name for p in tmp_path.iterdir()} == {"up", "some"}
 
 
 UPLOADS: dict[str, tuple[Callable[[dict[str, Any]], Any], list[str]]] = {

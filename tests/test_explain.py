@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import inspect
 import json
 import re
 import subprocess
@@ -16,23 +17,31 @@ import pytest
 import torch
 from concept_rules import judge, reader, serve, true_explanations
 from refusals import refusal
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 import saekit
 from saekit.autointerp.budget import Budget
 from saekit.autointerp.endpoint import OpenAIEndpoint
-from saekit.autointerp.explain import FEWEST, Explanations, explain
-from saekit.autointerp.explanation import FILE, Explanation, Score, load
+from saekit.autointerp.explain import FEWEST, Explanations, explain, promoted
+from saekit.autointerp.explanation import FILE, Explanation, Score, feature_numbers, load
+from saekit.autointerp.firings import Writer
 from saekit.autointerp.ledger import Ledger
 from saekit.autointerp.prompts import Reader, reader_of
 from saekit.autointerp.rules import Tokens
+from saekit.autointerp.scorers.fuzzing import Fuzzing
 from saekit.autointerp.scorers.intervention import KL, NEAR, Intervention
+from saekit.autointerp.scorers.intruder import Intruder
 from saekit.autointerp.scorers.surprisal import Surprisal
 from saekit.autointerp.scoring import Judge, score, shuffled
+from saekit.autointerp.windows import Windows
 from saekit.cli import main
 from saekit.models import Model
 from saekit.papers.auto_interp import windows_of
+from saekit.report.cards import _logits, speller
+from saekit.report.steering import direct_effects
 from saekit.testbed.concepts import World, world
-from saekit.types import SaekitError
+from saekit.types import Codes, SaekitError
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +179,8 @@ def test_a_score_that_blind_judges_win_is_flagged() -> None:
     ]
     found = Explanations((Explanation(0, "a", "human", scores=tuple(scores)),))
     assert "can be won without the explanation, by number of marks" in repr(found)
+    other = dataclasses.replace(scores[0], controls={"empty": 0.5, "shuffled": 0.9})
+    assert "can be won" not in repr(Explanations((Explanation(0, "a", "human", scores=(other,)),)))
 
 
 @pytest.mark.slow
@@ -194,6 +205,25 @@ def test_500_features_are_explained_in_two_minutes(code_lm: Model, tmp_path: Pat
     assert mean > 10 * random
 
 
+def test_numpys_numbers_and_generators_are_taken(small: World, tmp_path: Path) -> None:
+    def facts(found: Explanations) -> list[Any]:
+        return [(one.feature, one.text, one.scores) for one in found]
+
+    numbers = [small.feature(n) for n in ("hal", "ish")]
+    plain = explained(small, features=numbers, scorers=("detection",))
+    found = explained(small, features=iter(numbers), scorers=(one for one in ("detection",)))
+    assert facts(found) == facts(plain)
+    again = explained(small, features=None, given=iter(plain.listed), scorers=("detection",))
+    assert facts(again) == facts(plain)
+    numpys = {"n": np.int64(16), "width": np.int64(32), "seed": np.int64(0), "tokens": np.int64(10**9)}
+    unchecked: Any = inspect.unwrap(explain)  # its annotations say int
+    given = small.dictionary, small.model, text_of(small)
+    found = unchecked(*given, np.array(numbers), scorers=("detection",), **numpys)
+    file = found.save(tmp_path / "kept.json")
+    assert facts(found) == facts(plain) and [one.feature for one in load(file)[0]] == numbers
+    assert feature_numbers(torch.tensor(numbers), 30) == numbers
+
+
 def test_what_is_asked_for_wrongly_is_refused(small: World, run: Path) -> None:
     for options, words in (
         ({"method": "guess"}, "method 'guess' is unknown"),
@@ -202,6 +232,8 @@ def test_what_is_asked_for_wrongly_is_refused(small: World, run: Path) -> None:
         ({"features": [3, 3]}, "listed twice"),
         ({"features": [10**6]}, "feature 1000000 is none of the dictionary's 30"),
         ({"features": 0}, "features = 0 must be"),
+        ({"features": [1.0]}, "feature 1.0 is no number of a feature"),
+        ({"features": np.array([0.5])}, "feature 0.5 is no number of a feature"),
         ({"features": [small.feature("dodo")]}, f"none of the features fires in {FEWEST} windows"),
         ({"n": 4}, "n = 4 must be a whole number from 5"),
         ({"width": 1}, "width = 1 must be a whole number from 2"),
@@ -290,6 +322,11 @@ def test_descriptions_make_texts_expected_and_interventions_make_them_written(
     assert len({trials.texts[arm].tobytes() for arm in range(3)}) == 3
     (one,) = score([given], windows, r, (scorer,), n=24)
     assert one.score("intervention").value == 1 and trials.truth.tolist() != [0] * len(trials.truth)
+    with torch.no_grad():
+        kept, d.W_dec[7] = d.W_dec[7].clone(), 0.0
+    assert scorer.trials(windows, 7, "score", 24, 0) is None  # it writes nothing
+    with torch.no_grad():
+        d.W_dec[7] = kept
     surprisal = Surprisal(code_lm)
     (told,) = score([dataclasses.replace(given, text="self, self.x, (self)")], windows, r, (surprisal,), n=24)
     found = told.score("surprisal")
@@ -297,6 +334,15 @@ def test_descriptions_make_texts_expected_and_interventions_make_them_written(
     lines, wanted = ["self.x = self.y", "import os, sys"], "self.x = self.y"
     loss = surprisal._losses("x", lines), surprisal._losses(wanted, lines)
     assert loss[0][0] - loss[1][0] > loss[0][1] - loss[1][1]
+
+
+def test_texts_longer_than_the_context_are_read_from_their_beginning(code_lm: Model) -> None:
+    surprisal, lines = Surprisal(code_lm), ["x = 1\n" * 400, "x"]
+    loss = surprisal._losses("assignments", lines)
+    assert (
+        np.isfinite(loss).all()
+        and loss.tolist() == surprisal._losses("assignments", [lines[0] * 2, "x"]).tolist()
+    )
 
 
 def test_explanations_are_shuffled_to_another_feature_with_other_words() -> None:
@@ -315,6 +361,95 @@ def test_windows_are_shown_on_one_line_with_marks_around_words() -> None:
     assert own.line(tokens, marked) == "the «unhappiness» «of↵» ‹it›⇥it"
     assert own.line(tokens, tokens == 2) == "the un«happi»ness of↵ ‹it›⇥it"
     assert own.line(tokens) == "the unhappiness of↵ ‹it›⇥it"
+
+
+def test_marked_white_space_is_shown() -> None:
+    words = [" the", "    ", "it", "  \n", "\r", " "]
+    own = Reader(lambda ids: "".join(words[i] for i in ids), len(words))
+    tokens = np.arange(len(words))
+    assert own.line(tokens, np.isin(tokens, [1, 3, 4, 5])) == "the«····»it  «↵»«∅»«·»"
+    assert own.line(tokens, tokens == 0) == "«the»    it  ↵"
+
+
+def test_no_mark_is_unseen_by_which_silent_windows_would_be_known(code_lm: Model, tmp_path: Path) -> None:
+    """Of a feature on spaces; blind judges count the marks that are shown."""
+    own, g = reader_of(code_lm), np.random.default_rng(0)
+    blank = own.texts.index("    ")
+    tokens = torch.from_numpy(g.integers(300, 900, (200, 32)))
+    tokens[::2, 5] = blank
+    documents = torch.arange(200)[:, None].expand(200, 32).contiguous()
+    writer = Writer(tmp_path, 1)
+    codes = Codes.from_dense((tokens == blank).float()[..., None])
+    writer.add(tokens, documents, torch.ones_like(tokens, dtype=torch.bool), codes)
+    windows = Windows(writer.close({}), 32, texts=own.texts)
+    trials = Fuzzing().trials(windows, 0, "score", 20, 0)
+    assert trials is not None and len(trials.truth) == 40
+    for line, marks in zip(Fuzzing().lines(trials, own), trials.marks, strict=True):
+        assert line.count("«") == marks.sum() == 1
+    asked = Intruder().trials(windows, 0, "score", 20, 0)
+    blind = Intruder().blind(None, asked, own)
+    assert asked is not None and blind["number of marks"] == pytest.approx((asked.truth == 0).mean())
+
+
+SENTENCE = "the quick brown fox jumps over the lazy dog"
+
+
+def spaced(kind: str) -> PreTrainedTokenizerFast:
+    """A small tokenizer whose decoder takes the first space from a text, as Llama's does; or writes words, as BERT's does."""
+    if kind == "llama":
+        own = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+        own.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        own.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+        own.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])  # fmt: skip
+        trainer: Any = trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>", "<0xC3>", "<0x30>"])
+    else:
+        own = Tokenizer(models.WordPiece(unk_token="<unk>"))
+        own.pre_tokenizer, own.decoder = pre_tokenizers.Whitespace(), decoders.WordPiece()
+        trainer = trainers.WordPieceTrainer(vocab_size=400, special_tokens=["<unk>"])
+    own.train_from_iterator([SENTENCE] * 20, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=own)
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_tokens_keep_the_space_that_decoders_take_from_a_texts_first(kind: str) -> None:
+    tokenizer = spaced(kind)
+    own, spell = Reader(tokenizer.decode, len(tokenizer)), speller(tokenizer)
+    ids = tokenizer(SENTENCE)["input_ids"]
+    words = [f" {word}" for word in SENTENCE.split()]
+    assert [own.texts[i] for i in ids] == words and list(map(spell, ids)) == words
+    tokens = np.array(ids)
+    assert own.line(tokens) == SENTENCE
+    marked = "the quick brown «fox» «jumps» over the lazy «dog»"
+    assert own.line(tokens, np.isin(np.arange(9), [3, 4, 8])) == marked
+    if kind == "llama":  # a byte that would make another character of the one in front of it
+        assert own.within(tokenizer.convert_tokens_to_ids(["<0xC3>"])) == "\ufffd"
+        assert spell(tokenizer.convert_tokens_to_ids("<0xC3>")) == "<0xC3>"
+
+
+def test_promoted_tokens_are_those_that_raise_the_models_logits(tiny_gpt2: Model) -> None:
+    """Of a whitened dictionary, by explanations, cards and steering alike; none of one whose features write no one direction."""
+    own, g = reader_of(tiny_gpt2), torch.Generator().manual_seed(0)
+    width = tiny_gpt2.module.config.n_embd
+    x = torch.randn(4000, width, generator=g) @ torch.randn(width, width, generator=g)
+    d = saekit.create("topk", d_in=width, n_features=8, k=2, normalise="whiten")
+    d.set_normalisation(x)
+    with torch.no_grad():
+        step = d.decode(Codes.from_dense(torch.eye(8))) - d.decode(Codes.from_dense(torch.zeros(8, 8)))
+        norm, head = tiny_gpt2.module.transformer.ln_f, tiny_gpt2.module.lm_head
+        logits = ((step - step.mean(-1, keepdim=True)) * norm.weight) @ head.weight.T
+    effects = direct_effects(tiny_gpt2, d, range(8))
+    torch.testing.assert_close(effects, logits - logits.mean(-1, keepdim=True), rtol=1e-3, atol=1e-4)
+    shown = _logits(d, tiny_gpt2, range(8), speller(tiny_gpt2.tokenizer))
+    for feature, (most, _) in enumerate(shown):
+        wanted = logits[feature].topk(10)
+        said = promoted(d, tiny_gpt2, own, feature)
+        assert said is not None and said[0] == [own.texts[i] for i in wanted.indices.tolist()]
+        torch.testing.assert_close(torch.tensor([v for _, v in most]), effects[feature].topk(10).values)
+    maps = saekit.create("molt", d_in=width, n_features=8, k=2)
+    assert promoted(maps, tiny_gpt2, own, 3) is None
+    assert _logits(maps, tiny_gpt2, [3], str) == [([], [])]
+    with pytest.raises(SaekitError, match="writes no directions"):
+        direct_effects(tiny_gpt2, maps, [3])
 
 
 def test_a_server_that_is_gone_is_named_and_costs_no_explanation(run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:  # fmt: skip

@@ -69,6 +69,16 @@ def test_contexts_are_the_highest_peaks(code_lm: Model, stands, graph: saekit.Gr
             graph_contexts(graph, code_lm, wrong, TEXT)
 
 
+def test_tokens_keep_the_space_that_a_decoder_takes_from_a_texts_first(
+    code_lm: Model, stands, graph: saekit.Graph, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"text": TEXT, "tokens": 256, "n_top": 1}
+    before, decode = graph_contexts(graph, code_lm, stands, **options), code_lm.tokenizer.decode
+    assert any(" " in "".join(one["tokens"]) for shown in before.values() for one in shown)
+    monkeypatch.setattr(code_lm.tokenizer, "decode", lambda ids: decode(ids).removeprefix(" "))
+    assert graph_contexts(graph, code_lm, stands, **options) == before
+
+
 @pytest.mark.browser
 def test_in_a_browser_a_traced_features_contexts_are_shown(
     seat: Seat, code_lm: Model, stands, graph: saekit.Graph, tmp_path: Path  # noqa: F811

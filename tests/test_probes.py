@@ -401,6 +401,7 @@ def test_an_observer_s_mistakes_are_told(observer: Observer) -> None:
         (lambda: observe(observer.model, (tokens, labels), (tokens, labels), ["blocks.9.hook_resid_post"]), "not in model"),
         (lambda: read(observer.model, [], POINTS), "no text"),
         (lambda: strongest({POINTS[0]: torch.zeros(4)}, 5), "n = 5 must lie in 1..4"),
+        (lambda: pushed(observer.model, POINTS[0], observer.direction, [2, -1]).__enter__(), "position -1 must be counted"),
     ):  # fmt: skip
         with pytest.raises(SaekitError, match=words):
             call()

@@ -198,6 +198,47 @@ def test_intervals_cover_the_truth(accuracy: float, measure: str) -> None:
     assert 0.92 <= inside / repeats <= 0.98
 
 
+RULES: dict[
+    str, tuple[Any, ...]
+] = {  # firing and silent windows, the text's ratio; recall, how alike in a window; of false ones
+    "finds all, few": (10, 320, 320, 0.95, 0, 0, 0.0, 0.0),
+    "rarely false": (20, 320, 160, 0.9, 0, 0, 0.003, 0.0),
+    "seldom false": (160, 320, 50, 0.9, 2, 2, 0.003, 0.1),
+    "often false": (160, 320, 3, 0.8, 2, 2, 0.3, 0.5),
+    "clumps": (160, 320, 50, 0.5, 2, 2, 0.02, 0.1),
+    "finds few": (40, 320, 5, 0.2, 0, 3, 0.1, 0.3),
+}
+
+
+@pytest.mark.parametrize("case", RULES)
+def test_the_interval_of_a_rules_f1_covers_the_truth(case: str) -> None:
+    firing, silent, ratio, recall, alike, more, false, here = RULES[case]
+    rng = np.random.default_rng(12)
+
+    def drawn(firing: int, silent: int) -> list[np.ndarray]:
+        true = 1 + rng.poisson(more, firing)
+        share = rng.beta(recall * alike, (1 - recall) * alike, firing) if alike else recall
+        wrong = [
+            rng.binomial(1, p, n) * (1 + rng.poisson(1, n)) for p, n in ((here, firing), (false, silent))
+        ]
+        return [part.astype(float) for part in (rng.binomial(true, share), wrong[0], true, wrong[1])]
+
+    hits, wrong, true, elsewhere = (part.mean() for part in drawn(10**6, 10**6))
+    value, inside = 2 * hits / (hits + wrong + true + ratio * elsewhere), 0
+    for _ in range(300):
+        low, high = stats.f1_interval(*drawn(firing, silent), ratio)
+        inside += low <= value <= high
+        assert low < high
+    assert inside / 300 >= 0.92
+    none, one = np.zeros(10), np.ones(10)
+    assert (
+        stats.f1_interval(none, none, one, none, 5)[0] == 0
+        and stats.f1_interval(one, none, one, none, 5)[1] == 1
+    )
+    low, high = stats.f1_interval(one, none, 3 * one, none, 5)  # the same share in every window
+    assert 0.1 < low < 0.5 < high
+
+
 @pytest.mark.parametrize("kind", ["noise", "many", "lapses", "unlike"])
 def test_the_interval_of_a_simulation_covers_the_truth(kind: str) -> None:
     """Over ten firing and ten silent windows, as Simulation draws them."""

@@ -181,18 +181,35 @@ def test_what_cannot_be_measured_is_refused(tiny_gpt2: Model, mlp: torch.nn.Modu
     for options, words in (
         ({"strengths": []}, "strengths = [] must be finite numbers"),
         ({"targets": ()}, "targets is empty"),
+        ({"targets": [4096]}, "target 4096 is none of the model's 4,096 tokens"),
+        ({"targets": [-1]}, "target -1 is none of the model's 4,096 tokens"),
         ({"way": "clamp"}, "way = 'clamp'"),
         ({"feature": 64}, "feature 64 is none"),
     ):
         with pytest.raises(SaekitError) as told:
             steering.sweep(neutral, **{"feature": 3, "strengths": [1.0], **options})
         assert words in str(told.value)
+    with pytest.raises(SaekitError, match="target -1 is none"):
+        neutral.measure().of([-1])
+    with pytest.raises(SaekitError, match="target 4096 is none"):
+        steering.prompt_effects(tiny_gpt2, torch.tensor([[1, 2]]), [[(d, {3: 1.0})]], [4096])
     with pytest.raises(SaekitError, match="predicts no tokens"):
         steering.Neutral(mlp, d)
     inside = saekit.create("topk", d_in=128, n_features=64, k=4)
     inside.reads = inside.writes = ("blocks.1.mlp.act",)
     with pytest.raises(SaekitError, match="name targets"):
         steering.promoted(tiny_gpt2, inside, 3)
+
+
+def test_targets_count_once_and_generators_are_taken(tiny_gpt2: Model, good: Path) -> None:
+    d = saekit.load(good / "run")
+    neutral = steering.Neutral(tiny_gpt2, d, str(good / "long.py"), tokens=64, split="all")
+    once = steering.sweep(neutral, 3, [1.0, 2.0], [5, 7], controls=0)
+    assert steering.sweep(neutral, 3, iter([1.0, 2.0]), iter([5, 7, 5]), controls=0) == once
+    assert once.targets == (5, 7) and len(once.rows) == 2
+    ids, changes = torch.tensor([[1, 2]]), [[(d, {3: 5.0})]]
+    effects = [steering.prompt_effects(tiny_gpt2, ids, changes, targets) for targets in ([5, 7], [5, 7, 7])]
+    assert effects[0] == effects[1]
 
 
 @pytest.mark.parametrize(("law", "wanted"), [(1.7, 1e-3), (2.0, 7.0), (0.4, 0.5)])

@@ -170,6 +170,8 @@ def test_samplings_take_what_they_say(windows: Windows, small: World) -> None:
     assert len(windows.firing(feature, "explain", 10**6)) == own.sum()
     with pytest.raises(SaekitError, match="how = 'best' is not one of top"):
         windows.firing(feature, "explain", 5, "best")
+    with pytest.raises(SaekitError, match="side 'scoring' is not one of explain, score"):
+        windows.firing(feature, "scoring", 5)
 
 
 def test_what_cannot_be_split_is_refused(tmp_path: Path) -> None:

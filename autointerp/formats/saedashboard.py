@@ -8,7 +8,7 @@ when it wasn't computed; explanations have no place in it, they go into a dump.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from saekit import records
+from saekit.autointerp.explanation import feature_numbers
 from saekit.autointerp.firings import Firings
 from saekit.autointerp.formats.neuronpedia import check_tokens
 from saekit.autointerp.formats.strict import numbered, read_json, whole
@@ -65,13 +66,12 @@ def write_upload(
     path: "str | Path",
     target: Target,
     words: Callable[[Sequence[int]], Sequence[str]],
-    features: Sequence[int] | None = None,
+    features: Iterable[Any] | None = None,
     logits: Mapping[int, TopLogits] | None = None,
 ) -> Path:
     """Write an upload of features (without ``features``, of all that fire); ``words`` gives each token's text."""
-    chosen = np.flatnonzero(firings.counts).tolist() if features is None else sorted(set(features))
-    for feature in chosen:
-        firings.of(feature)
+    given = np.flatnonzero(firings.counts) if features is None else features
+    chosen = sorted(set(feature_numbers(given, firings.n_features)))
     if not chosen:
         raise SaekitError("features are none that fire; give some")
     text = firings.about.get("text")

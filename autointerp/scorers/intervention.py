@@ -68,7 +68,9 @@ class Intervention:
     """Share of questions in which the set that the feature wrote is found; one in three is chance."""
 
     name, metric, by = "intervention", "accuracy", "judge"
-    untried = "is alone in the dictionary, or moves the model by no strength as far as is asked for"
+    untried = (
+        "is alone in the dictionary, writes nothing, or moves the model by no strength as far as is asked for"
+    )
 
     def __init__(self, model: Model, dictionary: Dictionary):
         if not model.predicts_tokens:
@@ -82,7 +84,7 @@ class Intervention:
         self.model, self.dictionary = model, dictionary
 
     def trials(self, windows: Windows, feature: int, side: str, n: int, seed: int) -> "Written | None":
-        """An eighth of ``n`` questions; None where the direction doesn't move the model enough, or there is no other feature."""
+        """An eighth of ``n`` questions; None where a direction doesn't move the model enough, or there is no other feature."""
         begun = silent(windows, feature, side, SHOWN * max(3, n // 8), ("random",), seed)
         alive = np.flatnonzero(windows.firings.counts)
         others = alive[alive != feature]
@@ -97,7 +99,7 @@ class Intervention:
         texts, reached = [], []
         for arm in arms:
             strength, divergence = self._strength(ids, arm / arm.norm())
-            if abs(divergence - KL) > NEAR:
+            if not abs(divergence - KL) <= NEAR:  # NaN too: of a direction of zeros
                 return None
             texts.append(self._continued(ids, strength * arm / arm.norm()).reshape(questions, SHOWN, -1))
             reached.append(divergence)

@@ -115,10 +115,11 @@ class Intruder:
         return Score(self.name, self.metric, float(right[known].mean()) if n else None, low, high, n, float(right.mean()), notes=notes)  # fmt: skip
 
     def blind(self, learnt: "Intruders | None", trials: Intruders, reader: Reader) -> dict[str, float | None]:
-        """The text that is the shortest or the longest, and the one whose mark count is the odd one."""
+        """The text that is the shortest or the longest, and the one whose count of marked words is the odd one."""
         pairs = zip(trials.examples.tokens, trials.marks, strict=True)
-        sizes = np.array([len(reader.line(tokens, marks)) for tokens, marks in pairs])[trials.groups]
-        counts = trials.marks.sum(1)[trials.groups]
+        lines = [reader.line(tokens, marks) for tokens, marks in pairs]
+        sizes = np.array([len(line) for line in lines])[trials.groups]
+        counts = np.array([line.count("«") for line in lines])[trials.groups]
         odd = np.abs(counts - np.median(counts, axis=1, keepdims=True)).argmax(1)
         guesses = {"shortest text": sizes.argmin(1), "longest text": sizes.argmax(1), "number of marks": odd}
         return {name: float((guess == trials.truth).mean()) for name, guess in guesses.items()}

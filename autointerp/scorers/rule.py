@@ -15,7 +15,6 @@ from saekit.autointerp.scorers.binary import FEWEST
 from saekit.autointerp.windows import Examples, Windows
 
 FIRING, SILENT = 4, 8  # windows of each kind, times what detection shows
-DRAWS = 200
 
 
 @dataclass(frozen=True)
@@ -54,19 +53,15 @@ class Rule:
         return np.asarray(rule.strength(trials.examples.tokens), np.float64)
 
     def measure(self, trials: Natural, guesses: Float[ndarray, "n width"], seed: int) -> Score:
-        """F1 with a bootstrap interval over windows; ``strata`` are its precision and recall."""
-        said, truth = guesses > 0, trials.truth
-        each = np.stack([(said & truth).sum(1), said.sum(1), truth.sum(1)]) * trials.weights
-
-        def value(some: ndarray) -> float:
-            hits, n_said, n_true = each[:, some].sum(1)
-            return float(2 * hits / max(n_said + n_true, 1e-30))
-
-        every = np.arange(len(truth))
-        hits, n_said, n_true = each.sum(1)
-        low, high = stats.bootstrap(len(truth), lambda draw: value(draw), seed, DRAWS) or (None, None)
+        """F1 with its interval over windows, at the share of them in which it fires here; ``strata`` are its precision and recall."""
+        said, truth, fires = guesses > 0, trials.truth, trials.examples.fires
+        each = np.stack([(said & truth).sum(1), said.sum(1), truth.sum(1)]).astype(np.float64)
+        hits, n_said, n_true = (each * trials.weights).sum(1)
+        found = float(2 * hits / max(n_said + n_true, 1e-30))
+        own_hits, own_said, own_true = each[:, fires]
+        ratio = float(trials.weights[~fires].sum() / trials.weights[fires].sum())
+        low, high = stats.f1_interval(own_hits, own_said - own_hits, own_true, each[1, ~fires], ratio)
         strata = {"precision": float(hits / max(n_said, 1e-30)), "recall": float(hits / max(n_true, 1e-30))}
-        found = value(every)
         return Score(self.name, self.metric, found, low, high, len(truth), found, strata=strata)
 
     def blind(self, learnt: "Natural | None", trials: Natural, reader: Reader) -> dict[str, float | None]:

@@ -23,7 +23,8 @@ ROWS = 40  # texts of a forward pass
 class Surprisal(Embedding):
     """AUC of how much lower a text's loss is behind the description than behind a neutral one; 0.5 is chance.
 
-    ``model`` is a causal language model (by default code-lm), the one that is explained or another.
+    ``model`` is a causal language model (by default code-lm), the one that is explained or another. Of a text that takes
+    more than half of its context the beginning counts, so that the description has a place.
     """
 
     name = "surprisal"
@@ -56,8 +57,13 @@ class Surprisal(Embedding):
         m, out = self.model, []
         tail = m.tokenizer(TAIL)["input_ids"]
         for at in range(0, len(lines), ROWS):
-            ids = [m.tokenizer(line or " ")["input_ids"] for line in lines[at : at + ROWS]]
-            most = (m.context or 10**9) - max(map(len, ids))
+            context = m.context or 10**9
+            # verbose=False: what is too long is cut, and needs no warning
+            ids = [
+                m.tokenizer(line or " ", verbose=False)["input_ids"][: context // 2]
+                for line in lines[at : at + ROWS]
+            ]
+            most = context - max(map(len, ids))
             before = m.tokenizer(FRAME.format(description))["input_ids"]
             if len(before) > most:  # a description that fills the context is cut, and its frame kept
                 before = [*before[: max(0, most - len(tail))], *tail][:most]

@@ -16,6 +16,7 @@ from torch import Tensor
 from saekit.activations import Store
 from saekit.autointerp import explanation
 from saekit.autointerp.explanation import Explanation
+from saekit.autointerp.neurons import directions_of, logits_of
 from saekit.dictionaries import Dictionary
 from saekit.dictionaries.sequences import Sequences
 from saekit.harvest import harvest
@@ -24,7 +25,7 @@ from saekit.models import Model, load_model
 from saekit.report.contexts import ContextCollector, Looks
 from saekit.report.nearest import CoFiring, nearest_by_decoder
 from saekit.report.page import Explained, FeatureCard, Number, feature_card
-from saekit.tokens import documents
+from saekit.tokens import documents, in_text
 from saekit.types import ActivationBatch, SaekitError
 
 Logits = tuple[list[tuple[str, Number]], list[tuple[str, Number]]]
@@ -204,10 +205,11 @@ def explained(
 
 def speller(tokenizer: Any) -> Callable[[int], str]:
     """The text of a token by itself; bytes that make no character alone are spelled out, as ``\\xe2``."""
+    within = in_text(tokenizer.decode, len(tokenizer))
 
     @cache
     def spell(token: int) -> str:
-        text = tokenizer.decode([token])
+        text = within([token])
         if "\ufffd" not in text:
             return text
         piece = tokenizer.convert_ids_to_tokens(token)
@@ -243,23 +245,15 @@ def _logits(
 ) -> list[Logits]:
     """The next tokens that each feature's direction favours most and least, with their logits about the mean.
 
-    The final norm's gain is applied and its division left out: a direction has no norm to divide by.
+    None of a feature that writes no one direction in the model's stream.
     """
-    head = getattr(view.module, "get_output_embeddings", lambda: None)()
-    maps = dictionary.wiring.kind == "transforms"  # which write no one direction
-    if head is None or head.weight.shape[1] != dictionary.d_out or maps:
+    written = directions_of(dictionary, features)
+    way = None if written is None else logits_of(view, written)
+    if way is None:
         return [([], []) for _ in features]
-    last = ("ln_f", "norm", "final_layer_norm")
-    norms = [m for name, m in view.module.named_modules() if name.rsplit(".", 1)[-1] in last]
-    gain = norms[-1].weight if norms and norms[-1].weight.shape == (dictionary.d_out,) else 1.0
     out: list[Logits] = []
-    weight, size = dictionary.W_dec, max(1, CELLS // len(head.weight))
-    for start in range(0, len(features), size):
-        written = dictionary.norm_out.directions(weight[list(features[start : start + size])])
-        if norms and isinstance(norms[-1], torch.nn.LayerNorm):  # an RMS norm does not centre
-            written = written - written.mean(-1, keepdim=True)
-        logits = (written.to(head.weight.dtype) * gain) @ head.weight.T
-        logits = (logits - logits.mean(-1, keepdim=True)).float()
+    for part in way.directions.split(max(1, CELLS // len(way.W_U))):
+        logits = way.effects(part)
         ends = [_ranked(logits.topk(N_LOGITS, largest=most), spell) for most in (True, False)]
         out += zip(*ends, strict=True)
     return out

@@ -9,9 +9,10 @@ from saekit.graph import Graph
 from saekit.graph.export import Contexts
 from saekit.harvest import harvest
 from saekit.hub.native import load, origin
-from saekit.models import Model, load_model
+from saekit.models import load_model
 from saekit.report.contexts import Context, ContextCollector
 from saekit.report.run import codes_of
+from saekit.tokens import Decode, in_text
 from saekit.types import ActivationBatch, SaekitError
 
 RADIUS = 8  # tokens on each side of a peak
@@ -50,6 +51,7 @@ def graph_contexts(
         text = origin(shown[min(wanted)].card)[1]
         if text is None:
             raise SaekitError("the dictionary was trained on text given in Python; give a text")
+    within = in_text(view.tokenizer.decode, len(view.tokenizer))
     points = list(dict.fromkeys(point for i in wanted for point in shown[i].reads))
     context = max((shown[i].context or 0 for i in wanted), default=0) or None
     found: dict[int, ContextCollector] = {}
@@ -61,7 +63,7 @@ def graph_contexts(
         if on_batch is not None:
             on_batch(done, tokens)
     return {
-        (i, feature.index): [_shown(one, view) for one in feature.top]
+        (i, feature.index): [_shown(one, within) for one in feature.top]
         for i, collector in found.items()
         for feature in collector.result()
     }
@@ -78,6 +80,6 @@ def _add(
     found[i].add(batch.tokens, batch.documents, batch.mask, codes_of(d, batch))
 
 
-def _shown(context: Context, view: Model) -> dict[str, Any]:
-    texts = [view.tokenizer.decode([token]) for token in context.tokens]
+def _shown(context: Context, within: Decode) -> dict[str, Any]:
+    texts = [within([token]) for token in context.tokens]
     return {"tokens": texts, "values": [value or 0.0 for value in context.activations], "at": context.peak}

@@ -1,7 +1,7 @@
 """The report of a run: gathers what lies in its folder, and the cards of its features."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from saekit.autointerp.explanation import feature_numbers
 from saekit.dictionaries import Dictionary
 from saekit.dictionaries.sequences import Sequences
 from saekit.evaluate import read_report
@@ -46,7 +47,7 @@ def dashboard(
     model: Any = None,
     text: Any = None,
     n_features: int = 1000,
-    features: Sequence[int] | None = None,
+    features: Iterable[Any] | None = None,
     tokens: int = 200_000,
     device: "str | torch.device | None" = None,
     seed: int = 0,
@@ -74,18 +75,18 @@ def dashboard(
         raise SaekitError(f"out {str(out)!r} is no name of an HTML file; end it in .html")
     if n_features < 1:
         raise SaekitError(f"n_features = {n_features} must be at least 1")
-    outside = [f for f in features or () if not 0 <= f < dictionary.n_features]
-    if outside:
-        raise SaekitError(f"feature {outside[0]} is not in a dictionary of {dictionary.n_features} features")
+    named = None if features is None else sorted(set(feature_numbers(features, dictionary.n_features)))
+    if named == []:
+        raise SaekitError("features is empty; name at least one, or leave it out for those that fire")
     check_writable(target.parent)
     density = _density(dictionary, source, evaluation)
     if source.view.tokenizer is None and isinstance(source.text, str) and image_files(source.text):
         few = min(n_features, PICTURED)
-        own = of_reading(source, sorted(set(features)) if features else None, few, said, on_batch=on_batch)
+        own = of_reading(source, named, few, said, on_batch=on_batch)
         page = _page(config, read_log(folder), dictionary, card, evaluation, density, [])
         write(replace(page, pictures=tuple(own.figures())), target)
         return target
-    chosen = sorted(set(features)) if features else spread(density, n_features, said)
+    chosen = named or spread(density, n_features, said)
     found, counted = cards(source, chosen, seed, said, on_batch)
     page = _page(config, read_log(folder), dictionary, card, evaluation, density, found)
     notes = (*page.notes, *_explained_notes(found), _neighbours_note(counted, dictionary.n_features))
@@ -119,7 +120,8 @@ def _explained_notes(found: Sequence[FeatureCard]) -> list[str]:
     share = sum(bool(card.explanations) for card in found)
     return [
         f'Explanations: {share:,} of the {len(found):,} features shown have one ({listed}). "statistics" is made by counting, '
-        "without a language model. Scores are of text that the explanation was not made from, with 95 % intervals; "
+        "without a language model. Scores are of text that the explanation was not made from, with 95 % intervals, which take "
+        "examples as independent, as those of one document hardly are; "
         "controls are the same measure for judges that don't know the explanation."
     ]
 

@@ -8,7 +8,7 @@ each as strong as moves the model by the same KL: what they do to the same targe
 
 import html
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from saekit import metrics
 from saekit.activations import write_atomic
-from saekit.circuits.weights import final_norm
+from saekit.autointerp.neurons import directions_of, logits_of
 from saekit.dictionaries import Dictionary
 from saekit.dictionaries.cross_layer import CrossLayer
 from saekit.evaluate.core import controls_for
@@ -117,9 +117,18 @@ class Predicted:
     ce: float
     chances: Float[Tensor, " vocabulary"]
 
-    def of(self, targets: Sequence[int]) -> Measured:
+    def of(self, targets: Iterable[int]) -> Measured:
         """The measures for some targets."""
-        return Measured(self.kl, self.ce, float(self.chances[list(targets)].sum()))
+        return Measured(self.kl, self.ce, float(self.chances[_tokens(targets, len(self.chances))].sum()))
+
+
+def _tokens(targets: Iterable[int], vocabulary: int) -> list[int]:
+    """Target tokens as ints, each once; raises where one is none of the vocabulary."""
+    listed = list(dict.fromkeys(map(int, targets)))
+    for token in listed:
+        if not 0 <= token < vocabulary:
+            raise SaekitError(f"target {token} is none of the model's {vocabulary:,} tokens; give token ids")
+    return listed
 
 
 class Neutral:
@@ -257,15 +266,23 @@ def direct_effects(
 ) -> Float[Tensor, "chosen vocabulary"]:
     """What each feature's direction adds to the logits by itself, about their mean, in logits per unit of code.
 
-    Read off where it is written last. The final norm's gain is applied and its division left out: a direction has no norm
-    to divide by.
+    Where a dictionary writes several places, read off where it writes last. The final norm's gain is applied and its
+    division left out: a direction has no norm to divide by.
     """
-    head = getattr(model.module, "get_output_embeddings", lambda: None)()
-    d: Any = dictionary
-    if head is None or d.wiring.parts_out[-1] != head.weight.shape[1] or d.wiring.kind == "transforms":
+    written = directions_of(dictionary, features)
+    if written is None and dictionary.wiring.kind != "transforms":
+        written = _written_last(dictionary, features)
+    way = None if written is None else logits_of(model, written)
+    if way is None:
         raise SaekitError(
             "the dictionary writes no directions that the model's unembedding reads, so features have no tokens of their own; name targets (--target)"
         )
+    return way.effects(way.directions)
+
+
+def _written_last(dictionary: Dictionary, features: Sequence[int]) -> Float[Tensor, "chosen d"]:
+    """What features add at the last of the places that a dictionary writes."""
+    d: Any = dictionary
     layered = isinstance(dictionary, CrossLayer)
     each = d.n_features // d.layers if layered else d.n_features
     rows = []
@@ -275,13 +292,8 @@ def direct_effects(
         one = Codes.from_rectangular(
             torch.tensor([[feature % each]], device=d.device), x.new_ones(1, 1), each, (1, 1)
         )
-        rows.append(written_by(d, one, x, part, len(d.writes) - 1, layered)[0, 0])
-    written, norm = torch.stack(rows).to(head.weight.dtype), final_norm(model)
-    if isinstance(norm, torch.nn.LayerNorm):  # an RMS norm does not centre
-        written = written - written.mean(-1, keepdim=True)
-    gain = getattr(norm, "weight", None)
-    logits = (written if gain is None else written * gain) @ head.weight.T
-    return (logits - logits.mean(-1, keepdim=True)).float()
+        rows.append(written_by(d, one, x, part, len(d.wiring.parts_out) - 1, layered)[0, 0])
+    return torch.stack(rows)
 
 
 def promoted(model: Model, dictionary: Dictionary, feature: int, n: int = PROMOTED) -> tuple[int, ...]:
@@ -292,8 +304,8 @@ def promoted(model: Model, dictionary: Dictionary, feature: int, n: int = PROMOT
 def sweep(
     neutral: Neutral,
     feature: int,
-    strengths: Sequence[float],
-    targets: Sequence[int] | None = None,
+    strengths: Iterable[float],
+    targets: Iterable[int] | None = None,
     *,
     way: str = "set",
     controls: int = 4,
@@ -302,7 +314,7 @@ def sweep(
 ) -> Sweep:
     """Steer a feature at each strength (a code to set, or with ``way="add"`` to add), beside controls at the same KL.
 
-    ``targets``: token ids; by default the feature's own. ``controls`` of each kind are drawn by ``seed``, the same for all
+    ``targets``: token ids, of which each counts once; by default the feature's own. ``controls`` of each kind are drawn by ``seed``, the same for all
     features: others that fire on the text, which are steered the same way, and random directions, which are added.
     """
     d = neutral.dictionary
@@ -310,9 +322,13 @@ def sweep(
         raise SaekitError(f"way = {way!r} must be one of {', '.join(WAYS)}")
     if not 0 <= feature < d.n_features:
         raise SaekitError(f"feature {feature} is none of the dictionary's {d.n_features}")
+    strengths = list(strengths)
     if not strengths or not all(map(math.isfinite, strengths)):
-        raise SaekitError(f"strengths = {list(strengths)} must be finite numbers, at least one")
-    wanted = tuple(promoted(neutral.model, d, feature) if targets is None else targets)
+        raise SaekitError(f"strengths = {strengths} must be finite numbers, at least one")
+    base = neutral.measure()
+    wanted = (
+        promoted(neutral.model, d, feature) if targets is None else tuple(_tokens(targets, len(base.chances)))
+    )
     if not wanted:
         raise SaekitError("targets is empty; name at least one token, or leave it out for the feature's own")
     arms, rows = neutral.arms(feature, way, controls, seed), []
@@ -329,20 +345,21 @@ def sweep(
         if on_row:
             on_row(rows[-1])
     return Sweep(
-        feature, way, wanted, neutral.measure().of(wanted), float(neutral.largest[feature]),
+        feature, way, wanted, base.of(wanted), float(neutral.largest[feature]),
         float(neutral.counts[feature]) / neutral.n_tokens, neutral.n_tokens, tuple(rows),
     )  # fmt: skip
 
 
 def prompt_effects(
-    model: Model, ids: Int[Tensor, "one seq"], changes: Sequence[Any], targets: Sequence[int]
+    model: Model, ids: Int[Tensor, "one seq"], changes: Sequence[Any], targets: Iterable[int]
 ) -> list[float]:
     """Of each change, by how much the logarithm of the targets' probability behind a prompt rises, in nats."""
-    given = model.inputs(ids, torch.ones_like(ids, dtype=torch.bool))
+    given, targets = model.inputs(ids, torch.ones_like(ids, dtype=torch.bool)), list(targets)
 
     def chance() -> float:
         with torch.no_grad():
-            return float(model.logits(given)[0, -1].float().log_softmax(-1)[list(targets)].logsumexp(0))
+            after = model.logits(given)[0, -1].float().log_softmax(-1)
+            return float(after[_tokens(targets, len(after))].logsumexp(0))
 
     base, out = chance(), []
     for change in changes:
