@@ -65,21 +65,26 @@ def code(
     size = images.square().mean((1, 2)).sqrt()
     rho = (max(weight, LEAST) / size.clamp_min(1e-12))[:, None, None]
     shrink, power = weight / rho[:, None], d.abs().square().sum(0)
-    best = codes = dual = images.new_zeros(len(images), len(kernels), *shape)
-    codes_f = dual_f = torch.fft.rfft2(codes)
+    best = codes = images.new_zeros(len(images), len(kernels), *shape)
+    dual, codes_f, dual_f = torch.zeros_like(codes), torch.fft.rfft2(codes), torch.fft.rfft2(codes)
+    made, made_dual = torch.zeros_like(x), torch.zeros_like(x)  # sum_k d_k of codes_f and of dual_f
     objective = [images.square().sum((1, 2)) / 2]
     for _ in range(steps):
-        near = codes_f - dual_f
-        # (d* d + rho) z = d* x + rho near, of rank one: what near leaves of x, shared out among the kernels
-        left = (x - torch.einsum("nkyx,kyx->nyx", near, d)) / (rho + power)
-        linear = RELAXED * (near + d.conj() * left[:, None]) + (1 - RELAXED) * codes_f
-        raised = torch.fft.irfft2(linear, s=shape) + dual
-        codes = raised.sign() * (raised.abs() - shrink).relu()
-        codes_f, dual, dual_f = torch.fft.rfft2(codes), raised - codes, linear + dual_f
-        dual_f = dual_f - codes_f
-        rest = torch.fft.irfft2(x - torch.einsum("nkyx,kyx->nyx", codes_f, d), s=shape)
-        cost = rest.square().sum((1, 2)) / 2 + weight * codes.abs().sum((1, 2, 3))
-        best = torch.where((cost <= objective[-1])[:, None, None, None], codes, best)
+        # (d* d + rho) z = d* x + rho near, of rank one: what near = codes - dual leaves of x, shared out among the kernels;
+        # what over-relaxation makes of it, relaxed z + (1 - relaxed) codes, is codes - relaxed dual and that share
+        left = RELAXED * (x - made + made_dual) / (rho + power)
+        linear = torch.sub(codes_f, dual_f, alpha=RELAXED).addcmul_(d.conj(), left[:, None])
+        raised = torch.fft.irfft2(linear, s=shape).add_(dual)
+        dual = raised.clamp(-shrink, shrink)
+        codes = raised.sub_(dual)
+        codes_f = torch.fft.rfft2(codes)
+        dual_f.add_(linear).sub_(codes_f)
+        now = torch.einsum("nkyx,kyx->nyx", codes_f, d)
+        made, made_dual = now, made + (1 - RELAXED) * made_dual + power * left - now
+        rest = torch.fft.irfft2(x - made, s=shape)
+        cost = rest.square().sum((1, 2)) / 2 + weight * torch.linalg.vector_norm(codes, 1, (1, 2, 3))
+        better = cost <= objective[-1]
+        best = codes if better.all() else torch.where(better[:, None, None, None], codes, best)
         objective.append(torch.minimum(cost, objective[-1]))
     return Maps(best, torch.stack(objective))
 
