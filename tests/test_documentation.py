@@ -21,6 +21,7 @@ from saekit.dictionaries.objective import OBJECTIVES
 from saekit.dictionaries.presets import PRESETS
 from saekit.dictionaries.selection import SELECTIONS
 from saekit.dictionaries.wiring import WIRINGS
+from saekit.papers.result import included
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -72,6 +73,12 @@ def test_links_lead_somewhere(path: Path) -> None:
 def test_the_readme_names_every_choice(row: str, table: Iterable[str]) -> None:
     line = next(s for s in (ROOT / "README.md").read_text().splitlines() if s.startswith(f"| {row} |"))
     assert set(table) <= set(re.findall(r"\w+", line))
+
+
+def test_the_page_of_results_has_every_row() -> None:
+    page = (DOCS / "results.md").read_text()
+    assert re.findall(r"^## ([\w-]+)$", page, re.MULTILINE) == included()
+    assert "](docs/results.md)" in (ROOT / "README.md").read_text() and "Failed:" not in page
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
