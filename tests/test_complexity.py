@@ -133,7 +133,7 @@ def dense(rows: int = 20, d: int = 3, seed: int = 0) -> Tensor:
         (lambda: learning_time([0, 1], torch.full((2, 2), torch.nan)), "information holds NaN"),
         (lambda: importance(dense(), torch.ones(4, 2), torch.zeros(20).long()), "effects has 4 rows, and z 3 features"),
         (lambda: importance(dense(), torch.ones(3, 2), torch.full((20,), 2)), "output must hold one of 0..1"),
-        (lambda: importance(dense(), torch.ones(3, 2), torch.zeros(5).long()), "it has 5"),
+        (lambda: importance(dense(), torch.ones(3, 2), torch.zeros(5).long()), "output has 5 numbers, and z 20 rows"),
     ],
 )  # fmt: skip
 def test_mistakes_are_told(call, words: str) -> None:
