@@ -154,6 +154,19 @@ class Codes:
         return replace(self, values=self.values.detach())
 
 
+def check_device(device: "str | torch.device") -> None:
+    """Raise unless a tensor can be put there."""
+    try:
+        torch.empty(0, device=device)
+    except (
+        RuntimeError,
+        AssertionError,
+        NotImplementedError,
+    ) as error:  # as torch refuses, by the kind of device
+        why = str(error).splitlines()[0]
+        raise SaekitError(f"device {str(device)!r} can't be used here ({why}); choose cpu, or leave it out") from None  # fmt: skip
+
+
 def check_codes(decoder: Tensor, truth: Tensor, codes: Codes, true_codes: Codes) -> None:
     """Raise unless each codes' features have directions, and both belong to as many rows."""
     for name, given, rows in (("codes", codes, decoder), ("true_codes", true_codes, truth)):

@@ -10,7 +10,7 @@ from saekit.dictionaries import Dictionary
 from saekit.hub import native, remote
 from saekit.hub.files import Files
 from saekit.hub.formats import checked, detected, named
-from saekit.types import SaekitError
+from saekit.types import SaekitError, check_device
 
 
 def load(
@@ -34,10 +34,7 @@ def load(
             f"path is of type {type(path).__name__}; give that of a folder or file, or an hf:// address"
         )
     if device is not None:
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            raise SaekitError(f"device {device!r} can't be used here ({str(error).splitlines()[0]}); choose 'cpu', or leave it out") from None  # fmt: skip
+        check_device(device)
     address = str(path)
     path = remote.fetch(address, format) if address.startswith(remote.SCHEME) else Path(path)
     if format == "native" or (format is None and _own(path)):

@@ -16,15 +16,9 @@ from saekit.pages import finite
 def _usable(device: str | None) -> str | None:
     """The device, if a tensor can be put there."""
     if device is not None:
-        import torch
+        from saekit.types import check_device
 
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            why = str(error).splitlines()[0]
-            raise SaekitError(
-                f"device {device!r} can't be used here ({why}); choose cpu, or leave it out"
-            ) from None
+        check_device(device)
     return device
 
 
