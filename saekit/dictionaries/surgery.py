@@ -66,6 +66,8 @@ def _described(new: Dictionary, old: Dictionary) -> Dictionary:
 def calibrate(dictionary: Dictionary, rows: Float[Tensor, "batch *seq d_in"], k: float) -> Dictionary:
     """A JumpReLU dictionary of raw activations whose mean L0 on ``rows`` (whole sequences for a Lorsa) is exactly k.
 
+    Where equal pre-activations stand at the threshold that k needs, it is the nearer of both sides, and a warning says so.
+
     Rows should be held out from training. One shift moves the thresholds that the selection's rule at
     inference comes down to (0 for rules by rank), so their differences stay. Encoder and decoder are the
     dictionary's; for a pursuit that means codes by one look instead of step by step, so measure the FVU. The layers
